@@ -1,0 +1,66 @@
+# Needs Python 3.11 or later (PYTHON=...), make and a network to install from; installs into .venv*/ only.
+
+PYTHON ?= python3
+SLIDE ?= examples/CMU-1-Small-Region.svs
+MODEL ?= nuclei-he
+OUT ?= out/demo
+
+PIP_OPTIONS := --quiet --disable-pip-version-check
+EXTRAS := train,export,volumes,dev
+SOURCES := $(shell find runtime training export -name '*.py' -o -name '*.darcnn' -o -name py.typed)
+FOLDERS := $(shell find runtime training export -type d -not -name __pycache__)
+EDITABLE := --config-settings editable_mode=strict --editable
+# Two thread pools share the cores in a test run; threads that wait must not spin.
+TEST_ENVIRONMENT := OMP_WAIT_POLICY=PASSIVE
+
+define check_python
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "darcnn needs Python 3.11 or later, $(PYTHON) is not; run make PYTHON=/path/to/python3.11" >&2; exit 2; }
+endef
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   install darcnn into .venv and find the nuclei of $(SLIDE)"
+	@echo "make test   install everything for a CPU into .venv-test (some 7 GB), run all checks and tests"
+	@echo "make lint   only the style and type checks"
+	@echo "make clean  remove what these made: environments, builds, caches, $(OUT)"
+
+demo: .venv/installed
+	.venv/bin/darcnn-run "$(SLIDE)" --model "$(MODEL)" --out "$(OUT)" --overwrite
+
+test: lint
+	$(TEST_ENVIRONMENT) .venv-test/bin/pytest -m "not slow"
+	$(TEST_ENVIRONMENT) .venv-test/bin/pytest -m slow || test $$? -eq 5  # 5: there are none
+
+lint: .venv-test/linked
+	.venv-test/bin/ruff check .
+	.venv-test/bin/ruff format --check .
+	.venv-test/bin/mypy -p darcnn.runtime -p darcnn.training -p darcnn.export
+
+clean:
+	rm -rf .venv .venv-test build dist darcnn.egg-info "$(OUT)"
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A plain install, as a user has it. A build folder left by an earlier one would bring back removed files.
+.venv/installed: setup.cfg pyproject.toml README.md LICENSE $(SOURCES)
+	$(check_python)
+	@echo "installing darcnn into .venv (some 0.5 GB)"
+	$(PYTHON) -m venv .venv
+	rm -rf build/lib
+	.venv/bin/python -m pip install $(PIP_OPTIONS) .
+	@touch $@
+
+.venv-test/installed: setup.cfg pyproject.toml constraints.txt
+	$(check_python)
+	@echo "installing darcnn[$(EXTRAS)] into .venv-test (some 7 GB, minutes)"
+	$(PYTHON) -m venv .venv-test
+	.venv-test/bin/python -m pip install $(PIP_OPTIONS) "setuptools>=77"
+	.venv-test/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt $(EDITABLE) ".[$(EXTRAS)]"
+	@touch $@
+
+# A strict editable install links files one by one: a folder that changed has files to link or to forget.
+.venv-test/linked: .venv-test/installed $(FOLDERS)
+	.venv-test/bin/python -m pip install $(PIP_OPTIONS) --no-deps --no-build-isolation $(EDITABLE) .
+	@touch $@
