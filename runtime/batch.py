@@ -1,0 +1,139 @@
+"""Many slides, one after another: inputs become a list of files, and one failure stops no other."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from darcnn.runtime.errors import (
+    EXIT_PARTIAL,
+    EXIT_UNUSABLE,
+    BundleError,
+    DarcnnError,
+    DeviceError,
+    InputError,
+    UsageError,
+)
+from darcnn.runtime.pipeline import RunOptions, RunSummary, run_slide
+from darcnn.runtime.readers.base import make_slide_name
+from darcnn.runtime.readers.open import SUFFIXES, open_source
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.sinks.atomic import output_error
+from darcnn.runtime.sinks.result_folder import make_folder_name
+
+__all__ = ["BatchOutcome", "Listener", "list_slides", "run_batch"]
+
+_ONE_OF_MANY = ".dcm"  # the files of a DICOM slide lie side by side: one must be named, not the folder
+
+
+class Listener(Protocol):
+    """Who is told how a batch goes on."""
+
+    def begin(self, path: Path, number: int, total: int) -> None:
+        """Slide `number` (from 1) of `total` begins."""
+        ...
+
+    def advance(self, done: int, total: int) -> None:
+        """So many tiles of the current slide are done."""
+        ...
+
+    def finish(self, summary: RunSummary) -> None:
+        """The current slide is complete."""
+        ...
+
+    def fail(self, message: str) -> None:
+        """The current slide failed; `message` is one line."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOutcome:
+    """How many slides came out well, and how many did not."""
+
+    n_done: int
+    n_failed: int
+
+    @property
+    def exit_code(self) -> int:
+        """0 for all, 1 for some, 2 for none."""
+        if not self.n_failed:
+            return 0
+        return EXIT_PARTIAL if self.n_done else EXIT_UNUSABLE
+
+
+def list_slides(inputs: Sequence[str]) -> tuple[Path, ...]:
+    """Return the files that `inputs` name, in order, each once.
+
+    A folder stands for the images directly in it, sorted; a pattern with * or ? for what it matches
+    (some shells leave that to the program). A file that does not exist is named all the same: opening
+    it says so.
+
+    Raises:
+        InputError: a folder without images, or a pattern without matches.
+        UsageError: two files would be written to the same folder.
+    """
+    slides: dict[Path, Path] = {}
+    for text in inputs:
+        for path in _expand(text):
+            slides.setdefault(path.resolve(), path)
+    folders: dict[str, Path] = {}
+    for slide in slides.values():
+        name = make_folder_name(make_slide_name(slide))
+        other = folders.setdefault(name.casefold(), slide)  # some disks ignore the case of names
+        if other != slide:
+            raise UsageError(
+                f"{other} and {slide} would both be written there",
+                where=name,
+                fix="run them with different --out",
+            )
+    return tuple(slides.values())
+
+
+def _expand(text: str) -> list[Path]:
+    path = Path(text)
+    if path.is_dir() and path.suffix.lower() != ".zarr":
+        wanted = set(SUFFIXES) - {_ONE_OF_MANY}
+        files = sorted(
+            entry
+            for entry in path.iterdir()
+            if entry.suffix.lower() in wanted and not entry.name.startswith(".") and entry.is_file()
+        )
+        if not files:
+            raise InputError("holds no images", where=path, fix="name the files themselves")
+        return files
+    if not path.exists() and glob.has_magic(text):
+        matches = sorted(Path(match) for match in glob.glob(text))  # noqa: PTH207  # the text may be absolute
+        if not matches:
+            raise InputError("matches no file", where=text, fix="check the pattern")
+        return matches
+    return [path]
+
+
+def run_batch(
+    segmenter: Segmenter, slides: Sequence[Path], out_dir: Path, *, options: RunOptions, listener: Listener
+) -> BatchOutcome:
+    """Run all `slides`; those that fail are told to `listener` and the rest goes on.
+
+    Raises:
+        BundleError, DeviceError: no further slide would fare better.
+        KeyboardInterrupt: at Ctrl-C; finished slides stay, the current one leaves nothing.
+    """
+    n_done = 0
+    for number, path in enumerate(slides, start=1):
+        listener.begin(path, number, len(slides))
+        try:
+            with open_source(path, z=options.z, t=options.t) as reader:
+                summary = run_slide(segmenter, reader, out_dir, options=options, progress=listener.advance)
+        except (BundleError, DeviceError):
+            raise
+        except DarcnnError as err:
+            listener.fail(str(err))
+        except OSError as err:  # what no reader and no sink foresaw
+            listener.fail(str(output_error(err, Path(err.filename or path))))
+        else:
+            n_done += 1
+            listener.finish(summary)
+    return BatchOutcome(n_done, len(slides) - n_done)

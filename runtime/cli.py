@@ -1,0 +1,173 @@
+"""`darcnn-run`: find the objects of slides and images and write them to files."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from darcnn.runtime.batch import list_slides, run_batch
+from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError
+from darcnn.runtime.pipeline import RunOptions, RunSummary
+from darcnn.runtime.record import installed_version
+
+__all__ = ["main"]
+
+_REDRAW_SECONDS = 0.2
+_CLEAR_LINE = "\r\x1b[K"
+_NAME_WIDTH = 40  # so that the progress line fits a terminal
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option(
+    "--model", required=True, metavar="NAME_OR_BUNDLE", help="A model's name, or a .darcnn bundle file."
+)
+@click.option(
+    "--out",
+    "out_dir",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Where results go: OUT/<slide name>/.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="What computes.",
+)
+@click.option(
+    "--mpp",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Micrometres per pixel, in place of what the file says.",
+)
+@click.option("--pixels", is_flag=True, help="Take the pixels as they are, whatever their size.")
+@click.option(
+    "--diameter",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Diameter of a typical object in pixels of the image; decides the scale.",
+)
+@click.option("--channel", metavar="N|NAME", help="Which of several channels, by number (from 0) or name.")
+@click.option("--z", type=click.IntRange(min=0), help="Which plane of a stack, from 0.")
+@click.option("--t", type=click.IntRange(min=0), help="Which moment of a series, from 0.")
+@click.option(
+    "--min-score", type=click.FloatRange(0, 1), help="Leave out objects below this score; else the model's."
+)
+@click.option("--overwrite", is_flag=True, help="Replace complete results.")
+@click.option("--quiet", is_flag=True, help="No progress line.")
+@click.version_option(installed_version(), prog_name="darcnn-run")
+def main(
+    inputs: tuple[str, ...],
+    *,
+    model: str,
+    out_dir: Path,
+    device: str,
+    mpp: float | None,
+    pixels: bool,
+    diameter: float | None,
+    channel: str | None,
+    z: int | None,
+    t: int | None,
+    min_score: float | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Find the objects of slides and images: INPUT is a file, a folder of images or a pattern.
+
+    One line a slide goes to standard output. The exit code is 0 when every slide is done, 1 when some
+    failed, 2 when nothing usable was made, 130 after Ctrl-C.
+    """
+    options = RunOptions(
+        mpp=mpp,
+        pixels=pixels,
+        diameter_px=diameter,
+        channel=int(channel) if channel is not None and channel.isdecimal() else channel,
+        z=z,
+        t=t,
+        overwrite=overwrite,
+    )
+    # what tifffile logs of a damaged file would stand beside our one line about it
+    logging.getLogger("tifffile").addHandler(logging.NullHandler())
+    terminal = _Terminal(shows_progress=not quiet and sys.stderr.isatty())
+    try:
+        code = _run(inputs, model, out_dir, options, terminal, device=device, min_score=min_score)
+    except DarcnnError as err:
+        terminal.fail(str(err))
+        code = EXIT_UNUSABLE if not terminal.n_finished else 1
+    except KeyboardInterrupt:
+        terminal.fail("interrupted; finished slides stay")
+        code = EXIT_INTERRUPTED
+    sys.exit(code)
+
+
+def _run(
+    inputs: tuple[str, ...],
+    model: str,
+    out_dir: Path,
+    options: RunOptions,
+    terminal: _Terminal,
+    *,
+    device: str,
+    min_score: float | None,
+) -> int:
+    from darcnn.runtime.load import load  # here, so that --help need not load an engine
+
+    slides = list_slides(inputs)
+    with load(model, device=device, min_score=min_score) as segmenter:
+        return run_batch(segmenter, slides, out_dir, options=options, listener=terminal).exit_code
+
+
+class _Terminal:
+    """Results to standard output; one progress line and errors to standard error."""
+
+    def __init__(self, *, shows_progress: bool) -> None:
+        self._shows_progress = shows_progress
+        self._title = ""
+        self._started = self._drawn = 0.0
+        self.n_finished = 0
+
+    def begin(self, path: Path, number: int, total: int) -> None:
+        """Remember what the progress line is about."""
+        name = path.name if len(path.name) <= _NAME_WIDTH else f"{path.name[: _NAME_WIDTH - 3]}..."
+        self._title = f"[{number}/{total}] {name}"
+        self._started, self._drawn = time.monotonic(), 0.0
+        self._draw("opening")
+
+    def advance(self, done: int, total: int) -> None:
+        """Draw the progress line, a few times a second."""
+        now = time.monotonic()
+        if done < total and now - self._drawn < _REDRAW_SECONDS:
+            return
+        self._drawn = now
+        if done == total:
+            self._draw("writing")
+        else:
+            left = (now - self._started) / done * (total - done)
+            self._draw(f"{100 * done // total:3d} %  tile {done}/{total}  {left:.0f} s left")
+
+    def finish(self, summary: RunSummary) -> None:
+        """Print one line for a slide."""
+        self._draw(None)
+        speed = summary.megapixels / max(summary.seconds, 1e-9)
+        objects = f"{summary.n_objects:,} object{'' if summary.n_objects == 1 else 's'}"
+        click.echo(
+            f"{summary.name}: {objects}, {summary.seconds:.1f} s, {speed:.1f} Mpx/s, {summary.overview}"
+        )
+        for warning in summary.warnings:
+            click.echo(f"{summary.name}: {warning}", err=True)
+        self.n_finished += 1
+
+    def fail(self, message: str) -> None:
+        """Print one line for a failure."""
+        self._draw(None)
+        click.echo(f"Error: {message}", err=True)
+
+    def _draw(self, text: str | None) -> None:
+        """Replace the progress line; None removes it."""
+        if self._shows_progress:
+            line = "" if text is None else f"{self._title}  {text}"
+            click.echo(f"{_CLEAR_LINE}{line}", err=True, nl=False)

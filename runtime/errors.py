@@ -1,0 +1,72 @@
+"""The one exception base of the project and the exit codes of its commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = [
+    "EXIT_INTERRUPTED",
+    "EXIT_PARTIAL",
+    "EXIT_UNUSABLE",
+    "BundleError",
+    "DarcnnError",
+    "DeviceError",
+    "InputError",
+    "OutputError",
+    "ShapeError",
+    "UsageError",
+]
+
+EXIT_PARTIAL = 1  # some inputs failed, the rest is done
+EXIT_UNUSABLE = 2  # nothing usable was made
+EXIT_INTERRUPTED = 130  # Ctrl-C, after committing what is finished
+
+
+class DarcnnError(Exception):
+    """A failure that a user can act on, printed as one line: `where: problem; fix`.
+
+    >>> str(InputError("no pixel size in the metadata", where="a.tif", fix="pass --mpp 0.25"))
+    'a.tif: no pixel size in the metadata; pass --mpp 0.25'
+    """
+
+    def __init__(self, problem: str, *, where: str | Path, fix: str) -> None:
+        self.problem = _one_line(problem)
+        self.where = str(where)
+        self.fix = _one_line(fix)
+        super().__init__(f"{self.where}: {self.problem}; {self.fix}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # keyword-only arguments: without this an error cannot cross a process border
+        return (_rebuild, (type(self), self.problem, self.where, self.fix))
+
+
+class UsageError(DarcnnError):
+    """An option, a recipe or a combination of them is wrong."""
+
+
+class InputError(DarcnnError):
+    """A slide, picture, volume or annotation cannot be used."""
+
+
+class BundleError(DarcnnError):
+    """A model bundle cannot be used."""
+
+
+class DeviceError(DarcnnError):
+    """A device, its driver or its memory does not serve."""
+
+
+class OutputError(DarcnnError):
+    """A result cannot be written: disk, permission, existing result."""
+
+
+class ShapeError(ValueError):
+    """An array has the wrong shape or type: a mistake of the calling program."""
+
+
+def _rebuild(kind: type[DarcnnError], problem: str, where: str, fix: str) -> DarcnnError:
+    return kind(problem, where=where, fix=fix)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,65 @@
+"""Regions and levels: where pixels lie, how large they are, which level a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Level", "Region", "choose_level"]
+
+# A level whose pixels are up to this much coarser than asked for still serves: 0.499 um/px is "0.5".
+_COARSER_BY = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A half-open rectangle `[x0, x1) x [y0, y1)` in integer pixels of some level."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+    @property
+    def width(self) -> int:
+        """Extent along x, pixels."""
+        return self.x1 - self.x0
+
+    @property
+    def height(self) -> int:
+        """Extent along y, pixels."""
+        return self.y1 - self.y0
+
+    def clip(self, width: int, height: int) -> Region:
+        """Return the part of this region inside `[0, width) x [0, height)`; empty stays empty."""
+        x0, x1 = (min(max(v, 0), width) for v in (self.x0, self.x1))
+        y0, y1 = (min(max(v, 0), height) for v in (self.y0, self.y1))
+        return Region(x0, y0, x1, y1)
+
+    def contains(self, x: float, y: float) -> bool:
+        """Tell whether the point lies inside, the upper borders excluded."""
+        return self.x0 <= x < self.x1 and self.y0 <= y < self.y1
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One resolution of a pyramid; `downsample` is relative to level 0."""
+
+    index: int
+    width_px: int
+    height_px: int
+    downsample: float
+
+
+def choose_level(levels: Sequence[Level], downsample: float) -> Level:
+    """Return the coarsest level that is not coarser than `downsample` (within 5 %).
+
+    A finer level is resampled down; a coarser one would have to be invented. If even level 0 is
+    coarser, level 0 is returned and the caller enlarges it.
+
+    >>> pyramid = [Level(0, 8, 8, 1.0), Level(1, 4, 4, 2.0), Level(2, 2, 2, 4.0)]
+    >>> [choose_level(pyramid, d).index for d in (0.5, 1.0, 1.95, 3.9, 9.0)]
+    [0, 0, 1, 2, 2]
+    """
+    fitting = [level for level in levels if level.downsample <= downsample * _COARSER_BY]
+    return max(fitting, key=lambda level: level.downsample, default=levels[0])

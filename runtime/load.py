@@ -1,0 +1,62 @@
+"""One call from a model's name, or the path of a bundle, to a segmenter."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from darcnn.runtime.bundle import Bundle, open_bundle
+from darcnn.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from darcnn.runtime.errors import BundleError, UsageError
+from darcnn.runtime.segmenter import Segmenter
+
+__all__ = ["find_bundle", "load", "shipped_models"]
+
+_SUFFIX = ".darcnn"
+
+
+def load(name_or_path: str | Path, *, device: str = "auto", min_score: float | None = None) -> Segmenter:
+    """Return a segmenter, ready to run; a context manager that owns its engine.
+
+    Args:
+        name_or_path: one of `shipped_models()`, or the path of a .darcnn file.
+        device: "cpu", "cuda", or "auto": CUDA where it serves, else the CPU.
+        min_score: objects below it are not reported; None takes the model's own.
+    Raises:
+        BundleError: no such model, or the file cannot be used.
+        DeviceError: the device does not serve.
+        UsageError: no such device, or `min_score` is not between 0 and 1.
+    """
+    if min_score is not None and not 0 <= min_score <= 1:
+        raise UsageError(f"{min_score} is not a score", where="--min-score", fix="give a number from 0 to 1")
+    bundle = find_bundle(name_or_path)
+    return Segmenter(OnnxRuntimeEngine(bundle, device=device), bundle.manifest, min_score=min_score)
+
+
+def find_bundle(name_or_path: str | Path) -> Bundle:
+    """Return the verified bundle of a shipped model, or the one at a path; shipped names go first.
+
+    Raises:
+        BundleError: no such model, or the file cannot be used.
+    """
+    shipped = shipped_models()
+    if isinstance(name_or_path, str) and name_or_path in shipped:
+        entry = resources.files("darcnn.runtime").joinpath("models", name_or_path + _SUFFIX)
+        with resources.as_file(entry) as path:
+            return open_bundle(path)
+    path = Path(name_or_path)
+    if path.suffix == _SUFFIX or path.exists():
+        return open_bundle(path)
+    names = ", ".join(shipped) or "none"
+    raise BundleError(
+        "no such model", where=path, fix=f"name one that is shipped ({names}) or the path of a .darcnn file"
+    )
+
+
+def shipped_models() -> tuple[str, ...]:
+    """Return the names of the models that come with the package, sorted."""
+    folder = resources.files("darcnn.runtime").joinpath("models")
+    if not folder.is_dir():
+        return ()
+    names = (entry.name for entry in folder.iterdir())
+    return tuple(sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)))

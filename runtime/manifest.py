@@ -1,0 +1,110 @@
+"""What a bundle says of itself: the manifest, as frozen dataclasses and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from darcnn.runtime.intensity import IntensityRule
+
+__all__ = ["FORMAT", "Anchors", "Limits", "Manifest", "ModelInput", "manifest_from_json", "manifest_to_json"]
+
+FORMAT = 1  # the newest bundle format this version reads
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInput:
+    """What the graph eats."""
+
+    tile_px: int  # a tile is tile_px x tile_px network pixels
+    halo_px: int  # a tile's core is tile_px - 2 * halo_px
+    stride_px: int  # the coarsest stride of the network
+    batch: int  # tiles per `detect`
+    channels: int  # 1 or 3
+    intensity: IntensityRule
+    nominal_diameter_px: float  # typical object, network pixels
+    mpp: float | None  # micrometres per network pixel; None where the model knows no scale
+
+
+@dataclass(frozen=True, slots=True)
+class Anchors:
+    """The anchor boxes: one size per level, finest first."""
+
+    sizes_px: tuple[float, ...]
+    ratios: tuple[float, ...]
+    strides_px: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Caps and thresholds inside the graphs."""
+
+    proposals_per_level: int
+    proposals: int
+    detections: int
+    mask_batch: int
+    mask_px: int
+    score_threshold: float  # below it `detect` reports nothing
+    nms_threshold: float
+    min_score: float  # what a run keeps unless told otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`manifest.json` of a bundle. `files` maps each other member to its sha256 (hex)."""
+
+    format: int
+    name: str
+    preset: str
+    input: ModelInput
+    anchors: Anchors
+    limits: Limits
+    graphs: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]  # graph -> tensor -> (dtype, shape)
+    files: Mapping[str, str]
+
+
+def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
+    """Return the manifest as what `json.dumps` takes."""
+    return asdict(manifest)
+
+
+def manifest_from_json(content: Mapping[str, Any]) -> Manifest:
+    """Return the manifest that `content`, a parsed manifest.json, holds.
+
+    Raises:
+        ValueError: a field is missing, unknown or of the wrong kind; the message names it.
+    """
+    graphs = content.get("graphs", {})
+    if not isinstance(graphs, Mapping):
+        raise ValueError("graphs is not a table")
+    parsed = {
+        graph: {name: (str(kind), tuple(int(n) for n in shape)) for name, (kind, shape) in tensors.items()}
+        for graph, tensors in graphs.items()
+    }
+    return _parse(Manifest, {**content, "graphs": parsed}, "manifest")
+
+
+def _parse(kind: type[T], content: Any, where: str) -> T:
+    """Build the dataclass `kind` from a JSON table, checking names and kinds."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} is not a table")
+    hints = get_type_hints(kind)
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # every kind is a dataclass
+    if unknown := sorted(set(content) - set(names)):
+        raise ValueError(f"{where} has an unknown field {unknown[0]}")
+    values: dict[str, Any] = {}
+    for name in names:
+        if name not in content:
+            raise ValueError(f"{where} lacks {name}")
+        value, hint = content[name], hints[name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            value = _parse(hint, value, f"{where}.{name}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif hint in (int, float, str) and not isinstance(value, (int, float) if hint is float else hint):
+            raise ValueError(f"{where}.{name} is not of type {hint.__name__}")
+        values[name] = value
+    return kind(**values)

@@ -1,0 +1,188 @@
+"""Masks: from a grid of probabilities to an outline and the pixels inside it, and back."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import shapely
+from contourpy import LineType, contour_generator
+from numpy.typing import NDArray
+
+from darcnn.runtime.errors import ShapeError
+from darcnn.runtime.geometry import Region
+from darcnn.runtime.instances import Instances
+
+__all__ = ["MASK_LEVEL", "draw_polygon", "label_instances", "outline_mask"]
+
+MASK_LEVEL = 0.5  # a pixel belongs to an object where its probability is above this
+
+Outlined = tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float64]]
+
+
+def outline_mask(
+    probabilities: NDArray[np.float32], box: NDArray[np.float32], shape: tuple[int, int]
+) -> Outlined | None:
+    """Return where an object lies on the image: its first pixel, its mask and its outline.
+
+    The probabilities are interpolated at the centres of the pixels inside the box; the largest
+    contour at 0.5 is the outline (holes and lesser parts are dropped), and the mask is what
+    `draw_polygon` makes of the outline, so that the two always agree.
+
+    Args:
+        probabilities: (m, m), 0..1; cell (i, j) has its centre at ((j + 0.5) / m, (i + 0.5) / m) of the box.
+        box: (4,) x0 y0 x1 y1, pixels of the image; may leave it.
+        shape: (H, W) of the image.
+    Returns:
+        origin (2,) x y of the crop's first pixel; mask (h, w) without empty borders; ring (K, 2) x y,
+        closed and simple, pixels. None if no pixel of the image is in the object.
+
+    >>> origin, mask, ring = outline_mask(np.ones((7, 7), "f4"), np.array([2, 3, 6, 5], "f4"), (9, 9))
+    >>> origin, mask.shape, shapely.Polygon(ring).bounds
+    (array([2, 3]), (2, 4), (2.0, 3.0, 6.0, 5.0))
+    """
+    x0, y0, x1, y1 = (float(v) for v in box)
+    height, width = shape
+    # pixel i is in the box where its centre i + 0.5 is
+    region = Region(math.ceil(x0 - 0.5), math.ceil(y0 - 0.5), math.ceil(x1 - 0.5), math.ceil(y1 - 0.5)).clip(
+        width, height
+    )
+    if region.width <= 0 or region.height <= 0:
+        return None
+    cells = probabilities.astype(np.float64)
+    at_y = (np.arange(region.y0, region.y1, dtype=np.float64) + 0.5 - y0) / (y1 - y0)  # (h,) 0..1
+    at_x = (np.arange(region.x0, region.x1, dtype=np.float64) + 0.5 - x0) / (x1 - x0)  # (w,)
+    cells = _interpolate(cells, at_y)  # (h, m)
+    values = _interpolate(cells.T, at_x).T  # (h, w)
+    ring = _largest_contour(values, region)
+    if ring is None:
+        return None
+    mask = draw_polygon(ring, region)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not rows.size:
+        return None
+    origin = np.array([region.x0 + columns[0], region.y0 + rows[0]], np.int64)
+    return origin, mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].copy(), ring
+
+
+def draw_polygon(ring: NDArray[np.float64], region: Region) -> NDArray[np.bool_]:
+    """Return which pixels of `region` have their centre inside the closed `ring`.
+
+    A centre exactly on the outline is inside on the left and upper side only, so neighbours that
+    share a border share no pixel.
+
+    Args:
+        ring: (K, 2) x y, pixels, first point repeated at the end.
+        region: pixels to draw on.
+    Returns:
+        (height, width) of the region.
+
+    >>> square = np.array([[0, 0], [2, 0], [2, 1], [0, 1], [0, 0]], "f8")
+    >>> draw_polygon(square, Region(-1, 0, 3, 2)).astype(int)
+    array([[0, 1, 1, 0],
+           [0, 0, 0, 0]])
+    """
+    height, width = region.height, region.width
+    x, y = ring[:, 0], ring[:, 1]
+    # an edge crosses the centre line of row r where ceil(y - 0.5) passes over r
+    ends = np.clip(np.ceil(y - 0.5).astype(np.int64) - region.y0, 0, height)
+    first = np.minimum(ends[:-1], ends[1:])
+    n_rows = np.abs(np.diff(ends))
+    edge = np.repeat(np.arange(len(n_rows)), n_rows)  # one entry a crossing
+    row = np.arange(len(edge)) - np.repeat(np.cumsum(n_rows) - n_rows, n_rows) + first[edge]
+    xa, ya, xb, yb = x[edge], y[edge], x[edge + 1], y[edge + 1]
+    crossing = xa + (row + (region.y0 + 0.5) - ya) * ((xb - xa) / (yb - ya))
+    column = np.clip(np.ceil(crossing - 0.5).astype(np.int64) - region.x0, 0, width)
+    turns = np.bincount(row * (width + 1) + column, minlength=height * (width + 1))
+    turns = turns.reshape(height, width + 1)  # (H, W + 1): inside and outside change here
+    inside: NDArray[np.bool_] = np.cumsum(turns, axis=1)[:, :-1] % 2 == 1
+    return inside
+
+
+def label_instances(labels: NDArray[np.integer]) -> Instances:
+    """Return the objects of a label image, in order of their label, each with score 1.
+
+    The mask is the label's pixels. The outline redraws them exactly if they hang together by
+    sides and have no hole; else it goes round the largest part, without its holes.
+
+    Args:
+        labels: (H, W), 0 is background.
+    Raises:
+        ShapeError: not two axes.
+
+    >>> label_instances(np.array([[0, 7, 7], [3, 0, 0]])).boxes
+    array([[0., 1., 1., 2.],
+           [1., 0., 3., 1.]], dtype=float32)
+    """
+    if labels.ndim != 2:
+        raise ShapeError(f"a label image of shape {labels.shape}, not (H, W)")
+    shape = (labels.shape[0], labels.shape[1])
+    ys, xs = np.nonzero(labels)
+    if not ys.size:
+        return Instances.empty(shape)
+    ids = labels[ys, xs]
+    order = np.argsort(ids, kind="stable")
+    ids, ys, xs = ids[order], ys[order], xs[order]
+    starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]])
+    low = np.stack([np.minimum.reduceat(xs, starts), np.minimum.reduceat(ys, starts)], axis=1)  # (N, 2)
+    high = np.stack([np.maximum.reduceat(xs, starts), np.maximum.reduceat(ys, starts)], axis=1) + 1
+    masks, outlines = [], []
+    for label, (x0, y0), (x1, y1) in zip(ids[starts], low.tolist(), high.tolist(), strict=True):
+        mask = labels[y0:y1, x0:x1] == label
+        ring = _largest_contour(mask.astype(np.float64), Region(x0, y0, x1, y1))
+        assert ring is not None  # a pixel of 1 inside zeros always has a contour
+        masks.append(mask)
+        outlines.append(ring)
+    return Instances(
+        shape=shape,
+        boxes=np.concatenate([low, high], axis=1).astype(np.float32),
+        scores=np.ones(len(starts), np.float32),
+        origins=low.astype(np.int64),
+        masks=tuple(masks),
+        outlines=tuple(outlines),
+        truncated=np.zeros(len(starts), np.bool_),
+    )
+
+
+def _interpolate(cells: NDArray[np.float64], positions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return (P, ...) linear samples of (m, ...) `cells` along axis 0 at `positions` of 0..1."""
+    m = len(cells)
+    at = np.clip(positions * m - 0.5, 0.0, m - 1.0)
+    lower = np.minimum(at.astype(np.int64), max(m - 2, 0))
+    upper = np.minimum(lower + 1, m - 1)
+    weight = (at - lower)[:, None]
+    samples: NDArray[np.float64] = cells[lower] * (1.0 - weight) + cells[upper] * weight
+    return samples
+
+
+def _largest_contour(values: NDArray[np.float64], region: Region) -> NDArray[np.float64] | None:
+    """Return the ring of largest area round `values` above 0.5, in pixels of the image, or None."""
+    padded = np.zeros((region.height + 2, region.width + 2))  # zeros all round close every contour
+    padded[1:-1, 1:-1] = values
+    lines = contour_generator(z=padded, line_type=LineType.Separate).lines(MASK_LEVEL)
+    rings = [np.asarray(line, np.float64) for line in lines]
+    rings = [ring for ring in rings if len(ring) >= 4]
+    if not rings:
+        return None
+    ring = max(rings, key=_double_area)
+    # grid point j of `padded` is the centre of pixel j - 1
+    ring = ring + np.array([region.x0 - 0.5, region.y0 - 0.5])
+    return _make_simple(ring)
+
+
+def _double_area(ring: NDArray[np.float64]) -> float:
+    x, y = ring[:, 0], ring[:, 1]
+    return abs(float(np.dot(x[:-1], y[1:]) - np.dot(x[1:], y[:-1])))
+
+
+def _make_simple(ring: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """Return `ring`, or its largest part where it touches itself (a value of exactly 0.5)."""
+    polygon = shapely.Polygon(ring)
+    if shapely.is_valid(polygon):
+        return ring
+    pieces = shapely.get_parts(shapely.get_parts(shapely.make_valid(polygon)))  # a collection may nest one
+    parts = [piece for piece in pieces if piece.geom_type == "Polygon"]
+    if not parts:
+        return None
+    largest: NDArray[np.float64] = shapely.get_coordinates(max(parts, key=shapely.area).exterior)
+    return largest

@@ -1,0 +1,110 @@
+"""How one slide goes through one model: which level is read, at which scale, in which tiles."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from darcnn.runtime.errors import InputError, UsageError
+from darcnn.runtime.geometry import Level, choose_level
+from darcnn.runtime.manifest import ModelInput
+from darcnn.runtime.readers.protocol import SlideInfo
+from darcnn.runtime.tiling import Tile, plan_tiles
+
+__all__ = ["SlidePlan", "plan_slide"]
+
+SNAP = 0.02  # a scale within 2 % of a level's own is that level's: no resampling
+MIN_SCALE, MAX_SCALE = 1 / 64, 16.0  # beyond them the pixel size is a mistake
+MAX_ANISOTROPY = 0.01  # pixels whose sides differ by more are not square
+
+
+@dataclass(frozen=True, slots=True)
+class SlidePlan:
+    """How one slide goes through one model. Network pixels lie on one lattice over the whole slide."""
+
+    level: Level  # read from here
+    scale: float  # network pixels per level-0 pixel
+    width: int  # of the slide, network pixels
+    height: int
+    tiles: tuple[Tile, ...]
+    channel: int | None  # the chosen one; None: colours or the only one
+    mpp: float | None  # micrometres per level-0 pixel, where known
+    mpp_source: str | None
+
+
+def plan_slide(
+    model: ModelInput,
+    info: SlideInfo,
+    *,
+    mpp: float | None,
+    diameter_px: float | None,
+    pixels: bool,
+    channel: int | None,
+) -> SlidePlan:
+    """Return how a model reads a slide; `Segmenter.plan` says what the arguments mean and what is raised."""
+    where = info.name if info.path is None else str(info.path)
+    channel = _choose_channel(info, channel, where)
+    for option, value in (("--mpp", mpp), ("--diameter", diameter_px)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{value} is not a size", where=option, fix="give a number above 0")
+    known_mpp, mpp_source = mpp, "--mpp"
+    if mpp is None:
+        known_mpp = None if info.mpp is None else math.sqrt(info.mpp[0] * info.mpp[1])
+    if diameter_px is not None:
+        scale = model.nominal_diameter_px / diameter_px
+    elif model.mpp is None or pixels:
+        scale = 1.0
+    else:
+        if mpp is None:
+            _check_square(info, where)
+        if known_mpp is None:
+            raise InputError(
+                "no pixel size in the file",
+                where=where,
+                fix="pass --mpp (micrometres per pixel), --diameter, "
+                "or --pixels to take the pixels as they are",
+            )
+        scale = known_mpp / model.mpp
+    if not MIN_SCALE <= scale <= MAX_SCALE:
+        raise InputError(
+            f"its pixels would have to be scaled by {scale:.4g} to fit the model",
+            where=where,
+            fix="check the pixel size, or pass the right --mpp or --diameter",
+        )
+    level = choose_level(info.levels, 1 / scale)
+    if abs(scale * level.downsample - 1) < SNAP:
+        scale = 1 / level.downsample
+        width, height = level.width_px, level.height_px
+    else:
+        width, height = (max(1, round(n * scale)) for n in (info.width_px0, info.height_px0))
+    return SlidePlan(
+        level=level,
+        scale=scale,
+        width=width,
+        height=height,
+        tiles=plan_tiles(width, height, tile_px=model.tile_px, halo_px=model.halo_px),
+        channel=channel,
+        mpp=known_mpp,
+        mpp_source=mpp_source if mpp is not None else info.mpp_source,
+    )
+
+
+def _choose_channel(info: SlideInfo, channel: int | None, where: str) -> int | None:
+    n_channels = len(info.channel_names)
+    if channel is not None and not 0 <= channel < n_channels:
+        raise UsageError(
+            f"no channel {channel} in {where}", where="--channel", fix=f"choose from 0 to {n_channels - 1}"
+        )
+    if channel is None and n_channels > 1 and not info.is_rgb:
+        names = ", ".join(f"{index} {name}" for index, name in enumerate(info.channel_names))
+        raise InputError("several channels", where=where, fix=f"choose one with --channel: {names}")
+    return channel
+
+
+def _check_square(info: SlideInfo, where: str) -> None:
+    if info.mpp is not None and abs(info.mpp[0] / info.mpp[1] - 1) > MAX_ANISOTROPY:
+        raise InputError(
+            f"its pixels are not square: {info.mpp[0]:.4g} x {info.mpp[1]:.4g} um",
+            where=where,
+            fix="resample it to square pixels, or pass --mpp if the file is wrong",
+        )

@@ -1,0 +1,234 @@
+"""What all readers share: planes, regions, pixel types, pixel sizes, and closing while others read."""
+
+from __future__ import annotations
+
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.errors import InputError, ShapeError, UsageError
+from darcnn.runtime.geometry import Level, Region
+from darcnn.runtime.readers.protocol import Pixels, SlideInfo
+
+__all__ = [
+    "RGB_NAMES",
+    "PlaneReader",
+    "choose_plane",
+    "exact_downsample",
+    "make_channel_names",
+    "make_slide_name",
+    "pixel_type",
+    "plausible_mpp",
+    "settle_mpp",
+    "to_pixels",
+]
+
+RGB_NAMES = ("red", "green", "blue")
+MAX_MPP = 1000.0  # a millimetre a pixel is no microscopy: such a number is a mistake in the metadata
+
+
+class PlaneReader(ABC):
+    """A reader of one plane; subclasses say how to read pixels and how to give the file back.
+
+    `close` waits for reads in other threads, since libraries crash when a file vanishes under them.
+    """
+
+    def __init__(self, info: SlideInfo) -> None:
+        self._info = info
+        self._gate = threading.Condition()
+        self._n_reading = 0
+        self._is_closed = False
+
+    @property
+    def info(self) -> SlideInfo:
+        """Facts about the plane that `read` reads."""
+        return self._info
+
+    def read(self, region: Region, *, level: int) -> Pixels:
+        """Return (H, W, C) pixels of `region` in pixels of `level`; a new array that the caller owns.
+
+        Raises:
+            InputError: the reader is closed, or the file is damaged there.
+            ShapeError: there is no such level; the region is empty or leaves the level.
+        """
+        _check_region(region, level, self._info.levels)
+        with self._gate:
+            if self._is_closed:
+                where = self._info.path or self._info.name
+                raise InputError("is closed", where=where, fix="read before the reader is closed")
+            self._n_reading += 1
+        try:
+            return self._read(region, self._info.levels[level])
+        finally:
+            with self._gate:
+                self._n_reading -= 1
+                self._gate.notify_all()
+
+    def close(self) -> None:
+        """Give the file back once running reads are done; closing twice is allowed."""
+        with self._gate:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._gate.wait_for(lambda: self._n_reading == 0)
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def _read(self, region: Region, level: Level) -> Pixels:
+        """Return the pixels of a checked region of an open file."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Give back what the reader holds; called once."""
+
+
+def choose_plane(axis: str, asked: int | None, count: int, *, where: str | Path) -> int:
+    """Return which of the `count` planes along `axis` ("z" or "t") to read.
+
+    Raises:
+        InputError: there are several and none was asked for, or the one asked for does not exist.
+
+    >>> choose_plane("z", None, 1, where="a.tif"), choose_plane("z", 2, 5, where="a.tif")
+    (0, 2)
+    """
+    if asked is None and count == 1:
+        return 0
+    fix = f"pass --{axis} N with N from 0 to {count - 1}" if count > 1 else f"leave --{axis} out"
+    if asked is None:
+        raise InputError(f"holds {count} planes along {axis}", where=where, fix=fix)
+    if not 0 <= asked < count:
+        raise InputError(f"has no plane {asked} along {axis}", where=where, fix=fix)
+    return asked
+
+
+def pixel_type(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """Return the type that a reader delivers for stored values of `dtype`, None where there is none.
+
+    8 and 16 bits without sign stay; a bit becomes 0 or 255; all other real numbers become float32
+    (32-bit integers beyond 2**24 are rounded).
+
+    >>> [str(pixel_type(np.dtype(kind))) for kind in ("?", "u1", ">u2", "i2", "f8", "c8")]
+    ['uint8', 'uint8', 'uint16', 'float32', 'float32', 'None']
+    """
+    if dtype.kind == "b" or dtype == np.uint8:
+        return np.dtype(np.uint8)
+    if dtype.kind == "u" and dtype.itemsize == 2:
+        return np.dtype(np.uint16)
+    return np.dtype(np.float32) if dtype.kind in "iuf" else None
+
+
+def to_pixels(values: NDArray[Any]) -> Pixels:
+    """Return a new array with `values` in the type that `pixel_type` names, same shape.
+
+    Raises:
+        ShapeError: the values are not real numbers.
+    """
+    kind = pixel_type(values.dtype)
+    if kind is None:
+        raise ShapeError(f"pixels of type {values.dtype} are not real numbers")
+    pixels: Pixels = np.array(values, dtype=kind, order="C")
+    return pixels * np.uint8(255) if values.dtype.kind == "b" else pixels
+
+
+def plausible_mpp(x: float | None, y: float | None) -> tuple[float, float] | None:
+    """Return micrometres per pixel (x, y), None unless both are numbers that a microscope could have.
+
+    >>> plausible_mpp(0.5, 0.5), plausible_mpp(0.0, 0.5), plausible_mpp(None, 0.5)
+    ((0.5, 0.5), None, None)
+    """
+    if x is None or y is None or not all(math.isfinite(v) and 0 < v <= MAX_MPP for v in (x, y)):
+        return None
+    return (x, y)
+
+
+def settle_mpp(
+    found: tuple[float, float] | None, source: str | None, *, override: float | None
+) -> tuple[tuple[float, float] | None, str | None]:
+    """Return the pixel size (x, y) and its source: `override` (from --mpp) wins over what was found.
+
+    Raises:
+        UsageError: the override is no plausible pixel size.
+    """
+    if override is None:
+        return (found, source if found is not None else None)
+    given = plausible_mpp(override, override)
+    if given is None:
+        raise UsageError(
+            f"{override} is no pixel size", where="--mpp", fix="pass micrometres per pixel, such as 0.25"
+        )
+    return (given, "--mpp")
+
+
+def make_channel_names(given: Sequence[str | None], count: int, *, is_rgb: bool) -> tuple[str, ...]:
+    """Return `count` different channel names, those `given` in the file where they can be told apart.
+
+    >>> make_channel_names(["DAPI", None, "DAPI"], 3, is_rgb=False)
+    ('DAPI', 'channel_1', 'DAPI_2')
+    >>> make_channel_names([], 1, is_rgb=False)
+    ('grey',)
+    """
+    if is_rgb:
+        return RGB_NAMES
+    stripped = [(name or "").strip() for name in given]
+    if len(stripped) != count:  # names of something else: samples, wells, another image
+        stripped = [""] * count
+    names: list[str] = []
+    for index, name in enumerate(stripped):
+        fallback = f"{name}_{index}" if name else ("grey" if count == 1 else f"channel_{index}")
+        names.append(name if name and name not in names else fallback)
+    return tuple(names)
+
+
+def make_slide_name(path: Path) -> str:
+    """Return the name of a slide: that of its file without the ending.
+
+    >>> make_slide_name(Path("a/b.1.ome.tif")), make_slide_name(Path("c.svs"))
+    ('b.1', 'c')
+    """
+    stem = path.stem
+    return stem[: -len(".ome")] if stem.lower().endswith(".ome") and len(stem) > len(".ome") else stem
+
+
+def exact_downsample(full: tuple[int, int], reduced: tuple[int, int]) -> float:
+    """Return how many pixels of `full` (width, height) one pixel of `reduced` spans along an axis.
+
+    A size that a whole factor explains, rounded up or down, has that factor: 2967 halved is 1484.
+
+    >>> exact_downsample((2220, 2967), (1110, 1484)), exact_downsample((100, 100), (40, 40))
+    (2.0, 2.5)
+    """
+    ratios = [whole / part for whole, part in zip(full, reduced, strict=True)]
+    mean = sum(ratios) / len(ratios)
+    factor = max(round(mean), 1)
+    explains = (
+        part in (whole // factor, -(-whole // factor)) for whole, part in zip(full, reduced, strict=True)
+    )
+    return float(factor) if all(explains) else mean
+
+
+def _check_region(region: Region, level: int, levels: tuple[Level, ...]) -> None:
+    if not 0 <= level < len(levels):
+        raise ShapeError(f"level {level} of a pyramid with {len(levels)} levels")
+    extent = levels[level]
+    if region.width <= 0 or region.height <= 0:
+        raise ShapeError(f"{region} is empty")
+    if region.clip(extent.width_px, extent.height_px) != region:
+        raise ShapeError(f"{region} leaves level {level}, {extent.width_px} x {extent.height_px} px")

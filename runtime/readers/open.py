@@ -1,0 +1,110 @@
+"""One door to all files with pixels: picks the reader by the ending, by content where that is not enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from darcnn.runtime.errors import InputError
+from darcnn.runtime.readers.picture import PictureReader, is_picture
+from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.readers.slide import SlideReader, detect_vendor
+from darcnn.runtime.readers.tiff import TiffReader, is_tiff
+
+__all__ = ["SUFFIXES", "open_source"]
+
+_HEAD_BYTES = 16  # enough for the magic bytes of every format
+
+Opener = Callable[[Path, bytes], Callable[..., Reader]]
+
+
+def open_source(
+    path: str | Path, *, z: int | None = None, t: int | None = None, mpp: float | None = None
+) -> Reader:
+    """Open a slide, TIFF or picture for reading; a context manager.
+
+    Args:
+        path: the file; of a slide of several files, the one that opens it (.mrxs, .vms, one .dcm).
+        z: which plane of a stack, from 0; may be left out where there is one only.
+        t: which moment of a series, likewise.
+        mpp: micrometres per pixel of level 0, in place of what the file says.
+    Raises:
+        InputError: no such file, a folder, empty, no permission, an unknown or damaged format, or
+            `z` or `t` is needed or out of range. The message names the file and the fix.
+        UsageError: `mpp` is no pixel size.
+    """
+    source = Path(path)
+    head = _read_head(source)
+    choose = _BY_SUFFIX.get(source.suffix.lower(), _by_content)
+    return choose(source, head)(source, z=z, t=t, mpp=mpp)
+
+
+def _read_head(path: Path) -> bytes:
+    if path.is_dir():
+        raise InputError("is a folder", where=path, fix="name the slide file inside it")
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(_HEAD_BYTES)
+    except FileNotFoundError as err:
+        raise InputError("no such file", where=path, fix="check the path") from err
+    except PermissionError as err:
+        raise InputError("may not be read", where=path, fix="ask for permission to read the file") from err
+    except OSError as err:
+        raise InputError(f"cannot be read ({err.strerror})", where=path, fix="check the disk") from err
+    if not head:
+        raise InputError("is empty (0 bytes)", where=path, fix="copy the file again")
+    return head
+
+
+def _slide(path: Path, head: bytes) -> type[SlideReader]:
+    return SlideReader
+
+
+def _picture(path: Path, head: bytes) -> type[PictureReader]:
+    return PictureReader
+
+
+def _tiff(path: Path, head: bytes) -> type[SlideReader] | type[TiffReader]:
+    """Scanners and microscopes share the ending: OpenSlide reads what a scanner's vendor marked."""
+    if detect_vendor(path) not in (None, "generic-tiff"):
+        return SlideReader
+    if is_tiff(head):
+        return TiffReader
+    raise InputError(
+        f"is neither a TIFF nor a slide, whatever its ending {path.suffix} says",
+        where=path,
+        fix="copy the file again or rename it after its real format",
+    )
+
+
+def _by_content(path: Path, head: bytes) -> Callable[..., Reader]:
+    if is_tiff(head):
+        return _tiff(path, head)
+    if detect_vendor(path) is not None:
+        return SlideReader
+    if is_picture(head):
+        return PictureReader
+    raise InputError("has an unknown format", where=path, fix=f"pass one of {' '.join(SUFFIXES)}")
+
+
+_BY_SUFFIX: dict[str, Opener] = {
+    ".tif": _tiff,
+    ".tiff": _tiff,
+    ".btf": _tiff,  # BigTIFF
+    ".tf8": _tiff,
+    ".svs": _tiff,  # Aperio; other programs write plain TIFF under this name
+    ".ndpi": _tiff,  # Hamamatsu
+    ".scn": _tiff,  # Leica
+    ".bif": _tiff,  # Ventana
+    ".mrxs": _slide,  # 3DHISTECH; the file itself is a JPEG
+    ".vms": _slide,  # Hamamatsu
+    ".vmu": _slide,
+    ".svslide": _slide,  # Sakura
+    ".dcm": _slide,  # DICOM
+    ".png": _picture,
+    ".jpg": _picture,
+    ".jpeg": _picture,
+    ".bmp": _picture,
+}
+
+SUFFIXES = tuple(_BY_SUFFIX)  # what a command may look for in a folder

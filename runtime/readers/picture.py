@@ -1,0 +1,121 @@
+"""Plain pictures through Pillow: PNG, JPEG and BMP."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import ImageOps
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.Image import Image
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+
+from darcnn.runtime.errors import InputError
+from darcnn.runtime.geometry import Level, Region
+from darcnn.runtime.readers.base import (
+    PlaneReader,
+    choose_plane,
+    make_channel_names,
+    make_slide_name,
+    settle_mpp,
+    to_pixels,
+)
+from darcnn.runtime.readers.protocol import Pixels, SlideInfo
+
+__all__ = ["PictureReader", "is_picture"]
+
+# The formats by their first bytes. Their classes are called directly: Image.open would refuse pictures
+# beyond 179 megapixels, as bombs, unless a global of Pillow were changed for the whole process.
+_FORMATS: dict[bytes, type[ImageFile]] = {
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"\xff\xd8\xff": JpegImageFile,
+    b"BM": BmpImageFile,
+}
+# What Pillow raises on damaged files: OSError for truncation, SyntaxError for a broken header or chunk,
+# the others from parsing sizes and compressed chunks.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_GREY_MODES = {"1": "L", "L": "L", "LA": "L", "I;16": "I;16", "I;16L": "I;16", "I;16B": "I;16"}
+_WIDE_MODES = {"I": "I", "F": "F"}  # 32-bit grey: float32 in the end
+
+
+def is_picture(head: bytes) -> bool:
+    """Tell whether a file that begins with `head` (8 bytes or more) is a PNG, JPEG or BMP."""
+    return any(head.startswith(magic) for magic in _FORMATS)
+
+
+class PictureReader(PlaneReader):
+    """One picture, decoded once and as a whole when opened; the file is closed right after.
+
+    Grey stays grey (8 or 16 bits), everything else becomes 8-bit RGB: palettes, CMYK, and colours with
+    16 bits, which Pillow reduces. Alpha is ignored, not blended: the colours under it are what was
+    measured. The EXIF orientation is applied. The resolution of a picture is that of a print or a
+    screen, so the pixel size is unknown unless `mpp` gives it.
+
+    Raises:
+        InputError: no PNG, JPEG or BMP; damaged; too large for the memory; or `z` or `t` names a plane
+            that is not there.
+        UsageError: `mpp` is no pixel size.
+    """
+
+    def __init__(
+        self, path: Path, *, z: int | None = None, t: int | None = None, mpp: float | None = None
+    ) -> None:
+        for axis, asked in (("z", z), ("t", t)):
+            choose_plane(axis, asked, 1, where=path)
+        size, source = settle_mpp(None, None, override=mpp)
+        pixels = _decode(path)
+        height, width, channels = pixels.shape
+        is_rgb = channels == 3
+        super().__init__(
+            SlideInfo(
+                path=path,
+                name=make_slide_name(path),
+                levels=(Level(0, width, height, 1.0),),
+                channel_names=make_channel_names((), channels, is_rgb=is_rgb),
+                dtype=pixels.dtype,
+                is_rgb=is_rgb,
+                mpp=size,
+                mpp_source=source,
+            )
+        )
+        self._pixels = pixels
+
+    def _read(self, region: Region, level: Level) -> Pixels:
+        return self._pixels[region.y0 : region.y1, region.x0 : region.x1].copy()
+
+    def _release(self) -> None:
+        self._pixels = np.empty((0, 0, 0))
+
+
+def _decode(path: Path) -> Pixels:
+    """Return all pixels of the file, (H, W, 1) or (H, W, 3)."""
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        opener = next((kind for magic, kind in _FORMATS.items() if head.startswith(magic)), None)
+        if opener is None:
+            raise InputError(
+                "is no PNG, JPEG or BMP picture", where=path, fix="rename it after its real format"
+            )
+        stream.seek(0)
+        try:
+            with opener(stream) as picture:
+                picture.load()
+                return _to_array(picture)
+        except _DAMAGED as err:
+            raise InputError(f"is damaged ({err})", where=path, fix="copy or export it again") from err
+        except MemoryError as err:
+            raise InputError(
+                "is too large to be decoded at once", where=path, fix="export it as a tiled TIFF"
+            ) from err
+
+
+def _to_array(picture: Image) -> Pixels:
+    upright = ImageOps.exif_transpose(picture)
+    mode = _GREY_MODES.get(upright.mode) or _WIDE_MODES.get(upright.mode) or "RGB"
+    converted = upright if upright.mode == mode else upright.convert(mode)
+    values = to_pixels(np.asarray(converted))
+    return values[:, :, None] if values.ndim == 2 else values  # (H, W, C)

@@ -1,0 +1,82 @@
+"""What every source of pixels offers: facts about it, and regions of any level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.geometry import Level, Region
+
+__all__ = ["Pixels", "Reader", "SlideInfo"]
+
+Pixels = NDArray[Any]  # (H, W, C), uint8, uint16 or float32, never transposed after the reader
+
+
+@dataclass(frozen=True, slots=True)
+class SlideInfo:
+    """Facts about one plane of a slide, image or array.
+
+    `mpp` is micrometres per pixel of level 0 (x, y), None where the file does not say; `mpp_source`
+    tells where it came from ("openslide.mpp-x", "OME PhysicalSizeX", "--mpp", ...). `is_rgb` is True
+    when the three channels are red, green and blue of one brightfield-like picture, False when they are
+    separate (fluorescence) channels or a single grey one.
+    """
+
+    path: Path | None
+    name: str
+    levels: tuple[Level, ...]
+    channel_names: tuple[str, ...]
+    dtype: np.dtype[Any]
+    is_rgb: bool
+    mpp: tuple[float, float] | None = None
+    mpp_source: str | None = None
+
+    @property
+    def width_px0(self) -> int:
+        """Width of level 0, pixels."""
+        return self.levels[0].width_px
+
+    @property
+    def height_px0(self) -> int:
+        """Height of level 0, pixels."""
+        return self.levels[0].height_px
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """An open source of pixels; a context manager.
+
+    `read` may be called from several threads at once. It returns a new array that the caller owns.
+    """
+
+    @property
+    def info(self) -> SlideInfo:
+        """Facts about the plane that `read` reads."""
+        ...
+
+    def read(self, region: Region, *, level: int) -> Pixels:
+        """Return (H, W, C) pixels of `region`, which lies inside `level` (pixels of that level).
+
+        Raises:
+            InputError: the file is damaged there.
+            ShapeError: the region is empty or leaves the level.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the file back; reading afterwards is an error. Closing twice is allowed."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...

@@ -1,0 +1,134 @@
+"""Whole slides through OpenSlide: SVS, NDPI, MRXS, SCN, BIF, VMS, SVSLIDE, DICOM and their like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openslide
+from numpy.typing import NDArray
+
+from darcnn.runtime.errors import InputError
+from darcnn.runtime.geometry import Level, Region
+from darcnn.runtime.readers.base import (
+    RGB_NAMES,
+    PlaneReader,
+    choose_plane,
+    make_slide_name,
+    plausible_mpp,
+    settle_mpp,
+)
+from darcnn.runtime.readers.protocol import Pixels, SlideInfo
+
+__all__ = ["SlideReader", "detect_vendor", "flatten_on_white"]
+
+
+def detect_vendor(path: Path) -> str | None:
+    """Return OpenSlide's name of the slide's format, None where OpenSlide does not know the file.
+
+    "generic-tiff" is any tiled TIFF, of which OpenSlide sees 8-bit colours only.
+    """
+    try:
+        vendor: str | None = openslide.OpenSlide.detect_format(path)
+    except openslide.OpenSlideError:  # half a header: known by name, but not to be opened
+        return None
+    return vendor
+
+
+def flatten_on_white(rgba: NDArray[np.uint8]) -> Pixels:
+    """Return (H, W, 3) uint8 colours of (H, W, 4) with straight alpha, laid on white paper.
+
+    Scanners leave out the glass between pieces of tissue; there alpha is 0 and the colour black.
+
+    >>> flatten_on_white(np.array([[[0, 0, 0, 0], [9, 8, 7, 255], [0, 0, 0, 51]]], np.uint8)).tolist()
+    [[[255, 255, 255], [9, 8, 7], [204, 204, 204]]]
+    """
+    colours, alpha = rgba[:, :, :3], rgba[:, :, 3:]
+    if bool((alpha == 255).all()):
+        return np.ascontiguousarray(colours)
+    opacity = alpha.astype(np.uint16)
+    # 127 rounds to nearest; the sum is at most 255 * 255 + 127 and fits
+    return ((colours * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
+
+
+class SlideReader(PlaneReader):
+    """One slide, RGB uint8, all levels of its pyramid; glass that was not scanned is white.
+
+    OpenSlide places a region of a reduced level by whole pixels of level 0, so where a level's
+    downsample is not a whole number, pixels shift by up to half a pixel of level 0. It may be read from
+    several threads without a lock. After one damaged tile it refuses the whole file, and so do we.
+
+    Raises:
+        InputError: OpenSlide cannot open the file, or `z` or `t` names a plane that is not there.
+        UsageError: `mpp` is no pixel size.
+    """
+
+    def __init__(
+        self, path: Path, *, z: int | None = None, t: int | None = None, mpp: float | None = None
+    ) -> None:
+        for axis, asked in (("z", z), ("t", t)):
+            choose_plane(axis, asked, 1, where=path)
+        settle_mpp(None, None, override=mpp)  # a wrong option is told before the file is opened
+        try:
+            slide = openslide.OpenSlide(path)
+            info = _describe(slide, path, mpp)
+        except openslide.OpenSlideUnsupportedFormatError as err:
+            raise InputError(
+                "is no slide that OpenSlide knows", where=path, fix="export it as a pyramidal OME-TIFF"
+            ) from err
+        except (openslide.OpenSlideError, OSError) as err:
+            raise InputError(
+                f"cannot be opened as a slide ({err})",
+                where=path,
+                fix="copy it again, with the files that belong to it",
+            ) from err
+        super().__init__(info)
+        self._slide = slide
+
+    def _read(self, region: Region, level: Level) -> Pixels:
+        corner_px0 = (round(region.x0 * level.downsample), round(region.y0 * level.downsample))
+        extent = (int(region.width), int(region.height))
+        try:
+            image = self._slide.read_region(corner_px0, level.index, extent)
+        except openslide.OpenSlideError as err:
+            raise InputError(
+                f"is damaged near x {corner_px0[0]}, y {corner_px0[1]} ({err})",
+                where=str(self._info.path),
+                fix="copy it again from the scanner",
+            ) from err
+        return flatten_on_white(np.asarray(image))
+
+    def _release(self) -> None:
+        self._slide.close()
+
+
+def _describe(slide: Any, path: Path, mpp: float | None) -> SlideInfo:
+    properties = slide.properties
+    found = plausible_mpp(
+        _number(properties, openslide.PROPERTY_NAME_MPP_X),
+        _number(properties, openslide.PROPERTY_NAME_MPP_Y),
+    )
+    size, source = settle_mpp(found, openslide.PROPERTY_NAME_MPP_X, override=mpp)
+    sizes = zip(slide.level_dimensions, slide.level_downsamples, strict=True)
+    return SlideInfo(
+        path=path,
+        name=make_slide_name(path),
+        levels=tuple(
+            Level(index, width, height, float(downsample))
+            for index, ((width, height), downsample) in enumerate(sizes)
+        ),
+        channel_names=RGB_NAMES,
+        dtype=np.dtype(np.uint8),
+        is_rgb=True,
+        mpp=size,
+        mpp_source=source,
+    )
+
+
+def _number(properties: Mapping[str, str], name: str) -> float | None:
+    try:
+        return float(properties[name])
+    except (KeyError, ValueError):  # absent, or not a number: the pixel size is unknown
+        return None

@@ -1,0 +1,312 @@
+"""TIFF through tifffile: plain, tiled, BigTIFF, pyramids, ImageJ and OME-TIFF with any order of axes."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from darcnn.runtime.errors import InputError
+from darcnn.runtime.geometry import Level, Region
+from darcnn.runtime.readers.base import (
+    PlaneReader,
+    choose_plane,
+    exact_downsample,
+    make_channel_names,
+    make_slide_name,
+    pixel_type,
+    settle_mpp,
+    to_pixels,
+)
+from darcnn.runtime.readers.protocol import Pixels, SlideInfo
+from darcnn.runtime.readers.tiff_metadata import (
+    Axes,
+    PixelSize,
+    lay_out,
+    locate_channels,
+    ome_facts,
+    tag_pixel_size,
+)
+from darcnn.runtime.readers.tiff_pages import PageFiles, PageSource, SegmentGrid, damaged
+
+__all__ = ["TiffReader", "is_tiff"]
+
+_PHOTOMETRIC = tifffile.PHOTOMETRIC
+_JPEG = (6, 7, 33007, 34892)  # tifffile turns YCbCr into RGB in these compressions only
+_ALPHA = ((1,), (2,))  # ExtraSamples: alpha, associated or not
+# What tifffile raises on files that end early or lie about their directories (found by flipping bytes):
+# its own TiffFileError is a ValueError, the others come from parsing what was read.
+_UNREADABLE = (ValueError, OSError, LookupError, ArithmeticError, TypeError, RuntimeError, struct.error)
+
+_Levels = tuple[tuple[tuple[PageSource, int], ...], ...]  # level, channel: page and slice of its volume
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A plane as it lies in the file: for each level, the page and slice of each channel."""
+
+    levels: _Levels
+    n_channels: int  # how many of the stored values are delivered; alpha comes behind them
+    is_rgb: bool
+    tint: Callable[[NDArray[Any]], NDArray[Any]] | None = None  # stored values to what they mean
+
+
+class TiffReader(PlaneReader):
+    """One plane of the first image of a TIFF, with the levels of its pyramid.
+
+    Axes come from the metadata: C and the samples of a pixel are channels, T is time, all other axes
+    (Z, pages without a name) count together as z. Reduced images (SubIFDs, or pages that halve, third
+    or quarter the one before) are levels. RGB loses alpha and other extra samples, a palette becomes
+    RGB (but in ImageJ files, where it only tints), white-is-zero is inverted. uint8 and uint16 stay,
+    bits become 0 and 255, all other real numbers float32.
+
+    A region reads and decodes only the strips or tiles under it, from several threads at once.
+
+    Raises:
+        InputError: no TIFF, damaged or truncated, no image or one of an unknown kind (CMYK, CIELAB,
+            complex numbers); or several planes along z or t, of which none or a missing one was asked for.
+        UsageError: `mpp` is no pixel size.
+    """
+
+    def __init__(
+        self, path: Path, *, z: int | None = None, t: int | None = None, mpp: float | None = None
+    ) -> None:
+        settle_mpp(None, None, override=mpp)  # a wrong option is told before the file is opened
+        try:
+            with tifffile.TiffFile(path) as tiff:
+                info, stored = _describe(tiff, path, z=z, t=t, mpp=mpp)
+            files = PageFiles({page.path for level in stored.levels for page, _ in level})
+        except _UNREADABLE as err:
+            raise InputError(
+                f"cannot be read as a TIFF ({err})",
+                where=path,
+                fix="copy it again, or export it as OME-TIFF",
+            ) from err
+        super().__init__(info)
+        self._stored = stored
+        self._files = files
+
+    def _read(self, region: Region, level: Level) -> Pixels:
+        parts = [self._files.read(page, region, depth) for page, depth in self._stored.levels[level.index]]
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)  # (H, W, C)
+        if self._stored.tint is not None:
+            values = self._stored.tint(values)
+        return to_pixels(values[:, :, : self._stored.n_channels])
+
+    def _release(self) -> None:
+        self._files.close()
+
+
+def is_tiff(head: bytes) -> bool:
+    """Tell whether a file that begins with `head` (4 bytes or more) is a TIFF or BigTIFF."""
+    return head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def _describe(
+    tiff: tifffile.TiffFile, path: Path, *, z: int | None, t: int | None, mpp: float | None
+) -> tuple[SlideInfo, _Stored]:
+    """Return the facts and the pages of one plane of an open file."""
+    if len(tiff.pages):
+        _check_chain(tiff, path)
+    series = next((s for s in tiff.series if _axes_of(s) is not None), None)
+    axes = None if series is None else _axes_of(series)
+    if series is None or axes is None:
+        raise InputError("holds no image", where=path, fix="export it as OME-TIFF")
+    dtype = pixel_type(series.dtype)
+    if dtype is None:
+        raise InputError(f"has pixels of type {series.dtype}", where=path, fix="export real numbers")
+    plane_z = choose_plane("z", z, axes.count("Z"), where=path)
+    plane_t = choose_plane("t", t, axes.count("T"), where=path)
+    # a pyramid may thin out z as well: such levels have other planes and are left out
+    reduced = [s for s in series.levels if _same_planes(axes, _axes_of(s))]
+    pages = tuple(_pages_of(s, path, z=plane_z, t=plane_t) for s in reduced)
+    n_values = sum(page.grid.n_samples * page.grid.n_contiguous for page, _ in pages[0])
+    stored = _colours(series, path, pages, n_values)
+    size, names = _facts(tiff, series)
+    found, source = settle_mpp(size.mpp if size else None, size.source if size else None, override=mpp)
+    info = SlideInfo(
+        path=path,
+        name=make_slide_name(path),
+        levels=_levels(pages),
+        channel_names=make_channel_names(names, stored.n_channels, is_rgb=stored.is_rgb),
+        dtype=np.dtype(np.uint8) if stored.is_rgb and n_values == 1 else dtype,
+        is_rgb=stored.is_rgb,
+        mpp=found,
+        mpp_source=source,
+    )
+    return info, stored
+
+
+def _axes_of(series: tifffile.TiffPageSeries) -> Axes | None:
+    page = series.keyframe
+    return lay_out(series.get_axes(False), series.get_shape(False), page.axes, page.shape)
+
+
+def _same_planes(full: Axes, reduced: Axes | None) -> bool:
+    return reduced is not None and all(full.count(role) == reduced.count(role) for role in "ZTC")
+
+
+def _levels(pages: _Levels) -> tuple[Level, ...]:
+    sizes = [(channels[0][0].grid.width, channels[0][0].grid.height) for channels in pages]
+    return tuple(Level(i, *size, exact_downsample(sizes[0], size)) for i, size in enumerate(sizes))
+
+
+def _pages_of(
+    series: tifffile.TiffPageSeries, path: Path, *, z: int, t: int
+) -> tuple[tuple[PageSource, int], ...]:
+    """Return the page and slice of each channel; channels inside one page (samples) share an entry."""
+    axes = _axes_of(series)
+    if axes is None:
+        raise InputError("has a level of another shape", where=path, fix="export it as OME-TIFF")
+    sources: dict[int, PageSource] = {}
+    places = locate_channels(axes, z=z, t=t)
+    for place in places:
+        if place.page not in sources:
+            sources[place.page] = _page_source(series, place.page, path)
+    return tuple((sources[place.page], place.depth) for place in places)
+
+
+def _page_source(series: tifffile.TiffPageSeries, index: int, path: Path) -> PageSource:
+    keyframe = series.keyframe
+    samples, depth, height, width, contiguous = keyframe.shaped
+    tiled = keyframe.is_tiled
+    tile = (
+        (keyframe.tiledepth, keyframe.tilelength, keyframe.tilewidth)
+        if tiled
+        else (1, keyframe.rowsperstrip, width)
+    )
+    grid = SegmentGrid(samples, depth, height, width, contiguous, *tile)
+    if min(astuple(grid)) < 1:
+        raise damaged(path, "has tiles or strips without pixels")
+    dtype = series.dtype.newbyteorder(keyframe.parent.byteorder)
+    page: tifffile.TiffPage | tifffile.TiffFrame | None = keyframe
+    raw_offset: int | None = None
+    if series.dataoffset is not None and not series.is_multifile:
+        # all pages in one run of bytes, of which the file may list the first only
+        raw_offset = series.dataoffset + index * grid.n_values * dtype.itemsize
+    else:
+        page = series[index]
+        raw_offset = None if page is None else _raw_offset(page)
+    if page is None:
+        raise InputError(
+            "lacks a plane that lies in another file",
+            where=path,
+            fix="put the files of the OME-TIFF side by side under their first names",
+        )
+    source = PageSource(
+        path=Path(page.parent.filehandle.path),
+        grid=grid,
+        dtype=dtype,
+        raw_offset=raw_offset,
+        offsets=_whole(page.dataoffsets, grid.n_segments),
+        byte_counts=_whole(page.databytecounts, grid.n_segments),
+        decode=keyframe.decode,
+        decode_options=_decode_options(keyframe, page),
+        fill=keyframe.nodata,
+    )
+    _check_complete(source)
+    return source
+
+
+def _raw_offset(page: tifffile.TiffPage | tifffile.TiffFrame) -> int | None:
+    """Return where an uncompressed page begins if its strips follow one another, else None."""
+    starts, counts = page.dataoffsets, page.databytecounts
+    if not page.is_final or not starts or not starts[0]:
+        return None
+    # tifffile tells this of the first page of a series only
+    gaps = (start + n != after for start, n, after in zip(starts, counts, starts[1:], strict=False))
+    return None if any(gaps) else int(starts[0])
+
+
+def _decode_options(
+    keyframe: tifffile.TiffPage, page: tifffile.TiffPage | tifffile.TiffFrame
+) -> dict[str, Any]:
+    if keyframe.compression in _JPEG:
+        return {"jpegtables": page.jpegtables, "jpegheader": keyframe.jpegheader}
+    return {}
+
+
+def _whole(values: Sequence[Any], n: int) -> tuple[int, ...]:
+    """Return the first `n` of a tag's values as integers; a damaged tag may hold anything."""
+    return tuple(int(value) for value in values[:n])
+
+
+def _check_chain(tiff: tifffile.TiffFile, path: Path) -> None:
+    """Refuse a file that ends before the last of its pages; tifffile would only log that."""
+    layout, stream = tiff.tiff, tiff.filehandle
+    page = tiff.pages[-1]
+    stream.seek(page.offset)
+    (n_tags,) = struct.unpack(layout.tagnoformat, stream.read(layout.tagnosize))
+    stream.seek(page.offset + layout.tagnosize + n_tags * layout.tagsize)
+    (after,) = struct.unpack(layout.offsetformat, stream.read(layout.offsetsize))
+    if after >= stream.size:
+        raise damaged(path, "is truncated")
+
+
+def _check_complete(source: PageSource) -> None:
+    n_listed = min(len(source.offsets), len(source.byte_counts))
+    if min((*source.offsets, *source.byte_counts, source.raw_offset or 0)) < 0:
+        raise damaged(source.path, "has strips or tiles outside of the file")
+    if source.raw_offset is None and n_listed < source.grid.n_segments:
+        raise damaged(source.path, "does not list all of its strips or tiles")
+    if source.end > source.path.stat().st_size:
+        raise damaged(source.path, "is truncated")
+
+
+def _colours(series: tifffile.TiffPageSeries, path: Path, levels: _Levels, n_values: int) -> _Stored:
+    """Return the plane with the meaning of its values, which the photometric tag gives."""
+    keyframe = series.keyframe
+    photometric, samples = keyframe.photometric, keyframe.samplesperpixel
+    has_one_page = samples == n_values
+    if photometric == _PHOTOMETRIC.PALETTE and n_values == 1 and series.kind != "imagej":
+        return _Stored(levels, 3, is_rgb=True, tint=_make_palette(keyframe.colormap))
+    is_decoded_ycbcr = photometric == _PHOTOMETRIC.YCBCR and keyframe.compression in _JPEG
+    if photometric == _PHOTOMETRIC.RGB or is_decoded_ycbcr:
+        is_rgb = samples >= 3 and has_one_page
+        return _Stored(levels, 3 if is_rgb else n_values, is_rgb=is_rgb)
+    is_grey_with_alpha = has_one_page and samples == 2 and keyframe.extrasamples[:1] in _ALPHA
+    n_channels = 1 if is_grey_with_alpha else n_values
+    if photometric in (_PHOTOMETRIC.MINISBLACK, _PHOTOMETRIC.PALETTE, _PHOTOMETRIC.MASK):
+        return _Stored(levels, n_channels, is_rgb=False)
+    if photometric == _PHOTOMETRIC.MINISWHITE:
+        # only types without a sign have a white to count down from
+        invert = np.invert if series.dtype.kind in "ub" else None
+        return _Stored(levels, n_channels, is_rgb=False, tint=invert)
+    kind = getattr(photometric, "name", photometric)
+    raise InputError(
+        f"has colours of an unsupported kind ({kind})", where=path, fix="export it as RGB or grey"
+    )
+
+
+def _make_palette(colours: NDArray[Any] | None) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """Return the function from (H, W, 1) indices to (H, W, 3) uint8 colours."""
+    if colours is None:
+        raise ValueError("a palette image without a palette")
+    table = (np.asarray(colours).T >> 8).astype(np.uint8)  # (n, 3); TIFF stores colours in 16 bits
+    return lambda indices: table[indices[:, :, 0].astype(np.intp)]  # a bit would be a mask
+
+
+def _facts(
+    tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries
+) -> tuple[PixelSize | None, tuple[str | None, ...]]:
+    """Return the pixel size and the channel names, OME before ImageJ before the resolution tags."""
+    size, names = ome_facts(tiff.ome_metadata) if tiff.ome_metadata else (None, ())
+    if size is None:
+        tags = series.keyframe.tags
+        x, y = (_ratio(tags.valueof(name)) for name in ("XResolution", "YResolution"))
+        unit = int(tags.valueof("ResolutionUnit", 2))  # 2, inch, is the default of the standard
+        size = tag_pixel_size((x, y), unit=unit, imagej=tiff.imagej_metadata)
+    return size, names
+
+
+def _ratio(value: Any) -> float:
+    """Return a rational tag as a number, 0 where it is absent or broken."""
+    if not isinstance(value, tuple) or len(value) != 2 or not value[1]:
+        return 0.0
+    return float(value[0] / value[1])

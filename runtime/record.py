@@ -1,0 +1,130 @@
+"""run.json: what a result was made of, so that it can be made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from darcnn.runtime.errors import InputError
+from darcnn.runtime.manifest import manifest_to_json
+from darcnn.runtime.readers.protocol import SlideInfo
+from darcnn.runtime.segmenter import Segmenter, SlidePlan
+
+__all__ = ["fingerprint", "installed_version", "make_record"]
+
+_RECORD_FORMAT = 1
+_LIBRARIES = (
+    "contourpy",
+    "numpy",
+    "onnxruntime",
+    "openslide-python",
+    "pillow",
+    "pyarrow",
+    "shapely",
+    "tifffile",
+    "zarr",
+)
+_END_BYTES = 1 << 20  # a slide is known by its first and last MiB; reading all of it would take minutes
+_DIGITS = 3  # of seconds
+
+
+def make_record(
+    segmenter: Segmenter,
+    info: SlideInfo,
+    plan: SlidePlan,
+    *,
+    options: Mapping[str, Any],
+    counts: Mapping[str, int],
+    seconds: Mapping[str, float],
+    warnings: Sequence[str],
+) -> bytes:
+    """Return the content of run.json: versions, model, options, slide, plan, counts, times, warnings."""
+    manifest = manifest_to_json(segmenter.manifest)
+    content: dict[str, Any] = {
+        "format": _RECORD_FORMAT,
+        "versions": _versions(),
+        "model": {
+            "name": segmenter.manifest.name,
+            # the manifest holds the sha256 of every graph, so its own says which model it was
+            "manifest_sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
+            "files": dict(segmenter.manifest.files),
+            "min_score": segmenter.min_score,
+        },
+        "engine": segmenter.engine.spec.name,
+        "options": dict(options),
+        "input": {
+            "name": info.name,
+            "file": None if info.path is None else fingerprint(info.path),
+            "width_px": info.width_px0,
+            "height_px": info.height_px0,
+            "channels": list(info.channel_names),
+            "dtype": str(info.dtype),
+            "mpp": plan.mpp,
+            "mpp_source": plan.mpp_source,
+        },
+        "network": {
+            "level": plan.level.index,
+            "scale": plan.scale,
+            "width_px": plan.width,
+            "height_px": plan.height,
+            "channel": plan.channel,
+        },
+        "counts": dict(counts),
+        "seconds": {stage: round(value, _DIGITS) for stage, value in seconds.items()},
+        "warnings": list(warnings),
+    }
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Return name, size and sha256 of a file: of all of it up to 2 MiB, else of both ends and the size.
+
+    A slide that is a folder is known by its name only.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if path.is_dir():
+        return {"name": path.name, "size": None, "sha256": None, "of": "nothing"}
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if size <= 2 * _END_BYTES:
+                return {"name": path.name, "size": size, "sha256": _sha256(file.read()), "of": "all"}
+            head = file.read(_END_BYTES)
+            file.seek(size - _END_BYTES)
+            content = head + file.read(_END_BYTES) + str(size).encode()
+    except OSError as err:
+        raise InputError(f"cannot be read ({err.strerror})", where=path, fix="check the disk") from err
+    return {"name": path.name, "size": size, "sha256": _sha256(content), "of": "first and last MiB and size"}
+
+
+def installed_version() -> str:
+    """Return darcnn's own version; "unknown" when it runs from files that were never installed."""
+    return _version("darcnn") or "unknown"
+
+
+def _versions() -> dict[str, str]:
+    libraries = {name: _version(name) for name in _LIBRARIES}
+    return {
+        "darcnn": installed_version(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        **{name: version for name, version in libraries.items() if version is not None},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,153 @@
+"""Tiles at network resolution: read a level, apply the intensity rule, resample, reflect at the edges."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from darcnn.runtime.geometry import Level, Region
+from darcnn.runtime.intensity import IntensityRule, Window, apply_window, measure_window, select_channels
+from darcnn.runtime.planning import SlidePlan
+from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.tiling import Tile
+
+__all__ = ["TileSampler", "measure_slide"]
+
+MIN_SAMPLE_PX = 1 << 18  # 0.25 Mpx say enough of the brightness of a slide
+MAX_SAMPLE_PX = 1 << 24  # 16 Mpx at most are held to measure it
+SAMPLE_GRID = 8  # 8 x 8 regions stand for a level that is larger
+MAX_COARSER = 4.0  # a level up to 4 times coarser than the model's pixels still shows its objects
+MAX_BLOCK_PX = 4096  # the side of what is read at once, pixels of the level
+
+
+class TileSampler:
+    """Reads the tiles of one plan from one reader; `read` may be called from several threads."""
+
+    def __init__(self, reader: Reader, plan: SlidePlan, window: Window, *, channels: int) -> None:
+        self._reader = reader
+        self._plan = plan
+        self._window = window
+        self._channels = channels
+        # pixels of the level per network pixel
+        self._factor_x = plan.level.width_px / plan.width
+        self._factor_y = plan.level.height_px / plan.height
+
+    def read(self, tile: Tile) -> NDArray[np.uint8]:
+        """Return (S, S, C) for the tile's read region; beyond the slide's edges its pixels are reflected.
+
+        The same network pixel has the same value in every tile, to one grey level.
+        """
+        x = _reflect(tile.read.x0, tile.read.x1, self._plan.width)
+        y = _reflect(tile.read.y0, tile.read.y1, self._plan.height)
+        needed = Region(int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1)
+        pixels = self._sample(needed)
+        return pixels[np.ix_(y - needed.y0, x - needed.x0)]
+
+    def _sample(self, region: Region) -> NDArray[np.uint8]:
+        """Return the network pixels of `region`, inside the slide, in blocks of bounded size."""
+        result = np.empty((region.height, region.width, self._channels), np.uint8)
+        step_x = max(1, int(MAX_BLOCK_PX / self._factor_x))
+        step_y = max(1, int(MAX_BLOCK_PX / self._factor_y))
+        for y0 in range(region.y0, region.y1, step_y):
+            for x0 in range(region.x0, region.x1, step_x):
+                block = Region(x0, y0, min(x0 + step_x, region.x1), min(y0 + step_y, region.y1))
+                result[
+                    block.y0 - region.y0 : block.y1 - region.y0, block.x0 - region.x0 : block.x1 - region.x0
+                ] = self._sample_block(block)
+        return result
+
+    def _sample_block(self, block: Region) -> NDArray[np.uint8]:
+        level, factor_x, factor_y = self._plan.level, self._factor_x, self._factor_y
+        if factor_x == 1.0 and factor_y == 1.0:
+            return self._read_level(block)
+        # where the block's borders lie on the level, and the pixels that weigh in from beyond them
+        left, right = block.x0 * factor_x, block.x1 * factor_x
+        top, bottom = block.y0 * factor_y, block.y1 * factor_y
+        margin_x, margin_y = (math.ceil(max(1.0, factor)) + 1 for factor in (factor_x, factor_y))
+        source = Region(
+            math.floor(left) - margin_x,
+            math.floor(top) - margin_y,
+            math.ceil(right) + margin_x,
+            math.ceil(bottom) + margin_y,
+        ).clip(level.width_px, level.height_px)
+        pixels = self._read_level(source)
+        box = (  # the last bit of a product may overshoot the last pixel
+            left - source.x0,
+            top - source.y0,
+            min(right - source.x0, source.width),
+            min(bottom - source.y0, source.height),
+        )
+        size = (block.width, block.height)
+        bands = [
+            np.asarray(
+                Image.fromarray(np.ascontiguousarray(pixels[:, :, band])).resize(
+                    size, Image.Resampling.BILINEAR, box=box
+                )
+            )
+            for band in range(pixels.shape[2])
+        ]
+        return np.stack(bands, axis=2)  # (h, w, C)
+
+    def _read_level(self, region: Region) -> NDArray[np.uint8]:
+        pixels = self._reader.read(region, level=self._plan.level.index)
+        is_rgb = self._reader.info.is_rgb
+        chosen = select_channels(pixels, is_rgb=is_rgb, channels=self._channels, channel=self._plan.channel)
+        return apply_window(chosen, self._window)
+
+
+def measure_slide(reader: Reader, plan: SlidePlan, rule: IntensityRule, *, channels: int) -> Window:
+    """Return the window of `rule` for the slide, the same for every tile.
+
+    Percentiles are taken of the coarsest level that has 0.25 Mpx and is at most 4 times coarser than
+    the model's pixels; of the whole level if it has up to 16 Mpx, else of 64 regions spread evenly.
+    """
+    info = reader.info
+    if not rule.needs_statistics:
+        return measure_window(rule, np.empty(0, info.dtype))
+    serving = [
+        level
+        for level in info.levels
+        if level.width_px * level.height_px >= MIN_SAMPLE_PX and level.downsample * plan.scale <= MAX_COARSER
+    ]
+    level = max(serving, key=lambda level: level.downsample, default=info.levels[0])
+    samples: list[NDArray[Any]] = []
+    for region in _sample_regions(level):
+        pixels = reader.read(region, level=level.index)
+        chosen = select_channels(pixels, is_rgb=info.is_rgb, channels=channels, channel=plan.channel)
+        samples.append(chosen.reshape(-1))
+    return measure_window(rule, np.concatenate(samples))
+
+
+def _sample_regions(level: Level) -> list[Region]:
+    """Return the whole level, or 64 regions of it, each in the middle of its field of an 8 x 8 grid."""
+    if level.width_px * level.height_px <= MAX_SAMPLE_PX:
+        return [Region(0, 0, level.width_px, level.height_px)]
+    share = MAX_SAMPLE_PX / (level.width_px * level.height_px)  # of the pixels of a field
+    spans = []
+    for extent in (level.width_px, level.height_px):
+        bounds = [extent * k // SAMPLE_GRID for k in range(SAMPLE_GRID + 1)]
+        axis = []
+        for low, high in pairwise(bounds):
+            length = max(1, int((high - low) * math.sqrt(share)))
+            start = low + (high - low - length) // 2
+            axis.append((start, start + length))
+        spans.append(axis)
+    return [Region(x0, y0, x1, y1) for y0, y1 in spans[1] for x0, x1 in spans[0]]
+
+
+def _reflect(start: int, stop: int, n: int) -> NDArray[np.int64]:
+    """Return the pixel of `0..n-1` that stands at each of `start..stop-1`; the last pixel is not doubled.
+
+    >>> _reflect(-3, 7, 4)
+    array([3, 2, 1, 0, 1, 2, 3, 2, 1, 0])
+    """
+    at = np.arange(start, stop)
+    if n == 1:
+        return np.zeros_like(at)
+    at = at % (2 * (n - 1))
+    return np.minimum(at, 2 * (n - 1) - at)

@@ -1,0 +1,292 @@
+"""The waist: pixels in, instances out; no files and no globals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.boxes import clip_boxes, non_maximum_suppression
+from darcnn.runtime.engines.protocol import Detections, Engine
+from darcnn.runtime.errors import ShapeError
+from darcnn.runtime.instances import Instances
+from darcnn.runtime.intensity import Window
+from darcnn.runtime.manifest import Manifest
+from darcnn.runtime.masks import outline_mask
+from darcnn.runtime.planning import SlidePlan, plan_slide
+from darcnn.runtime.readers.array import ArrayReader
+from darcnn.runtime.readers.protocol import Reader, SlideInfo
+from darcnn.runtime.sampling import TileSampler, measure_slide
+from darcnn.runtime.tiling import Tile, owns
+
+if TYPE_CHECKING:
+    from darcnn.runtime.pipeline import RunOptions, RunSummary
+
+__all__ = ["Segmenter", "SlidePlan"]
+
+EDGE_PX = 1.0  # a box this close to a tile's edge touches it
+
+
+class Segmenter:
+    """Finds the objects of images and slides with one engine; one thread at a time.
+
+    Owns the engine: closing the segmenter closes it.
+    """
+
+    def __init__(self, engine: Engine, manifest: Manifest, *, min_score: float | None = None) -> None:
+        """Join an engine and the manifest of its model; `min_score` None takes the manifest's.
+
+        Raises:
+            ShapeError: the engine was made for tiles of another size.
+        """
+        spec, wants = engine.spec, manifest.input
+        if (spec.tile_px, spec.channels) != (wants.tile_px, wants.channels):
+            raise ShapeError(f"engine {spec} does not fit the manifest's input {wants}")
+        self._engine = engine
+        self._manifest = manifest
+        self._min_score = manifest.limits.min_score if min_score is None else min_score
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the model says of itself."""
+        return self._manifest
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the graphs."""
+        return self._engine
+
+    @property
+    def min_score(self) -> float:
+        """Objects below this score are not reported."""
+        return self._min_score
+
+    def __call__(
+        self,
+        image: NDArray[Any] | Reader,
+        *,
+        mpp: float | None = None,
+        diameter_px: float | None = None,
+        channel: int | None = None,
+    ) -> Instances:
+        """Return the objects of a whole image.
+
+        An array is taken to be at the model's pixel size already, unless `mpp` (micrometres per
+        pixel) or `diameter_px` (of a typical object) says otherwise; a reader's own pixel size counts.
+
+        Args:
+            image: (H, W) or (H, W, C), any type, or an open reader, which stays open.
+        Raises:
+            InputError: the pixel size or the channels do not serve.
+        """
+        if isinstance(image, Reader):
+            plan = self.plan(image.info, mpp=mpp, diameter_px=diameter_px, channel=channel)
+            return self.segment(image, plan)
+        with ArrayReader(image) as reader:
+            plan = self.plan(
+                reader.info, mpp=mpp, diameter_px=diameter_px, pixels=mpp is None, channel=channel
+            )
+            return self.segment(reader, plan)
+
+    def plan(
+        self,
+        info: SlideInfo,
+        *,
+        mpp: float | None = None,
+        diameter_px: float | None = None,
+        pixels: bool = False,
+        channel: int | None = None,
+    ) -> SlidePlan:
+        """Return how this model reads a slide: level, scale, tiles, channel. Nothing is read.
+
+        Args:
+            info: facts about the slide.
+            mpp: micrometres per level-0 pixel, in place of what the file says.
+            diameter_px: of a typical object, level-0 pixels; decides the scale alone.
+            pixels: take the level-0 pixels as they are.
+            channel: which of several channels.
+        Raises:
+            InputError: no pixel size, not square, or far from the model's; several channels, none chosen.
+            UsageError: an option is out of range.
+        """
+        return plan_slide(
+            self._manifest.input, info, mpp=mpp, diameter_px=diameter_px, pixels=pixels, channel=channel
+        )
+
+    def run(
+        self,
+        reader: Reader,
+        out_dir: Path,
+        *,
+        options: RunOptions | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> RunSummary:
+        """Find the objects of a slide and write them to files: `darcnn.runtime.pipeline.run_slide`."""
+        from darcnn.runtime.pipeline import run_slide  # here: the waist itself knows no files
+
+        return run_slide(self, reader, out_dir, options=options, progress=progress)
+
+    def measure(self, reader: Reader, plan: SlidePlan) -> Window:
+        """Return the raw values that become 0 and 255 on this slide; read only if the rule asks for it."""
+        model = self._manifest.input
+        return measure_slide(reader, plan, model.intensity, channels=model.channels)
+
+    def sampler(self, reader: Reader, plan: SlidePlan, window: Window) -> TileSampler:
+        """Return what reads tiles as this model eats them; its `read` may run in several threads."""
+        return TileSampler(reader, plan, window, channels=self._manifest.input.channels)
+
+    def stream(
+        self,
+        reader: Reader,
+        plan: SlidePlan | None = None,
+        *,
+        tiles: Sequence[Tile] | None = None,
+        window: Window | None = None,
+    ) -> Iterator[tuple[Tile, Instances]]:
+        """Yield each tile with the objects that it owns, in the order given.
+
+        At most one batch of tiles is held. What a tile yields depends on neither the batch size nor
+        the other tiles asked for.
+
+        Args:
+            reader: the open slide; stays open.
+            plan: from `plan`, None for `plan(reader.info)`.
+            tiles: some of the plan's tiles, None for all.
+            window: from `measure`, None to measure now.
+        """
+        plan = self.plan(reader.info) if plan is None else plan
+        window = self.measure(reader, plan) if window is None else window
+        sampler = self.sampler(reader, plan, window)
+        shape = (reader.info.height_px0, reader.info.width_px0)
+        waiting = iter(plan.tiles if tiles is None else tiles)
+        while batch := list(islice(waiting, self._engine.spec.batch)):
+            pixels = [sampler.read(tile) for tile in batch]
+            yield from zip(batch, self.segment_batch(plan, shape, batch, pixels), strict=True)
+
+    def segment_batch(
+        self,
+        plan: SlidePlan,
+        shape: tuple[int, int],
+        tiles: Sequence[Tile],
+        pixels: Sequence[NDArray[np.uint8]],
+    ) -> list[Instances]:
+        """Return the objects that each of up to `engine.spec.batch` tiles owns, level-0 pixels.
+
+        Args:
+            plan: of the slide.
+            shape: (H, W) of level 0.
+            tiles: B of the plan's tiles.
+            pixels: B arrays (S, S, C) of `TileSampler.read`.
+        """
+        spec = self._engine.spec
+        batch = np.zeros((spec.batch, spec.tile_px, spec.tile_px, spec.channels), np.uint8)
+        batch[: len(tiles)] = np.stack(pixels)
+        detections = self._engine.detect(batch)
+        slots = [self._owned(detections, index, tile, plan) for index, tile in enumerate(tiles)]
+        tile_index = np.repeat(np.arange(len(tiles)), [len(slot) for slot in slots])
+        boxes = detections.boxes[tile_index, np.concatenate(slots)]  # (M, 4) tile px
+        scores = detections.scores[tile_index, np.concatenate(slots)]  # (M,)
+        masks = np.zeros((0, spec.mask_px, spec.mask_px), np.float32)
+        if len(boxes):
+            masks = self._engine.masks(detections, boxes, tile_index)
+        return [
+            _place(plan, shape, tile, boxes[rows], scores[rows], masks[rows])
+            for index, tile in enumerate(tiles)
+            for rows in [np.flatnonzero(tile_index == index)]
+        ]
+
+    def segment(self, reader: Reader, plan: SlidePlan) -> Instances:
+        """Return the objects of the whole slide as `plan` reads it; for images that fit in memory."""
+        shape = (reader.info.height_px0, reader.info.width_px0)
+        return Instances.concatenate(shape, [found for _, found in self.stream(reader, plan)])
+
+    def _owned(self, detections: Detections, index: int, tile: Tile, plan: SlidePlan) -> NDArray[np.int64]:
+        """Return the slots of tile number `index` whose objects are good enough and lie in its core."""
+        scores = detections.scores[index]
+        slots = np.flatnonzero((scores > 0) & (scores >= self._min_score))
+        if not detections.converged[index]:
+            # After an even number of rounds the graph keeps all that greedy suppression keeps, and
+            # perhaps more; greedy suppression of that set keeps what it keeps of the whole.
+            # Objects below min_score never suppress better ones, so they may be left out first.
+            kept = non_maximum_suppression(
+                detections.boxes[index, slots], scores[slots], self._manifest.limits.nms_threshold
+            )
+            slots = slots[kept]
+        boxes = _to_slide(detections.boxes[index, slots], tile)
+        inside = _lies_inside(boxes, plan.width, plan.height)
+        clipped = np.clip(boxes, 0, [plan.width, plan.height, plan.width, plan.height])
+        centres = (clipped[:, :2] + clipped[:, 2:]) / 2
+        owned: NDArray[np.int64] = slots[inside & owns(tile, centres)]
+        return owned
+
+    def close(self) -> None:
+        """Close the engine; closing twice is allowed."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _to_slide(boxes: NDArray[np.float32], tile: Tile) -> NDArray[np.float64]:
+    """Return (N, 4) boxes in network pixels of the slide."""
+    return boxes.astype(np.float64) + np.array([tile.read.x0, tile.read.y0] * 2, np.float64)
+
+
+def _lies_inside(boxes: NDArray[np.float64], width: int, height: int) -> NDArray[np.bool_]:
+    """Tell which boxes are of objects on the slide rather than of their mirror images beyond its edges.
+
+    Along each axis at least half of the box lies on the slide: an object that touches the edge is
+    one with its mirror image, and its box reaches as far out as in. A box wider than the slide
+    itself need only cover half of the slide.
+    """
+    extent = np.array([width, height], np.float64)
+    low, high = boxes[:, :2], boxes[:, 2:]
+    covered = np.minimum(high, extent) - np.maximum(low, 0)
+    is_covered = (covered > 0) & (covered >= np.minimum(high - low, extent) / 2)  # (N, 2)
+    return np.logical_and(is_covered[:, 0], is_covered[:, 1])
+
+
+def _place(
+    plan: SlidePlan,
+    shape: tuple[int, int],
+    tile: Tile,
+    boxes: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    masks: NDArray[np.float32],
+) -> Instances:
+    """Return the objects of one tile at level 0; one without a pixel there is left out."""
+    height, width = shape
+    read, size = tile.read, tile.read.width
+    truncated = (
+        ((boxes[:, 0] <= EDGE_PX) & (read.x0 > 0))
+        | ((boxes[:, 1] <= EDGE_PX) & (read.y0 > 0))
+        | ((boxes[:, 2] >= size - EDGE_PX) & (read.x1 < plan.width))
+        | ((boxes[:, 3] >= size - EDGE_PX) & (read.y1 < plan.height))
+    )
+    factor_x, factor_y = width / plan.width, height / plan.height
+    boxes0 = _to_slide(boxes, tile) * np.array([factor_x, factor_y] * 2)
+    outlined = [outline_mask(mask, box, shape) for mask, box in zip(masks, boxes0, strict=True)]
+    rows = [row for row, found in enumerate(outlined) if found is not None]
+    placed = [found for found in outlined if found is not None]
+    return Instances(
+        shape=shape,
+        boxes=clip_boxes(boxes0[rows].astype(np.float32), width, height),
+        scores=scores[rows],
+        origins=np.array([origin for origin, _, _ in placed], np.int64).reshape(-1, 2),
+        masks=tuple(mask for _, mask, _ in placed),
+        outlines=tuple(ring for _, _, ring in placed),
+        truncated=truncated[rows],
+    )

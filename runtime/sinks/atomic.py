@@ -1,0 +1,77 @@
+"""Writing so that a name that exists is complete, and so that a full disk is said in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from darcnn.runtime.errors import OutputError
+
+__all__ = ["atomic_file", "atomic_folder", "output_error", "translated"]
+
+_FIXES = {
+    errno.ENOSPC: ("no space left on the disk", "free some space or choose another --out"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another --out"),
+    errno.EACCES: ("no permission to write", "choose a folder you may write to with --out"),
+    errno.EPERM: ("no permission to write", "choose a folder you may write to with --out"),
+    errno.EROFS: ("the disk is read-only", "choose another --out"),
+    errno.ENOTDIR: ("a file stands where a folder is needed", "move the file or choose another --out"),
+    errno.EEXIST: ("a file stands where a folder is needed", "move the file or choose another --out"),
+    errno.ENAMETOOLONG: ("the name is too long for this disk", "choose a shorter --out"),
+}
+
+
+def output_error(error: OSError, where: Path) -> OutputError:
+    """Return what the user is told when the system refuses to write at `where`.
+
+    >>> str(output_error(OSError(errno.ENOSPC, "No space left on device"), Path("out")))
+    'out: no space left on the disk; free some space or choose another --out'
+    """
+    reason = error.strerror or str(error) or type(error).__name__
+    fallback = (f"cannot be written ({reason})", "check the disk or choose another --out")
+    problem, fix = _FIXES.get(error.errno or 0, fallback)
+    return OutputError(problem, where=where, fix=fix)
+
+
+@contextmanager
+def translated(where: Path) -> Iterator[None]:
+    """Turn every OSError of the block into an OutputError that names `where`."""
+    try:
+        yield
+    except OSError as err:
+        raise output_error(err, where) from err
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Give a file to write; it gets the name `path` only if the block ends well, else it is removed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to fill; it gets the name `path`, which must be free, if the block ends well."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

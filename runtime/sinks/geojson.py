@@ -1,0 +1,123 @@
+"""Objects for QuPath: a gzipped GeoJSON FeatureCollection of detections."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import shapely
+
+from darcnn.runtime.sinks.atomic import atomic_file
+from darcnn.runtime.sinks.parquet import read_objects
+
+__all__ = ["write_geojson"]
+
+_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "darcnn:object")  # fixed: ids must not change between versions
+_COLOUR = (255, 200, 0)  # of the class in QuPath: seen on stained tissue and on black
+_FEATURES = 2048  # so many features are handed to the compressor at once
+_LEVEL = 6
+
+# Column -> name in QuPath's table, with its unit; id, geometry and the place are in the feature itself.
+_MEASUREMENTS = {
+    "score": "Score",
+    "area_px": "Area px^2",
+    "area_um2": "Area \u00b5m^2",
+    "perimeter_um": "Perimeter \u00b5m",
+    "major_axis_um": "Major axis \u00b5m",
+    "minor_axis_um": "Minor axis \u00b5m",
+    "eccentricity": "Eccentricity",
+    "solidity": "Solidity",
+    "truncated": "Truncated",  # 0 or 1: QuPath reads numbers only
+}
+_INTENSITIES = {"mean_intensity_": "Mean", "std_intensity_": "Std.Dev."}
+
+
+def write_geojson(
+    path: Path,
+    objects: Path,
+    *,
+    slide_name: str,
+    class_name: str,
+    colour: tuple[int, int, int] = _COLOUR,
+) -> None:
+    """Write the table `objects` (objects.parquet) as detections that QuPath 0.4 and later imports.
+
+    Coordinates are level-0 pixels, rounded to 1/100. The `id` of a feature is a UUID made of the slide's
+    name and the object's id, so the same run always writes the same bytes.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    fixed = {
+        "objectType": "detection",
+        "classification": {"name": class_name, "color": list(colour)},
+    }
+    opening = _dump(fixed)[:-1]  # the measurements follow inside the same braces
+    # no time and no file name in the header, so that equal content is equal bytes
+    with (
+        atomic_file(path) as file,
+        gzip.GzipFile(filename="", mode="wb", compresslevel=_LEVEL, fileobj=file, mtime=0) as out,
+    ):
+        out.write(b'{"type":"FeatureCollection","features":[')
+        separator = b"\n"
+        for part in read_objects(objects):
+            for features in _features(part, slide_name, opening):
+                out.write(separator + features.encode("ascii"))
+                separator = b",\n"
+        out.write(b"\n]}\n")
+
+
+def _features(part: pa.Table, slide_name: str, opening: str) -> Iterator[str]:
+    names = _measurement_names(part.column_names)
+    for start in range(0, part.num_rows, _FEATURES):
+        rows = part.slice(start, _FEATURES)
+        values = [rows[name].to_pylist() for name in names.values()]
+        measured = [_measurements(list(names), row) for row in zip(*values, strict=True)]
+        rings = _rings(rows)
+        ids = [uuid.uuid5(_NAMESPACE, f"{slide_name}/{number}") for number in rows["id"].to_pylist()]
+        yield ",\n".join(
+            f'{{"type":"Feature","id":"{identity}","geometry":{{"type":"Polygon","coordinates":[{ring}]}},'
+            f'"properties":{opening},"measurements":{measurements}}}}}'
+            for identity, ring, measurements in zip(ids, rings, measured, strict=True)
+        )
+
+
+def _measurement_names(columns: Sequence[str]) -> dict[str, str]:
+    """Return name in QuPath -> column, in the order of the columns."""
+    names = {}
+    for column in columns:
+        if column in _MEASUREMENTS:
+            names[_MEASUREMENTS[column]] = column
+        for prefix, kind in _INTENSITIES.items():
+            if column.startswith(prefix):
+                names[f"{column.removeprefix(prefix)}: {kind}"] = column
+    return names
+
+
+def _measurements(names: Sequence[str], values: Sequence[float | int | bool | None]) -> str:
+    """Return a JSON object of numbers; what is not known is left out."""
+    known = (
+        f"{_dump(name)}:{float(value):.7g}"
+        for name, value in zip(names, values, strict=True)
+        if value is not None and math.isfinite(value)
+    )
+    return "{" + ",".join(known) + "}"
+
+
+def _rings(rows: pa.Table) -> list[str]:
+    rings = shapely.get_exterior_ring(shapely.from_wkb(rows["geometry"].to_numpy()))
+    points, owner = shapely.get_coordinates(rings, return_index=True)
+    ends = np.searchsorted(owner, np.arange(1, len(rings)))
+    return [_dump(ring.tolist()) for ring in np.split(points.round(2), ends)]
+
+
+def _dump(content: Any) -> str:
+    # plain ASCII: QuPath reads the file in the computer's own encoding
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=True)

@@ -1,0 +1,168 @@
+"""The label image as an OME-Zarr 0.5 pyramid, drawn shard by shard from the outlines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import shapely
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
+
+from darcnn.runtime.geometry import Region
+from darcnn.runtime.masks import draw_polygon
+from darcnn.runtime.sinks.atomic import atomic_folder
+from darcnn.runtime.sinks.parquet import read_objects
+
+__all__ = ["write_label_pyramid"]
+
+_VERSION = "0.5"
+_CHUNK_PX = 512  # what a viewer fetches
+_SHARD_PX = 2048  # what is one file, and what is in memory at once; a multiple of the chunk
+_SMALLEST_PX = 512  # the pyramid ends at this size
+_COLUMNS = ("id", "geometry", "score", "bbox_y0", "bbox_y1")
+
+
+def write_label_pyramid(
+    path: Path,
+    objects: Path,
+    *,
+    shape: tuple[int, int],
+    mpp: tuple[float, float] | None,
+    name: str,
+    shard_px: int = _SHARD_PX,
+) -> None:
+    """Write the table `objects` (objects.parquet) as a label pyramid: a pixel's value is its object's `id`.
+
+    Where objects overlap, the higher score is on top, and of equal scores the lower id. Each level takes
+    every second pixel of the one before (labels cannot be averaged), down to 512 px. Memory does not grow
+    with the slide.
+
+    Args:
+        path: folder to write; must not exist.
+        objects: table of objects, level-0 pixels.
+        shape: (H, W) of level 0.
+        mpp: micrometres per level-0 pixel (x, y), or None.
+        name: of the multiscale image.
+        shard_px: side of a shard, a multiple of 512.
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    with atomic_folder(path) as folder:
+        shapes = [shape]
+        while max(shapes[-1]) > _SMALLEST_PX:
+            shapes.append((-(-shapes[-1][0] // 2), -(-shapes[-1][1] // 2)))
+        group = zarr.create_group(
+            store=zarr.storage.LocalStore(folder),
+            zarr_format=3,
+            attributes={"ome": _attributes(len(shapes), mpp, name)},
+        )
+        arrays = [_create(group, str(level), size, shard_px) for level, size in enumerate(shapes)]
+        _draw(arrays[0], objects)
+        for finer, coarser in pairwise(arrays):
+            for shard in _shards(coarser):
+                labels = np.asarray(finer[2 * shard.y0 : 2 * shard.y1 : 2, 2 * shard.x0 : 2 * shard.x1 : 2])
+                _put(coarser, shard, labels)
+
+
+def _create(group: zarr.Group, name: str, shape: tuple[int, int], shard_px: int) -> zarr.Array[Any]:
+    # a small image gets a small shard, so that one is never mostly padding
+    shards = tuple(min(shard_px, -(-max(size, 1) // _CHUNK_PX) * _CHUNK_PX) for size in shape)
+    return group.create_array(
+        name,
+        shape=shape,
+        dtype="uint32",
+        chunks=(_CHUNK_PX, _CHUNK_PX),
+        shards=shards,
+        compressors=ZstdCodec(level=3),
+        fill_value=0,
+        dimension_names=("y", "x"),
+    )
+
+
+def _attributes(n_levels: int, mpp: tuple[float, float] | None, name: str) -> dict[str, Any]:
+    step_x, step_y = mpp if mpp is not None else (1.0, 1.0)
+    unit = {"unit": "micrometer"} if mpp is not None else {}
+    # Pixel i of a level is pixel i * 2^level of level 0 itself, so no level is shifted: no translation.
+    datasets = [
+        {
+            "path": str(level),
+            "coordinateTransformations": [
+                {"type": "scale", "scale": [step_y * 2.0**level, step_x * 2.0**level]}
+            ],
+        }
+        for level in range(n_levels)
+    ]
+    axes = [{"name": axis, "type": "space", **unit} for axis in ("y", "x")]
+    return {
+        "version": _VERSION,
+        "multiscales": [{"name": name, "type": "nearest", "axes": axes, "datasets": datasets}],
+        "image-label": {"version": _VERSION},
+    }
+
+
+def _shards(array: zarr.Array[Any]) -> Iterator[Region]:
+    height, width = array.shape
+    rows, columns = array.shards or array.chunks
+    for y in range(0, height, rows):
+        for x in range(0, width, columns):
+            yield Region(x, y, x + columns, y + rows).clip(width, height)
+
+
+def _put(array: zarr.Array[Any], shard: Region, labels: NDArray[np.uint32]) -> None:
+    if labels.any():  # empty shards need no file: 0 is the fill value
+        array[shard.y0 : shard.y1, shard.x0 : shard.x1] = labels
+
+
+@dataclass(frozen=True, slots=True)
+class _Outlines:
+    """The objects of one row of shards, in the order in which they are drawn."""
+
+    ids: NDArray[np.int64]  # (N,)
+    polygons: NDArray[np.object_]  # (N,)
+    extents: NDArray[np.float64]  # (N, 4) x0 y0 x1 y1, level-0 px
+
+
+def _draw(array: zarr.Array[Any], objects: Path) -> None:
+    outlines, loaded = None, -1
+    for shard in _shards(array):
+        if shard.y0 != loaded or outlines is None:  # the shards come row by row
+            outlines, loaded = _load(objects, shard.y0, shard.y1), shard.y0
+        x0, y0, x1, y1 = outlines.extents.T
+        hits = np.flatnonzero((x0 < shard.x1) & (x1 > shard.x0) & (y0 < shard.y1) & (y1 > shard.y0))
+        if hits.size:
+            labels = np.zeros((shard.height, shard.width), np.uint32)
+            for hit in hits:
+                _draw_one(labels, shard, outlines, int(hit))
+            _put(array, shard, labels)
+
+
+def _load(objects: Path, y0: int, y1: int) -> _Outlines:
+    ids, scores, geometries = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)], [np.zeros(0, np.object_)]
+    for part in read_objects(objects, _COLUMNS, rows_px0=(y0, y1)):
+        near = (part["bbox_y0"].to_numpy() < y1) & (part["bbox_y1"].to_numpy() > y0)
+        ids.append(part["id"].to_numpy()[near])
+        scores.append(part["score"].to_numpy()[near])
+        geometries.append(part["geometry"].to_numpy()[near])
+    numbers, score = np.concatenate(ids), np.concatenate(scores)
+    order = np.lexsort((-numbers, score))  # the best is drawn last, of equals the lowest id
+    polygons = shapely.from_wkb(np.concatenate(geometries)[order])
+    return _Outlines(numbers[order], polygons, shapely.bounds(polygons).reshape(-1, 4))
+
+
+def _draw_one(labels: NDArray[np.uint32], shard: Region, outlines: _Outlines, row: int) -> None:
+    x0, y0, x1, y1 = outlines.extents[row]
+    near = Region(
+        max(int(np.floor(x0)), shard.x0),
+        max(int(np.floor(y0)), shard.y0),
+        min(int(np.ceil(x1)), shard.x1),
+        min(int(np.ceil(y1)), shard.y1),
+    )
+    mask = draw_polygon(shapely.get_coordinates(outlines.polygons[row].exterior), near)
+    top, left = near.y0 - shard.y0, near.x0 - shard.x0
+    labels[top : top + near.height, left : left + near.width][mask] = outlines.ids[row]

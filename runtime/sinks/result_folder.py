@@ -1,0 +1,157 @@
+"""The folder of one slide's results: absent, in progress, or complete; never half-written."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from darcnn.runtime.errors import OutputError
+from darcnn.runtime.sinks.atomic import translated
+
+__all__ = [
+    "GEOJSON_FILE",
+    "LABELS_FOLDER",
+    "OVERVIEW_FILE",
+    "RUN_FILE",
+    "TABLE_FILE",
+    "ResultFolder",
+    "claim_folder",
+    "make_folder_name",
+]
+
+TABLE_FILE = "objects.parquet"
+GEOJSON_FILE = "objects.geojson.gz"
+LABELS_FOLDER = "labels.ome.zarr"
+OVERVIEW_FILE = "overview.png"
+RUN_FILE = "run.json"  # where it exists the folder is complete
+_RESULTS = (TABLE_FILE, GEOJSON_FILE, LABELS_FOLDER, OVERVIEW_FILE, RUN_FILE)  # run.json last, always
+_PARTS = ".parts"
+_LOCK = ".lock"
+
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # in names on Windows; results move between systems
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+
+
+def make_folder_name(slide_name: str) -> str:
+    """Return the name of a slide's folder, valid on every system.
+
+    >>> [make_folder_name(name) for name in ("B12 a", "a/b:c", "nul.2", "..", "x. ")]
+    ['B12 a', 'a_b_c', '_nul.2', 'slide', 'x']
+    """
+    name = _FORBIDDEN.sub("_", slide_name).rstrip(". ").lstrip()
+    return f"_{name}" if _RESERVED.match(name) else name or "slide"
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFolder:
+    """A claimed folder: what is built in `built` becomes the result by `commit`."""
+
+    path: Path
+    parts: Path  # part files
+    built: Path  # finished outputs, not yet in place
+
+    def commit(self) -> None:
+        """Put the outputs in their place, run.json last; an earlier result goes, or stays whole on failure.
+
+        Raises:
+            OSError: something cannot be moved.
+        """
+        earlier = self.parts / "earlier"
+        earlier.mkdir()
+        moves = [(self.path / name, earlier / name) for name in reversed(_RESULTS)]
+        moves += [(self.built / name, self.path / name) for name in _RESULTS]
+        done: list[tuple[Path, Path]] = []
+        try:
+            for source, target in moves:
+                if source.exists():
+                    source.replace(target)
+                    done.append((source, target))
+        except BaseException:
+            for source, target in reversed(done):
+                target.replace(source)
+            raise
+
+
+@contextmanager
+def claim_folder(folder: Path, *, overwrite: bool) -> Iterator[ResultFolder]:
+    """Claim `folder` for one run; nobody else can until the block ends.
+
+    If the block does not commit, all that it wrote is removed and an earlier result stays. What
+    another run left half-done is cleaned up first.
+
+    Raises:
+        OutputError: it cannot be written, another run uses it, it is complete and `overwrite` is False,
+            or it holds files that are no results.
+    """
+    with translated(folder):
+        _check_state(folder, overwrite=overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(folder)
+    try:
+        with translated(folder):
+            _check_state(folder, overwrite=overwrite)  # another run may have ended meanwhile
+            _clear(folder)
+            claimed = ResultFolder(folder, folder / _PARTS, folder / _PARTS / "built")
+            claimed.built.mkdir(parents=True)
+        yield claimed
+    finally:
+        _clear(folder)
+        lock.release()  # before the file goes: Windows removes no open files
+        with suppress(OSError):  # someone else has it now, or it is not empty: both are as they should be
+            (folder / _LOCK).unlink(missing_ok=True)
+        if not _is_complete(folder):
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / RUN_FILE).exists()
+
+
+def _check_state(folder: Path, *, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if _is_complete(folder):
+        if not overwrite:
+            raise OutputError(
+                "holds a complete result", where=folder, fix="pass --overwrite or choose another --out"
+            )
+        return
+    foreign = sorted({entry.name for entry in folder.iterdir()} - {*_RESULTS, _PARTS, _LOCK})
+    if foreign:
+        raise OutputError(
+            f"holds files that are no results, such as {foreign[0]}", where=folder, fix="choose another --out"
+        )
+
+
+def _lock(folder: Path) -> FileLock:
+    lock = FileLock(folder / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as err:
+        raise OutputError(
+            "is in use by another run", where=folder, fix="wait for it or choose another --out"
+        ) from err
+    except NotImplementedError as err:  # some network disks
+        raise OutputError("is on a disk without locks", where=folder, fix="choose another --out") from err
+    return lock
+
+
+def _clear(folder: Path) -> None:
+    """Remove the parts, and without run.json the outputs too; never a file that no run writes."""
+    shutil.rmtree(folder / _PARTS, ignore_errors=True)
+    if _is_complete(folder):
+        return
+    for name in _RESULTS:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)

@@ -1,0 +1,216 @@
+"""`darcnn-run`: one line a slide, one line a failure, and an exit code that says how it went."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from darcnn.runtime.cli import main
+from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_oracle_manifest
+from darcnn.runtime.errors import BundleError, DeviceError
+from darcnn.runtime.segmenter import Segmenter
+
+NAMES = {"objects.parquet", "objects.geojson.gz", "labels.ome.zarr", "overview.png", "run.json"}
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Stands in for the loader of bundles; keeps what it was asked for."""
+    calls = []
+
+    def load(model, *, device, min_score):
+        calls.append((model, device, min_score))
+        if model == "broken":
+            raise BundleError("is no bundle", where=model, fix="name a .darcnn file")
+        engine = OracleEngine(tile_px=64)
+        return Segmenter(engine, make_oracle_manifest(engine, halo_px=16), min_score=min_score)
+
+    module = types.ModuleType("darcnn.runtime.load")
+    module.load = load
+    monkeypatch.setitem(sys.modules, "darcnn.runtime.load", module)
+    return calls
+
+
+@pytest.fixture
+def slides(tmp_path):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    labels = np.zeros((100, 90), np.int32)
+    labels[10:20, 10:20] = 1
+    labels[40:52, 60:70] = 2
+    for name in ("a.png", "b.png"):
+        Image.fromarray(encode_labels(labels)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def run(*arguments):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_a_folder_of_images_is_run_in_order(loaded, slides, tmp_path):
+    result = run(slides, "--model", "oracle", "--out", tmp_path / "out", "--pixels", "--device", "cpu")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["a: 2 objects", "b: 2 objects"]
+    assert lines[0].endswith(str(tmp_path / "out" / "a" / "overview.png"))
+    assert {path.name for path in (tmp_path / "out" / "b").iterdir()} == NAMES
+    assert loaded == [("oracle", "cpu", None)]
+
+
+def test_options_reach_the_run(loaded, slides, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--mpp", 0.5, "--diameter", 28, "--channel", "red", "--z", 0, "--min-score", 0.75, "--quiet"]
+    assert run(slides / "a.png", "--model", "oracle", "--out", out, *arguments).exit_code == 0
+    assert loaded == [("oracle", "auto", 0.75)]
+    record = json.loads((out / "a" / "run.json").read_text())
+    expected = {"mpp": 0.5, "diameter_px": 28, "channel": "red", "z": 0, "t": None}
+    assert {name: record["options"][name] for name in expected} == expected
+    assert (record["network"]["channel"], record["model"]["min_score"]) == (0, 0.75)
+    assert record["input"]["file"]["name"] == "a.png"
+
+
+def test_one_bad_slide_among_several_is_one_line_and_exit_1(loaded, slides, tmp_path):
+    (slides / "a2.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    result = run(slides, "--model", "oracle", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == ["a", "b"]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1
+    assert "a2.png" in errors[0]
+    assert "Traceback" not in result.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
+
+
+def test_only_bad_slides_are_exit_2(loaded, slides, tmp_path):
+    result = run(slides / "no.png", slides / "notes.txt", "--model", "oracle", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 2
+    assert result.stdout == ""
+
+
+def test_complete_results_are_refused_unless_overwritten(loaded, slides, tmp_path):
+    arguments = [slides / "a.png", "--model", "oracle", "--out", tmp_path / "out"]
+    assert run(*arguments).exit_code == 0
+    again = run(*arguments)
+    assert again.exit_code == 2
+    assert "--overwrite" in again.stderr
+    assert run(*arguments, "--overwrite").exit_code == 0
+
+
+def test_a_file_in_place_of_the_output_folder_is_exit_2(loaded, slides, tmp_path):
+    (tmp_path / "out").touch()
+    result = run(slides / "a.png", "--model", "oracle", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "stands where a folder is needed" in result.stderr
+
+
+def test_a_full_disk_is_one_line(loaded, slides, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("darcnn.runtime.pipeline.write_parquet", fail)
+    result = run(slides / "a.png", "--model", "oracle", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: ")
+    assert "no space left" in result.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_unforeseen_system_error_is_one_line_too(loaded, slides, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error", "a.png")
+
+    monkeypatch.setattr("darcnn.runtime.batch.open_source", fail)
+    result = run(slides / "a.png", "--model", "oracle", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "Input/output error" in result.stderr
+
+
+def test_a_bug_shows_itself(loaded, slides, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("darcnn.runtime.pipeline.write_parquet", fail)
+    with pytest.raises(ZeroDivisionError):
+        run(slides / "a.png", "--model", "oracle", "--out", tmp_path / "out")
+
+
+def test_ctrl_c_keeps_finished_slides(loaded, slides, tmp_path, monkeypatch):
+    from darcnn.runtime import pipeline
+
+    write, calls = pipeline.write_geojson, []
+
+    def interrupt(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "write_geojson", interrupt)
+    result = run(slides, "--model", "oracle", "--out", tmp_path / "out")
+    assert result.exit_code == 130
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(("n_before", "code"), [(0, 2), (1, 1)])
+def test_a_failing_device_ends_the_batch(loaded, slides, tmp_path, monkeypatch, n_before, code):
+    segment, calls = OracleEngine.detect, []
+
+    def fail(self, tiles):
+        calls.append(1)
+        if len(calls) > n_before * 12:
+            raise DeviceError("out of memory", where="cuda:0", fix="pass --device cpu")
+        return segment(self, tiles)
+
+    monkeypatch.setattr(OracleEngine, "detect", fail)
+    result = run(slides, "--model", "oracle", "--out", tmp_path / "out")
+    assert result.exit_code == code
+    assert result.stderr.count("out of memory") == 1
+
+
+def test_an_unknown_model_is_exit_2_before_any_slide(loaded, slides, tmp_path):
+    result = run(slides, "--model", "broken", "--out", tmp_path / "out")
+    assert (result.exit_code, result.stderr) == (2, "Error: broken: is no bundle; name a .darcnn file\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_slides_of_one_name_are_refused_before_any_work(loaded, slides, tmp_path):
+    (slides / "b.jpg").write_bytes((slides / "b.png").read_bytes())
+    result = run(slides, "--model", "oracle", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "would both be written" in result.stderr
+    assert loaded == []
+
+
+def test_a_slide_named_twice_is_run_once_and_patterns_are_expanded(loaded, slides, tmp_path):
+    result = run(slides / "b.png", slides / "*.png", slides, "--model", "oracle", "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == ["b", "a"]
+
+
+def test_nothing_to_run_is_said(loaded, tmp_path):
+    for asked, message in ((tmp_path, "holds no images"), (tmp_path / "*.svs", "matches no file")):
+        result = run(asked, "--model", "oracle", "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize("wrong", [["--mpp", "0"], ["--min-score", "2"], ["--z", "-1"], ["--device", "tpu"]])
+def test_options_out_of_range_are_refused(loaded, slides, tmp_path, wrong):
+    result = run(slides, "--model", "oracle", "--out", tmp_path / "out", *wrong)
+    assert result.exit_code == 2
+    assert wrong[0] in result.stderr
+
+
+def test_help_and_version_need_no_model():
+    assert "exit code" in run("--help").stdout
+    assert run("--version").stdout.startswith("darcnn-run")

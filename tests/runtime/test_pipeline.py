@@ -1,0 +1,304 @@
+"""From a slide to its folder: what is written is what was found, and failures leave nothing behind."""
+
+import gzip
+import json
+import threading
+from itertools import pairwise
+
+import geopandas
+import numpy as np
+import pytest
+import zarr
+from filelock import FileLock
+from PIL import Image
+
+from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_oracle_manifest
+from darcnn.runtime.errors import InputError, OutputError, UsageError
+from darcnn.runtime.pipeline import RunOptions, run_slide
+from darcnn.runtime.readers.array import ArrayReader
+from darcnn.runtime.record import fingerprint
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.sinks.result_folder import claim_folder
+
+NAMES = {"objects.parquet", "objects.geojson.gz", "labels.ome.zarr", "overview.png", "run.json"}
+
+
+def disk_labels(shape, n, seed=0):
+    generator = np.random.default_rng(seed)
+    labels = np.zeros(shape, np.int32)
+    rows, columns = np.ogrid[: shape[0], : shape[1]]
+    while labels.max() < n:
+        y, x, radius = generator.uniform((0, 0, 3), (*shape, 9))
+        disk = (rows - y) ** 2 + (columns - x) ** 2 < radius**2
+        around = (rows - y) ** 2 + (columns - x) ** 2 < (radius + 2) ** 2
+        if disk.sum() > 12 and not labels[around].any():
+            labels[disk] = labels.max() + 1
+    return labels
+
+
+@pytest.fixture(scope="module")
+def labels():
+    return disk_labels((230, 310), 60)
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    engine = OracleEngine(tile_px=128, batch=2, mask_px=48)
+    with Segmenter(engine, make_oracle_manifest(engine, halo_px=32)) as segmenter:
+        yield segmenter
+
+
+@pytest.fixture
+def reader(labels):
+    with ArrayReader(encode_labels(labels), name="slide 1", mpp=0.5) as reader:
+        yield reader
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_a_run_writes_what_the_segmenter_finds(segmenter, reader, labels, tmp_path):
+    summary = run_slide(segmenter, reader, tmp_path / "out")
+    assert summary.folder == tmp_path / "out" / "slide 1"
+    assert {path.name for path in summary.folder.iterdir()} == NAMES
+    found = segmenter(reader)
+    drawn = zarr.open_group(summary.folder / "labels.ome.zarr", mode="r")["0"][:]
+    assert np.array_equal(drawn, found.labels())
+    assert np.array_equal(drawn > 0, labels > 0)
+    frame = geopandas.read_parquet(summary.folder / "objects.parquet")
+    assert frame["id"].tolist() == list(range(1, len(found) + 1))
+    assert frame["area_px"].tolist() == [int(mask.sum()) for mask in found.masks]
+    assert summary.n_objects == len(found) == labels.max()
+    features = json.loads(gzip.decompress((summary.folder / "objects.geojson.gz").read_bytes()))["features"]
+    assert len(features) == len(found)
+
+
+def test_brightness_is_that_of_the_raw_pixels_of_every_object(segmenter, reader, labels, tmp_path):
+    folder = run_slide(segmenter, reader, tmp_path).folder
+    frame = geopandas.read_parquet(folder / "objects.parquet")
+    drawn = zarr.open_group(folder / "labels.ome.zarr", mode="r")["0"][:]
+    for number, red in zip(frame["id"], frame["mean_intensity_red"], strict=True):
+        assert red == np.unique(labels[drawn == number] % 256).item()
+    assert (frame["std_intensity_red"] == 0).all()
+
+
+def test_objects_are_numbered_along_the_lattice(segmenter, reader, tmp_path):
+    folder = run_slide(segmenter, reader, tmp_path).folder
+    frame = geopandas.read_parquet(folder / "objects.parquet")
+    core = 128 - 2 * 32
+    cells = [
+        (int((y0 + y1) / 2 // core), int((x0 + x1) / 2 // core))
+        for x0, y0, x1, y1 in zip(
+            frame["bbox_x0"], frame["bbox_y0"], frame["bbox_x1"], frame["bbox_y1"], strict=True
+        )
+    ]
+    # a box is grown to whole pixels, so its centre may lie half a pixel from that of the mask
+    strays = sum(a > b for a, b in pairwise(cells))
+    assert strays <= 2
+
+
+def test_a_run_is_the_same_twice(segmenter, reader, tmp_path):
+    first, second = (contents(run_slide(segmenter, reader, tmp_path / name).folder) for name in "ab")
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] in ([], ["run.json"])
+
+
+def test_run_json_says_what_was_done(segmenter, reader, tmp_path):
+    summary = run_slide(segmenter, reader, tmp_path, options=RunOptions(mpp=0.25))
+    record = json.loads((summary.folder / "run.json").read_text())
+    assert record["model"]["name"] == "oracle"
+    assert len(record["model"]["manifest_sha256"]) == 64
+    assert record["engine"] == "oracle"
+    assert record["options"]["mpp"] == 0.25
+    assert (record["input"]["width_px"], record["input"]["mpp"]) == (310, 0.25)
+    assert record["input"]["mpp_source"] == "--mpp"
+    assert record["counts"]["objects"] == summary.n_objects == 60
+    assert record["counts"]["tiles"] == 20
+    assert {"detect", "measure", "table", "geojson", "labels", "overview"} <= record["seconds"].keys()
+    assert {"darcnn", "python", "numpy", "zarr"} <= record["versions"].keys()
+
+
+def test_the_overview_shows_the_slide_and_a_legend(segmenter, reader, tmp_path):
+    with Image.open(run_slide(segmenter, reader, tmp_path).overview) as picture:
+        assert picture.mode == "RGB"
+        assert picture.width >= 310
+        assert 230 < picture.height < 300
+
+
+def test_micrometres_are_null_without_a_pixel_size(segmenter, labels, tmp_path):
+    with ArrayReader(encode_labels(labels), name="x") as reader:
+        summary = run_slide(segmenter, reader, tmp_path, options=RunOptions(pixels=True))
+    frame = geopandas.read_parquet(summary.folder / "objects.parquet")
+    assert frame["area_um2"].isna().all()
+    assert not frame["eccentricity"].isna().any()
+    assert summary.warnings == ("pixel size unknown: micrometre columns are empty",)
+
+
+def test_a_slide_without_objects_is_a_complete_result(segmenter, tmp_path):
+    with ArrayReader(np.zeros((90, 80, 3), np.uint8), name="empty") as reader:
+        summary = run_slide(segmenter, reader, tmp_path)
+    assert {path.name for path in summary.folder.iterdir()} == NAMES
+    assert (summary.n_objects, summary.warnings[0]) == (0, "no objects found")
+
+
+def test_a_channel_goes_by_its_name(tmp_path):
+    labels = disk_labels((100, 120), 5)
+    engine = OracleEngine(tile_px=128, channels=1)
+    pixels = np.stack([np.zeros_like(labels), labels], axis=2).astype(np.uint8)
+    names = ["actin", "DAPI"]
+    with (
+        Segmenter(engine, make_oracle_manifest(engine, halo_px=32)) as segmenter,
+        ArrayReader(pixels, channel_names=names, mpp=1.0) as reader,
+    ):
+        summary = run_slide(segmenter, reader, tmp_path, options=RunOptions(channel="DAPI"))
+        assert summary.n_objects == 5
+        assert "mean_intensity_actin" in geopandas.read_parquet(summary.folder / "objects.parquet")
+        with pytest.raises(UsageError, match="0 actin, 1 DAPI"):
+            run_slide(segmenter, reader, tmp_path, options=RunOptions(channel="GFP"))
+
+
+def test_progress_counts_every_tile(segmenter, reader, tmp_path):
+    calls = []
+    run_slide(segmenter, reader, tmp_path, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(n, 20) for n in range(1, 21)]
+
+
+# --- the folder
+
+
+def test_a_complete_folder_is_refused_and_overwritten_when_asked(segmenter, reader, tmp_path):
+    folder = run_slide(segmenter, reader, tmp_path).folder
+    (folder / "notes.txt").write_text("mine")
+    before = contents(folder)
+    with pytest.raises(OutputError, match="--overwrite"):
+        run_slide(segmenter, reader, tmp_path)
+    assert contents(folder) == before
+    (folder / "overview.png").write_bytes(b"old")
+    run_slide(segmenter, reader, tmp_path, options=RunOptions(overwrite=True))
+    assert {path.name for path in folder.iterdir()} == NAMES | {"notes.txt"}
+    assert (folder / "overview.png").read_bytes() == before["overview.png"]
+
+
+def test_a_file_in_place_of_the_folder_is_an_output_error(segmenter, reader, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(OutputError, match="stands where a folder is needed"):
+        run_slide(segmenter, reader, tmp_path / "out")
+    (tmp_path / "slide 1").touch()
+    with pytest.raises(OutputError, match="stands where a folder is needed"):
+        run_slide(segmenter, reader, tmp_path)
+
+
+def test_a_folder_with_other_files_is_left_alone(segmenter, reader, tmp_path):
+    (tmp_path / "slide 1").mkdir()
+    (tmp_path / "slide 1" / "scan.dat").write_text("mine")
+    with pytest.raises(OutputError, match=r"no results, such as scan\.dat"):
+        run_slide(segmenter, reader, tmp_path)
+    assert contents(tmp_path) == {"slide 1/scan.dat": b"mine"}
+
+
+def test_what_a_killed_run_left_is_cleaned_up(segmenter, reader, tmp_path):
+    folder = tmp_path / "slide 1"
+    (folder / ".parts" / "built").mkdir(parents=True)
+    (folder / ".parts" / "row-00000.parquet").write_bytes(b"half")
+    (folder / "objects.parquet").write_bytes(b"half")
+    (folder / ".lock").touch()
+    run_slide(segmenter, reader, tmp_path)
+    assert {path.name for path in folder.iterdir()} == NAMES
+
+
+def test_a_folder_in_use_is_refused(segmenter, reader, tmp_path):
+    folder = tmp_path / "slide 1"
+    folder.mkdir()
+    with FileLock(folder / ".lock"), pytest.raises(OutputError, match="in use"):
+        run_slide(segmenter, reader, tmp_path)
+    run_slide(segmenter, reader, tmp_path)
+
+
+def test_a_folder_in_use_by_a_thread_is_refused(tmp_path):
+    claimed, done = threading.Event(), threading.Event()
+
+    def hold():
+        with claim_folder(tmp_path / "a", overwrite=False):
+            claimed.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert claimed.wait(10)
+    with pytest.raises(OutputError, match="in use"), claim_folder(tmp_path / "a", overwrite=True):
+        pass
+    done.set()
+    thread.join(10)
+    assert not (tmp_path / "a").exists()
+
+
+STEPS = {
+    "find": "darcnn.runtime.pipeline._measure_tile",
+    "parts": "darcnn.runtime.pipeline.pq.write_table",
+    "table": "darcnn.runtime.pipeline.write_parquet",
+    "geojson": "darcnn.runtime.pipeline.write_geojson",
+    "labels": "darcnn.runtime.sinks.ome_zarr._put",
+    "overview": "darcnn.runtime.pipeline.write_overview",
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    "failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError()]
+)
+def test_a_failure_leaves_nothing_and_keeps_an_earlier_result(
+    segmenter, reader, tmp_path, monkeypatch, step, failure
+):
+    def fail(*_, **__):
+        raise failure
+
+    folder = run_slide(segmenter, reader, tmp_path / "kept").folder
+    before = contents(folder)
+    expected = OutputError if isinstance(failure, OSError) and step != "find" else type(failure)
+    monkeypatch.setattr(STEPS[step], fail)
+    with pytest.raises(expected):
+        run_slide(segmenter, reader, tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(expected):
+        run_slide(segmenter, reader, tmp_path / "kept", options=RunOptions(overwrite=True))
+    assert contents(folder) == before
+
+
+def test_a_failed_swap_puts_the_earlier_result_back(segmenter, reader, tmp_path, monkeypatch):
+    folder = run_slide(segmenter, reader, tmp_path).folder
+    before = contents(folder)
+    replace = type(folder).replace
+
+    def fail(self, target):
+        if self.parent.name == "built" and self.name == "overview.png" and target.parent == folder:
+            raise PermissionError(13, "open in a viewer")
+        return replace(self, target)
+
+    monkeypatch.setattr(type(folder), "replace", fail)
+    with pytest.raises(OutputError, match="no permission"):
+        run_slide(segmenter, reader, tmp_path, options=RunOptions(overwrite=True))
+    assert contents(folder) == before
+
+
+def test_nothing_is_made_for_a_slide_that_cannot_be_planned(segmenter, tmp_path):
+    engine = OracleEngine(tile_px=128)
+    manifest = make_oracle_manifest(engine, halo_px=32, mpp=0.5)
+    with (
+        Segmenter(engine, manifest) as scaled,
+        ArrayReader(np.zeros((50, 50, 3), np.uint8)) as reader,
+        pytest.raises(InputError, match="no pixel size"),
+    ):
+        run_slide(scaled, reader, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fingerprint_tells_files_apart_by_their_ends(tmp_path):
+    content = np.random.default_rng(0).bytes((2 << 20) + 100)
+    for name, data in {"a": content, "b": content[:-1] + b"x", "c": b"x" + content[1:], "d": b"tiny"}.items():
+        (tmp_path / name).write_bytes(data)
+    prints = [fingerprint(tmp_path / name) for name in "abcd"]
+    assert len({entry["sha256"] for entry in prints}) == 4
+    assert [entry["of"] for entry in prints] == ["first and last MiB and size"] * 3 + ["all"]

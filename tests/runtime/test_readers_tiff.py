@@ -1,0 +1,374 @@
+"""TIFF in all its kinds: axes, pyramids, colours, pixel sizes, and damage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+
+from darcnn.runtime.errors import InputError
+from darcnn.runtime.geometry import Region
+from darcnn.runtime.readers import tiff_pages
+from darcnn.runtime.readers.tiff import TiffReader
+from darcnn.runtime.readers.tiff_metadata import lay_out, ome_facts, tag_pixel_size
+
+
+def noise(*shape: int, dtype: Any = np.uint16) -> np.ndarray:
+    return (np.random.default_rng(0).random(shape) * 250).astype(dtype)
+
+
+def write(path: Path, values: np.ndarray, **options: Any) -> Path:
+    tifffile.imwrite(path, values, **options)
+    return path
+
+
+def whole(reader: TiffReader, level: int = 0) -> np.ndarray:
+    extent = reader.info.levels[level]
+    return reader.read(Region(0, 0, extent.width_px, extent.height_px), level=level)
+
+
+def read(path: Path, **options: Any) -> np.ndarray:
+    with TiffReader(path, **options) as reader:
+        return whole(reader)
+
+
+# -- axes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", ["TCZYX", "TZCYX", "ZTCYX", "CTZYX", "CZTYX", "ZCTYX"])
+@pytest.mark.parametrize("storage", [{}, {"tile": (16, 16), "compression": "zlib"}])
+def test_ome_planes_are_found_in_any_order_of_axes(
+    tmp_path: Path, axes: str, storage: dict[str, Any]
+) -> None:
+    sizes = {"T": 2, "C": 3, "Z": 4, "Y": 20, "X": 30}
+    values = noise(*(sizes[axis] for axis in axes))
+    path = write(tmp_path / "a.ome.tif", values, metadata={"axes": axes}, **storage)
+    plane = np.moveaxis(values, [axes.index("T"), axes.index("Z"), axes.index("C")], [0, 1, 2])[1, 2]
+    np.testing.assert_array_equal(read(path, z=2, t=1), np.moveaxis(plane, 0, 2))
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "pages"])
+def test_imagej_hyperstacks_have_channels(tmp_path: Path, kind: str) -> None:
+    values = noise(2, 3, 2, 20, 30)  # T Z C Y X
+    compression = "zlib" if kind == "pages" else None
+    options: dict[str, Any] = {"imagej": True, "metadata": {"axes": "TZCYX"}, "compression": compression}
+    path = write(tmp_path / "a.tif", values, **options)
+    np.testing.assert_array_equal(read(path, z=2, t=1), np.moveaxis(values[1, 2], 0, 2))
+
+
+def test_pages_without_a_name_are_planes_along_z(tmp_path: Path) -> None:
+    values = noise(5, 20, 30)
+    path = write(tmp_path / "a.tif", values, metadata=None)
+    np.testing.assert_array_equal(read(path, z=4)[:, :, 0], values[4])
+
+
+def test_a_volume_inside_one_page_is_a_stack(tmp_path: Path) -> None:
+    values = noise(32, 32, 48)
+    path = write(tmp_path / "a.tif", values, volumetric=True, tile=(16, 16, 16), compression="zlib")
+    np.testing.assert_array_equal(read(path, z=19)[:, :, 0], values[19])
+
+
+@pytest.mark.parametrize(("axes", "option"), [("ZYX", "--z"), ("TYX", "--t")])
+def test_a_stack_without_a_choice_names_the_option_and_its_range(
+    tmp_path: Path, axes: str, option: str
+) -> None:
+    path = write(tmp_path / "a.ome.tif", noise(5, 20, 30), metadata={"axes": axes})
+    with pytest.raises(InputError, match=f"5 planes .*; pass {option} N with N from 0 to 4"):
+        TiffReader(path)
+    for wrong in (-1, 5):
+        with pytest.raises(InputError, match=f"no plane {wrong} .* from 0 to 4"):
+            TiffReader(path, **{option[2:]: wrong})
+
+
+def test_pages_that_are_no_planes_of_the_series_are_no_image() -> None:
+    assert lay_out("YX", (8, 9), "YX", (9, 8)) is None
+    assert lay_out("X", (9,), "YX", (1, 9)) is None
+    assert lay_out("CYX", (0, 8, 9), "YX", (8, 9)) is None
+
+
+# -- pyramids -----------------------------------------------------------------------------------------
+
+
+def test_pages_that_halve_are_levels(tmp_path: Path) -> None:
+    path, values = tmp_path / "a.tif", noise(101, 75, 3, dtype=np.uint8)
+    with tifffile.TiffWriter(path) as tiff:
+        for step in (1, 2, 4):
+            level = values[::step, ::step]
+            tiff.write(level, photometric="rgb", subfiletype=int(step > 1), metadata=None, tile=(16, 16))
+    with TiffReader(path) as reader:
+        assert [level.downsample for level in reader.info.levels] == [1, 2, 4]
+        for index, step in enumerate((1, 2, 4)):
+            np.testing.assert_array_equal(whole(reader, index), values[::step, ::step])
+
+
+def test_subifds_of_a_stack_are_levels_of_each_plane(tmp_path: Path) -> None:
+    path, values = tmp_path / "a.ome.tif", noise(3, 64, 96)
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(values, subifds=2, metadata={"axes": "ZYX"}, tile=(16, 16))
+        for step in (2, 4):
+            tiff.write(values[:, ::step, ::step], subfiletype=1, tile=(16, 16))
+    with TiffReader(path, z=2) as reader:
+        for index, step in enumerate((1, 2, 4)):
+            np.testing.assert_array_equal(whole(reader, index)[:, :, 0], values[2, ::step, ::step])
+
+
+# -- types and colours --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "delivered"),
+    [
+        ("u1", "u1"),
+        ("u2", "u2"),
+        ("f4", "f4"),
+        ("u4", "f4"),
+        ("i1", "f4"),
+        ("i2", "f4"),
+        ("f2", "f4"),
+        ("f8", "f4"),
+    ],
+)
+@pytest.mark.parametrize("byteorder", ["<", ">"])
+def test_types_become_the_three_of_the_runtime(
+    tmp_path: Path, dtype: str, delivered: str, byteorder: str
+) -> None:
+    values = noise(20, 30).astype(dtype)
+    path = write(tmp_path / "a.tif", values, byteorder=byteorder)
+    with TiffReader(path) as reader:
+        pixels = whole(reader)
+        assert pixels.dtype == reader.info.dtype == np.dtype(delivered)
+        assert pixels.dtype.isnative
+        np.testing.assert_array_equal(pixels[:, :, 0], values)
+
+
+def test_bits_are_black_and_white(tmp_path: Path) -> None:
+    values = noise(20, 30) > 100
+    pixels = read(write(tmp_path / "a.tif", values, photometric="minisblack"))
+    np.testing.assert_array_equal(pixels[:, :, 0], np.where(values, 255, 0))
+
+
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_rgb_is_told_by_the_photometric_tag_and_loses_alpha(tmp_path: Path, planar: str, alpha: int) -> None:
+    values = noise(20, 30, 3 + alpha)
+    stored = values if planar == "contig" else np.moveaxis(values, 2, 0)
+    extra: dict[str, Any] = {"extrasamples": ["unassalpha"]} if alpha else {}
+    path = write(tmp_path / "a.tif", stored, photometric="rgb", planarconfig=planar, **extra)
+    with TiffReader(path) as reader:
+        assert reader.info.is_rgb
+        assert reader.info.channel_names == ("red", "green", "blue")
+        np.testing.assert_array_equal(whole(reader), values[:, :, :3])
+
+
+def test_three_grey_samples_are_channels_not_colours(tmp_path: Path) -> None:
+    values = noise(20, 30, 3, dtype=np.uint8)
+    path = write(tmp_path / "a.tif", values, photometric="minisblack", planarconfig="contig")
+    with TiffReader(path) as reader:
+        assert not reader.info.is_rgb
+        assert reader.info.channel_names == ("channel_0", "channel_1", "channel_2")
+        np.testing.assert_array_equal(whole(reader), values)
+
+
+def test_grey_loses_its_alpha(tmp_path: Path) -> None:
+    values = noise(20, 30, 2, dtype=np.uint8)
+    options: dict[str, Any] = {"planarconfig": "contig", "extrasamples": ["unassalpha"]}
+    path = write(tmp_path / "a.tif", values, photometric="minisblack", **options)
+    np.testing.assert_array_equal(read(path), values[:, :, :1])
+
+
+def test_a_palette_becomes_its_colours(tmp_path: Path) -> None:
+    values, table = noise(20, 30, dtype=np.uint8), noise(3, 256) * 257
+    path = write(tmp_path / "a.tif", values, photometric="palette", colormap=table)
+    with TiffReader(path) as reader:
+        assert reader.info.is_rgb
+        np.testing.assert_array_equal(whole(reader), (table >> 8).T.astype(np.uint8)[values])
+
+
+def test_white_is_zero_is_turned_round(tmp_path: Path) -> None:
+    values = noise(20, 30, dtype=np.uint8)
+    path = write(tmp_path / "a.tif", values, photometric="miniswhite")
+    np.testing.assert_array_equal(read(path)[:, :, 0], 255 - values)
+
+
+def test_jpeg_tiles_come_out_as_rgb(tmp_path: Path) -> None:
+    values = np.full((48, 64, 3), (200, 40, 90), np.uint8)
+    options: dict[str, Any] = {"tile": (16, 16), "compression": "jpeg", "photometric": "rgb"}
+    pixels = read(write(tmp_path / "a.tif", values, **options))
+    assert np.abs(pixels.astype(int) - values).max() <= 4
+
+
+def test_cmyk_and_complex_numbers_are_refused(tmp_path: Path) -> None:
+    cmyk = write(tmp_path / "cmyk.tif", noise(20, 30, 4, dtype=np.uint8), photometric="separated")
+    with pytest.raises(InputError, match="SEPARATED"):
+        TiffReader(cmyk)
+    with pytest.raises(InputError, match="complex64"):
+        TiffReader(write(tmp_path / "complex.tif", np.zeros((20, 30), np.complex64)))
+
+
+# -- pixel size and names -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("unit", "value", "mpp"),
+    [("µm", 0.5, 0.5), ("nm", 250.0, 0.25), ("mm", 0.001, 1.0), ("pixel", 1.0, None), ("µm", 0.0, None)],
+)
+def test_ome_pixel_sizes_have_units(tmp_path: Path, unit: str, value: float, mpp: float | None) -> None:
+    size = {f"PhysicalSize{axis}": value for axis in "XY"}
+    units = {f"PhysicalSize{axis}Unit": unit for axis in "XY"}
+    path = write(tmp_path / "a.ome.tif", noise(20, 30), metadata={"axes": "YX", **size, **units})
+    with TiffReader(path) as reader:
+        assert reader.info.mpp == (None if mpp is None else pytest.approx((mpp, mpp)))
+        assert reader.info.mpp_source == (None if mpp is None else "OME PhysicalSizeX")
+
+
+def test_ome_channels_have_names(tmp_path: Path) -> None:
+    metadata = {"axes": "CYX", "Channel": {"Name": ["DAPI", "GFP"]}}
+    with TiffReader(write(tmp_path / "a.ome.tif", noise(2, 20, 30), metadata=metadata)) as reader:
+        assert reader.info.channel_names == ("DAPI", "GFP")
+        assert reader.info.name == "a"
+
+
+def test_broken_or_empty_ome_xml_says_nothing() -> None:
+    assert ome_facts("<OME") == (None, ())
+    assert ome_facts("<OME/>") == (None, ())
+
+
+@pytest.mark.parametrize("unit", ["micron", "um", "\\u00B5m"])
+def test_imagej_pixel_sizes_have_units(tmp_path: Path, unit: str) -> None:
+    path = write(
+        tmp_path / "a.tif", noise(20, 30), imagej=True, resolution=(4.0, 2.0), metadata={"unit": unit}
+    )
+    with TiffReader(path) as reader:
+        assert (reader.info.mpp, reader.info.mpp_source) == ((0.25, 0.5), "ImageJ unit")
+
+
+def test_a_resolution_in_centimetres_of_a_microscope_is_believed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", noise(20, 30), resolution=(40000, 20000), resolutionunit="centimeter")
+    with TiffReader(path) as reader:
+        assert (reader.info.mpp, reader.info.mpp_source) == ((0.25, 0.5), "TIFF XResolution")
+
+
+@pytest.mark.parametrize(("unit", "mpp"), [("µm", 0.25), ("μm", 0.25), ("nm", 0.00025), ("furlong", None)])
+def test_imagej_units_are_lengths(unit: str, mpp: float | None) -> None:
+    size = tag_pixel_size((4.0, 4.0), unit=1, imagej={"unit": unit})
+    assert (size and size.mpp) == (None if mpp is None else pytest.approx((mpp, mpp)))
+
+
+@pytest.mark.parametrize("unit", [1, 2, 3])
+@pytest.mark.parametrize("resolution", [0.0, 1.0, 72.0, 96.0, 300.0, 1200.0 / 2.54])
+def test_resolutions_of_prints_and_defaults_are_not(unit: int, resolution: float) -> None:
+    assert tag_pixel_size((resolution, resolution), unit=unit, imagej=None) is None
+
+
+def test_a_file_that_says_nothing_has_no_pixel_size(tmp_path: Path) -> None:
+    with TiffReader(write(tmp_path / "a.tif", noise(20, 30))) as reader:
+        assert (reader.info.mpp, reader.info.mpp_source) == (None, None)
+
+
+# -- reading only what is needed ----------------------------------------------------------------------
+
+
+def test_only_the_tiles_under_a_region_are_read(tmp_path: Path) -> None:
+    values = noise(64, 64, dtype=np.uint8)
+    path = write(tmp_path / "a.tif", values, tile=(16, 16), compression="zlib")
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages.first
+        spoilt = [i for i in range(16) if i not in (5, 6)]  # second row, middle columns
+        ranges = [(page.dataoffsets[i], page.databytecounts[i]) for i in spoilt]
+    content = bytearray(path.read_bytes())
+    for start, n in ranges:
+        content[start : start + n] = bytes(n)
+    path.write_bytes(content)
+    with TiffReader(path) as reader:
+        np.testing.assert_array_equal(
+            reader.read(Region(16, 16, 48, 32), level=0)[:, :, 0], values[16:32, 16:48]
+        )
+        with pytest.raises(InputError, match=r"a\.tif: cannot be decoded near x 48, y 16"):
+            reader.read(Region(16, 16, 49, 32), level=0)
+
+
+def test_the_cache_of_segments_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiff_pages, "_CACHE_BYTES", 600)
+    values = noise(64, 64, dtype=np.uint8)
+    path = write(tmp_path / "a.tif", values, tile=(16, 16), compression="zlib")
+    with TiffReader(path) as reader:
+        for _ in range(2):
+            np.testing.assert_array_equal(whole(reader)[:, :, 0], values)
+        assert sum(tile.nbytes for tile in reader._files._cache.values()) <= 600
+
+
+def test_tiles_that_were_left_out_are_empty(tmp_path: Path) -> None:
+    tiles = (tile for tile in [np.ones((16, 16), np.uint8), None, None, np.full((16, 16), 3, np.uint8)])
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, tiles, shape=(32, 32), dtype=np.uint8, tile=(16, 16), compression="zlib")
+    pixels = read(path)[:, :, 0]
+    assert [pixels[y, x] for y in (0, 20) for x in (0, 20)] == [1, 0, 0, 3]
+
+
+# -- damage -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", [{}, {"compression": "zlib", "rowsperstrip": 5}, {"tile": (16, 16)}])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.95])
+def test_a_truncated_file_is_told_when_opened(tmp_path: Path, storage: dict[str, Any], kept: float) -> None:
+    path = write(tmp_path / "a.tif", noise(64, 64), **storage)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
+    with pytest.raises(InputError, match=r"a\.tif: .*copy") as caught:
+        TiffReader(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_shrinks_while_open_is_told_when_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", noise(64, 64))
+    with TiffReader(path) as reader:
+        with path.open("r+b") as stream:
+            stream.truncate(1000)
+        with pytest.raises(InputError, match="ends before its last pixel"):
+            whole(reader)
+
+
+def test_flipped_bytes_never_escape_as_another_error(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    options: dict[str, Any] = {"tile": (16, 16), "compression": "zlib", "photometric": "rgb"}
+    path = write(tmp_path / "a.tif", noise(40, 50, 3, dtype=np.uint8), **options)
+    sound = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(200):
+        flipped = sound.copy()
+        flipped[random.integers(4, min(len(sound), 600), 3)] = random.integers(0, 256, 3)
+        path.write_bytes(flipped.tobytes())
+        try:
+            with TiffReader(path, z=0) as reader:
+                reader.read(Region(0, 0, 1, 1), level=0)
+        except InputError as error:
+            assert error.where == str(path)  # noqa: PT017
+
+
+def test_a_part_of_a_split_ome_tiff_that_is_missing_is_told(tmp_path: Path) -> None:
+    values = noise(2, 20, 30)
+    whole_file = write(tmp_path / "whole.ome.tif", values, metadata={"axes": "ZYX"})
+    with tifffile.TiffFile(whole_file) as tiff:
+        xml = tiff.ome_metadata
+    assert xml is not None
+    start = xml.index("<TiffData")
+    end = xml.index("</Pixels>")
+    parts = "".join(
+        f'<TiffData IFD="0" FirstZ="{z}" PlaneCount="1">'
+        f'<UUID FileName="{name}.ome.tif">urn:uuid:00000000-0000-0000-0000-00000000000{z}</UUID></TiffData>'
+        for z, name in enumerate(("first", "second"))
+    )
+    description = (xml[:start] + parts + xml[end:]).encode()
+    for z, name in enumerate(("first", "second")):
+        options: dict[str, Any] = {"description": description, "metadata": None}
+        write(tmp_path / f"{name}.ome.tif", values[z], **options)
+    first = tmp_path / "first.ome.tif"
+    np.testing.assert_array_equal(read(first, z=1)[:, :, 0], values[1])
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    moved = Path(shutil.copy(first, alone))
+    np.testing.assert_array_equal(read(moved, z=0)[:, :, 0], values[0])
+    with pytest.raises(InputError, match="lies in another file"):
+        TiffReader(moved, z=1)

@@ -1,0 +1,57 @@
+"""The lattice: who owns what."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darcnn.runtime.errors import ShapeError
+from darcnn.runtime.tiling import owns, plan_tiles
+
+FAST = settings(deadline=None, max_examples=80)
+
+sizes = st.integers(1, 70)
+lattices = st.tuples(st.integers(1, 20), st.integers(0, 9)).map(lambda p: (p[0] + 2 * p[1], p[1]))
+
+
+@FAST
+@given(sizes, sizes, lattices)
+def test_cores_partition_the_slide(width: int, height: int, lattice: tuple[int, int]) -> None:
+    tile_px, halo_px = lattice
+    owners = np.zeros((height, width), int)
+    for tile in plan_tiles(width, height, tile_px=tile_px, halo_px=halo_px):
+        owners[tile.core.y0 : tile.core.y1, tile.core.x0 : tile.core.x1] += 1
+        assert tile.core.width > 0
+        assert tile.core.height > 0
+    assert (owners == 1).all()
+
+
+@FAST
+@given(sizes, sizes, lattices)
+def test_a_read_is_a_whole_tile_round_its_core(width: int, height: int, lattice: tuple[int, int]) -> None:
+    tile_px, halo_px = lattice
+    for index, tile in enumerate(plan_tiles(width, height, tile_px=tile_px, halo_px=halo_px)):
+        assert tile.index == index
+        assert (tile.read.width, tile.read.height) == (tile_px, tile_px)
+        assert (tile.core.x0 - tile.read.x0, tile.core.y0 - tile.read.y0) == (halo_px, halo_px)
+        assert tile.read.x1 - tile.core.x1 >= halo_px
+        assert tile.read.y1 - tile.core.y1 >= halo_px
+
+
+@FAST
+@given(sizes, sizes, lattices, st.randoms(use_true_random=False))
+def test_every_point_has_one_owner(width: int, height: int, lattice: tuple[int, int], random) -> None:  # type: ignore[no-untyped-def]
+    points = np.array([(random.random() * width, random.random() * height) for _ in range(20)])
+    points = np.concatenate([points, np.floor(points)])  # borders of cores lie on whole pixels
+    tiles = plan_tiles(width, height, tile_px=lattice[0], halo_px=lattice[1])
+    assert (np.sum([owns(tile, points) for tile in tiles], axis=0) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "tile_px", "halo_px"), [(0, 5, 8, 2), (5, 0, 8, 2), (5, 5, 8, 4), (5, 5, 8, -1)]
+)
+def test_a_lattice_without_ground_is_refused(width: int, height: int, tile_px: int, halo_px: int) -> None:
+    with pytest.raises(ShapeError, match="no tiles"):
+        plan_tiles(width, height, tile_px=tile_px, halo_px=halo_px)
