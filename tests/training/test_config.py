@@ -1,0 +1,280 @@
+"""A recipe: read exactly, written back exactly, and wrong ones refused in one helpful line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darcnn.runtime.errors import UsageError
+from darcnn.runtime.intensity import IntensityRule
+from darcnn.training.config import (
+    TargetSet,
+    read_recipe,
+    recipe_from_table,
+    recipe_to_table,
+    relevant_part,
+)
+
+TEXT = """
+name = "tiny"
+preset = "lite"
+seed = 1
+data = "."
+data_licence = "CC0"
+
+[source]
+images = "images"
+annotations = "instances.json"
+
+[source_stage]
+steps = 5
+
+[target]
+channels = 1
+intensity = { kind = "percentile", low = 1, high = 99.5 }
+nominal_diameter_px = 20
+
+[[target.sets]]
+images = "a/*.png"
+
+[[target.sets]]
+images = "b/*.png"
+diameter_px = 13
+
+[adapt_stage]
+steps = 6
+
+[refine_stage]
+steps = 7
+scales = [1, 1.7]
+"""
+
+
+@pytest.fixture
+def table() -> dict[str, Any]:
+    return tomllib.loads(TEXT)
+
+
+def changed(table: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Return the table with the key at the dotted `path` set, or removed where `value` is `...`."""
+    result = copy.deepcopy(table)
+    *parents, last = path.split(".")
+    inner = result
+    for parent in parents:
+        inner = inner[parent]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return result
+
+
+def refusal(table: dict[str, Any]) -> str:
+    with pytest.raises(UsageError) as caught:
+        recipe_from_table(table, where="recipe.toml")
+    message = str(caught.value)
+    assert message.startswith("recipe.toml: ")
+    assert "\n" not in message
+    return message
+
+
+def test_a_recipe_is_read_into_frozen_dataclasses(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(TEXT)
+    recipe = read_recipe(path)
+    assert recipe.target.intensity == IntensityRule("percentile", 1.0, 99.5)
+    assert recipe.target.sets == (TargetSet("a/*.png"), TargetSet("b/*.png", 13.0))
+    assert recipe.refine_stage.scales == (1.0, 1.7)
+    assert recipe.source_stage.steps == 5
+    assert recipe.adapt_stage.beta == 1.0  # the paper's
+    assert recipe.adapt_stage.gamma == 0.1  # the paper's
+    assert recipe.refine_stage.min_score == 0.5  # the paper's z
+    hash(recipe)  # frozen through and through
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("presett", "preset"),
+        ("source_stage.step", "source_stage.steps"),
+        ("refine_stage.min_scor", "refine_stage.min_score"),
+        ("adapt_stage.learning_rat", "adapt_stage.learning_rate"),
+        ("target.intensity.hihg", "target.intensity.high"),
+        ("zzz", ""),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_valid_one(table: dict[str, Any], path: str, nearest: str) -> None:
+    message = refusal(changed(table, path, 1))
+    assert f"unknown key {path}" in message
+    assert f"did you mean {nearest}" in message
+
+
+def test_an_unknown_key_inside_a_list_of_tables_is_found(table: dict[str, Any]) -> None:
+    table["target"]["sets"][1]["diametre_px"] = 3
+    assert "did you mean target.sets[1].diameter_px?" in refusal(table)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "name",
+        "seed",
+        "data_licence",
+        "source",
+        "source.annotations",
+        "source_stage.steps",
+        "target.channels",
+        "target.intensity.kind",
+        "target.sets",
+        "refine_stage",
+    ],
+)
+def test_a_missing_key_is_named(table: dict[str, Any], path: str) -> None:
+    assert f"lacks the key {path}" in refusal(changed(table, path, ...))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("seed", "7"),
+        ("seed", 7.5),
+        ("seed", True),
+        ("name", 3),
+        ("source", "coco"),
+        ("source_stage.steps", 10.0),
+        ("source_stage.learning_rate", "fast"),
+        ("target.nominal_diameter_px", False),
+        ("target.mpp", "0.25"),
+        ("target.intensity.kind", "linear"),
+        ("refine_stage.fit_masks", 1),
+        ("refine_stage.scales", ["one"]),
+        ("source.diameter_px", [8.0, 20.0, 80.0]),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(table: dict[str, Any], path: str, value: Any) -> None:
+    assert path.rsplit(".", 1)[-1] in refusal(changed(table, path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "hint"),
+    [
+        ("target.sets", [], "at least one"),
+        ("target.channels", 2, "1 nor 3"),
+        ("tile_px", 100, "64"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(table: dict[str, Any], path: str, value: Any, hint: str) -> None:
+    assert hint in refusal(changed(table, path, value))
+
+
+@pytest.mark.parametrize("content", [b"name = ", b"[source\n", b"\xff\xfe", b"name = 'a'\nname = 'b'\n"])
+def test_what_is_not_toml_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="is not TOML") as caught:
+        read_recipe(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there_or_a_folder_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.toml", tmp_path):
+        with pytest.raises(UsageError, match="give the path of a recipe"):
+            read_recipe(path)
+
+
+def test_a_recipe_goes_through_tables_and_json_unchanged(table: dict[str, Any]) -> None:
+    recipe = recipe_from_table(table, where="recipe.toml")
+    assert recipe_from_table(recipe_to_table(recipe), where="again") == recipe
+    assert recipe_from_table(json.loads(json.dumps(recipe_to_table(recipe))), where="json") == recipe
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 2**31),
+    st.floats(0.1, 100),
+    st.none() | st.floats(0.01, 10),
+    st.lists(st.floats(0.1, 4), min_size=1, max_size=4),
+    st.text(st.characters(codec="utf-8"), max_size=20),
+)
+def test_any_valid_recipe_survives_json(
+    seed: int, diameter_px: float, mpp: float | None, scales: list[float], name: str
+) -> None:
+    content = tomllib.loads(TEXT)
+    content |= {"seed": seed, "name": name}
+    content["target"] |= {"nominal_diameter_px": diameter_px} | ({} if mpp is None else {"mpp": mpp})
+    content["refine_stage"]["scales"] = scales
+    recipe = recipe_from_table(content, where="x")
+    assert recipe_from_table(json.loads(json.dumps(recipe_to_table(recipe))), where="json") == recipe
+
+
+@pytest.fixture(scope="session")
+def examples(root: Path) -> list[Path]:
+    return sorted((root / "examples" / "recipes").glob("*.toml"))
+
+
+def test_recipes_that_ship_are_valid(examples: list[Path]) -> None:
+    assert examples
+    for path in examples:
+        recipe = read_recipe(path)
+        assert recipe.name == path.stem
+        assert recipe.data_licence
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "stages"),
+    [
+        ("name", "other", set()),
+        ("data_licence", "CC BY", set()),
+        ("export", {"min_score": 0.9}, set()),
+        ("refine_stage.min_score", 0.9, {"refine"}),
+        ("adapt_stage.gamma", 0.9, {"adapt", "refine"}),
+        ("target.nominal_diameter_px", 9.0, {"adapt", "refine"}),
+        ("source_stage.batch", 9, {"source", "adapt", "refine"}),
+        ("seed", 9, {"source", "adapt", "refine"}),
+        ("preset", "resnet50", {"source", "adapt", "refine"}),
+    ],
+)
+def test_a_stage_depends_on_its_own_part_of_a_recipe_and_on_those_before(
+    table: dict[str, Any], path: str, value: Any, stages: set[str]
+) -> None:
+    recipe = recipe_from_table(table, where="x")
+    other = recipe_from_table(changed(table, path, value), where="x")
+    different = {
+        s for s in ("source", "adapt", "refine") if relevant_part(recipe, s) != relevant_part(other, s)
+    }
+    assert different == stages
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("refine_stage.scales", 1.0), ("source.diameter_px", 8), ("refine_stage.scales", [])],
+)
+def test_a_number_where_a_list_is_due_is_refused(table: dict[str, Any], path: str, value: Any) -> None:
+    assert path in refusal(changed(table, path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("preset", "huge"),
+        ("tile_px", 0),
+        ("tile_px", -64),
+        ("target.nominal_diameter_px", 0.0),
+        ("target.jitter", 0.0),
+        ("source_stage.batch", 0),
+        ("source_stage.steps", -1),
+        ("refine_stage.rounds", 0),
+        ("refine_stage.max_objects", 70_000),
+        ("refine_stage.min_score", float("nan")),
+    ],
+)
+def test_values_that_no_run_could_use_are_refused(table: dict[str, Any], path: str, value: Any) -> None:
+    assert path in refusal(changed(table, path, value))

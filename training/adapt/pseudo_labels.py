@@ -1,0 +1,118 @@
+"""Pseudo-labels: what the model finds on the clean target images, as label pictures to learn from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from darcnn.runtime.boxes import non_maximum_suppression
+from darcnn.runtime.errors import InputError
+from darcnn.runtime.instances import Instances
+from darcnn.runtime.intensity import IntensityRule
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.training.adapt.fit_masks import contrast_of, fit_masks
+from darcnn.training.config import Recipe, RefineStage, relevant_part
+from darcnn.training.data.target import TargetImage, TargetImages
+from darcnn.training.engine import make_segmenter
+from darcnn.training.model.network import Darcnn
+
+__all__ = ["keep_one_polarity", "label_images", "merge_scales", "read_labels"]
+
+_FAINT = 0.25  # a finding with less than this share of its image's median contrast is dropped
+_SAME_IOU = 0.3  # two findings whose boxes overlap more are one object, seen at two scales
+
+
+def label_images(
+    network: Darcnn, recipe: Recipe, targets: TargetImages, folder: Path, *, resume: bool
+) -> None:
+    """Write one 16-bit label picture for each image on which the target branch finds something.
+
+    DARCNN, section 3.3: predictions of the stage-1 model on the clean image whose final score is above
+    z become labels. Deviation: images without one are left out rather than taught as empty, and
+    masks may be fitted to the image.
+    """
+    stage = recipe.refine_stage
+    finished = folder / "complete.json"
+    depends_on = repr(relevant_part(recipe, "refine"))
+    if resume and finished.is_file() and json.loads(finished.read_text())["recipe"] == depends_on:
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # labels of an earlier try would be learned from
+    folder.mkdir(parents=True)
+    # the images have been through the target's intensity rule already
+    as_they_are = replace(recipe.target, intensity=IntensityRule("full_range"))
+    with make_segmenter(network, as_they_are, min_score=stage.min_score) as segmenter:
+        found = [
+            _find(segmenter, image, recipe.target.nominal_diameter_px, stage)
+            for image in tqdm(targets.images, desc="pseudo-labels", unit="image")
+        ]
+    if stage.one_polarity:
+        found = keep_one_polarity([image.pixels for image in targets.images], found)
+    n_objects = sum(len(instances) for instances in found)
+    if n_objects == 0:
+        raise InputError(
+            "the model found no object on any target image",
+            where=folder,
+            fix="lower refine_stage.min_score, correct target.sets.diameter_px, or train the source longer",
+        )
+    for image, instances in zip(targets.images, found, strict=True):
+        if len(instances):
+            labels = fit_masks(image.pixels, instances) if stage.fit_masks else instances.labels()
+            _write(labels, folder / f"{image.name}.png")
+    finished.write_text(json.dumps({"objects": n_objects, "recipe": depends_on}), encoding="utf-8")
+
+
+def keep_one_polarity(images: list[NDArray[np.uint8]], found: list[Instances]) -> list[Instances]:
+    """Return the findings without those of the rarer polarity and the faintest.
+
+    Not in the paper, which filters by mean intensity for one target (DARCNN, section 4). Objects of one
+    target are all brighter or all darker than what surrounds them; which of the two is decided by the
+    contrasts of all findings, weighted by score. What is left between dark nuclei looks like a bright
+    object to a network that has seen both.
+    """
+    contrasts = [contrast_of(image, one) for image, one in zip(images, found, strict=True)]
+    votes = sum(float((np.sign(c) * one.scores).sum()) for c, one in zip(contrasts, found, strict=True))
+    sign = 1.0 if votes >= 0 else -1.0
+    kept = []
+    for contrast, one in zip(contrasts, found, strict=True):
+        right = sign * contrast
+        typical = float(np.median(right[right > 0])) if (right > 0).any() else 0.0
+        kept.append(one.select(right > _FAINT * typical))
+    return kept
+
+
+def read_labels(folder: Path) -> dict[str, NDArray[np.int32]]:
+    """Return the pseudo-labels of `folder`, (H, W) int32 by image name."""
+    labels = {}
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as picture:
+            labels[path.stem] = np.asarray(picture).astype(np.int32)
+    return labels
+
+
+def merge_scales(parts: list[Instances]) -> Instances:
+    """Return the findings of several scales as one: of overlapping ones the better score stays."""
+    joint = Instances.concatenate(parts[0].shape, parts)
+    return joint.select(non_maximum_suppression(joint.boxes, joint.scores, _SAME_IOU))
+
+
+def _find(
+    segmenter: Segmenter, image: TargetImage, nominal_diameter_px: float, stage: RefineStage
+) -> Instances:
+    diameter_px = nominal_diameter_px / image.scale
+    found = [segmenter(image.pixels, diameter_px=diameter_px / scale) for scale in stage.scales]
+    instances = merge_scales(found) if len(found) > 1 else found[0]
+    best = np.argsort(-instances.scores, kind="stable")[: stage.max_objects]
+    return instances.select(best)
+
+
+def _write(labels: NDArray[np.int32], path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
+    Image.fromarray(labels.astype(np.uint16)).save(temporary, format="PNG")
+    temporary.replace(path)

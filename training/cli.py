@@ -1,0 +1,221 @@
+"""`darcnn-train`: parse, call, exit code."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
+
+if TYPE_CHECKING:  # torch is imported inside the commands: --help is quick and works without it
+    from darcnn.runtime.segmenter import Segmenter
+    from darcnn.training.evaluate import Evaluation
+    from darcnn.training.stages import Run
+
+__all__ = ["main"]
+
+_FIGURES = ("aji", "pixel_f1", "object_f1", "max_iou")
+
+
+def main() -> None:
+    """Run the command line; never shows a traceback for an error that a user can act on."""
+    try:
+        code = commands(standalone_mode=False)
+    except click.ClickException as err:
+        err.show()
+        code = EXIT_UNUSABLE
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; the same command with --resume goes on", err=True)
+        code = EXIT_INTERRUPTED
+    except DarcnnError as err:
+        click.echo(str(err), err=True)
+        code = EXIT_UNUSABLE
+    except ModuleNotFoundError as err:
+        if err.name is None or err.name.startswith("darcnn"):
+            raise
+        click.echo(f"darcnn-train: needs {err.name}; pip install 'darcnn[train]'", err=True)
+        code = EXIT_UNUSABLE
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group()
+@click.version_option(package_name="darcnn")
+def commands() -> None:
+    """Learn objects from labelled photographs and adapt them to unlabelled images."""
+
+
+def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.argument("recipe", type=click.Path(path_type=Path)),
+        click.option(
+            "--out", type=click.Path(path_type=Path), help="Folder of the run [default: runs/RECIPE NAME]"
+        ),
+        click.option(
+            "--data", type=click.Path(path_type=Path), help="Data folder, in place of the recipe's."
+        ),
+        click.option("--resume", is_flag=True, help="Go on where an earlier run stopped."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _run(recipe: Path, out: Path | None, data: Path | None, resume: bool) -> Run:
+    from darcnn.training.config import read_recipe
+    from darcnn.training.stages import Run
+
+    content = read_recipe(recipe)
+    folder = data if data is not None else recipe.resolve().parent / content.data
+    if not folder.is_dir():
+        raise UsageError("no such data folder", where=folder, fix="pass --data with the folder of the images")
+    return Run(content, folder, out if out is not None else Path("runs") / content.name, resume)
+
+
+_START = click.option(
+    "--start", type=click.Path(path_type=Path), help="Checkpoint to start from [default: the stage before]"
+)
+
+
+@commands.command()
+@_stage_options
+def source(recipe: Path, out: Path | None, data: Path | None, resume: bool) -> None:
+    """Train a Mask R-CNN on the labelled photographs."""
+    from darcnn.training.stages import run_source
+
+    run = _run(recipe, out, data, resume)
+    run_source(run)
+    click.echo(f"checkpoint: {run.out / 'source'}")
+
+
+@commands.command()
+@_stage_options
+@_START
+def adapt(recipe: Path, out: Path | None, data: Path | None, resume: bool, start: Path | None) -> None:
+    """Stage 1: adapt the features to the unlabelled images."""
+    from darcnn.training.stages import run_adapt
+
+    run = _run(recipe, out, data, resume)
+    run_adapt(run, start or run.out / "source")
+    click.echo(f"checkpoint: {run.out / 'adapt'}")
+
+
+@commands.command()
+@_stage_options
+@_START
+def refine(recipe: Path, out: Path | None, data: Path | None, resume: bool, start: Path | None) -> None:
+    """Stage 2: learn from augmented pseudo-labels."""
+    from darcnn.training.stages import run_refine
+
+    run = _run(recipe, out, data, resume)
+    run_refine(run, start or run.out / "adapt")
+    click.echo(f"checkpoint: {run.out / 'refine'}")
+
+
+@commands.command()
+@_stage_options
+def run(recipe: Path, out: Path | None, data: Path | None, resume: bool) -> None:
+    """Run all stages: source, adapt, refine."""
+    from darcnn.training.stages import run_all
+
+    plan = _run(recipe, out, data, resume)
+    run_all(plan)
+    click.echo(f"checkpoint: {plan.out / 'refine'}; next: darcnn-export bundle {plan.out / 'refine'}")
+
+
+@commands.command()
+@click.argument("model")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--mpp", type=float, help="Micrometres per pixel of the images.")
+@click.option("--diameter", type=float, help="Diameter of a typical object, pixels of the images.")
+@click.option("--pixels", is_flag=True, help="Take the pixels as they are.")
+@click.option("--min-score", type=float, help="Objects below this score do not count.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here as well.")
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write each image's figures here.")
+def evaluate(
+    model: str,
+    folder: Path,
+    mpp: float | None,
+    diameter: float | None,
+    pixels: bool,
+    min_score: float | None,
+    json_path: Path | None,
+    csv_path: Path | None,
+) -> None:
+    """Score MODEL (a bundle, the name of a shipped one, or a checkpoint folder) on a labelled FOLDER.
+
+    FOLDER holds images/ and labels/ (16-bit PNG of the same names, one number an object). The figures
+    of a checkpoint are noted in it and go into the training.json of a bundle made of it.
+    """
+    from darcnn.training.evaluate import evaluate_folder
+
+    with _open_model(model, min_score) as segmenter:
+
+        def segment(reader: Any) -> Any:
+            plan = segmenter.plan(reader.info, mpp=mpp, diameter_px=diameter, pixels=pixels)
+            return segmenter.segment(reader, plan)
+
+        result = evaluate_folder(folder, segment)
+    table = _table(result)
+    click.echo(_as_text(table))
+    if _is_checkpoint(model):
+        from darcnn.training.checkpoint import record_figures
+
+        place = folder.resolve()
+        record_figures(Path(model), f"{place.parent.name}/{place.name}", table)
+    if json_path is not None:
+        json_path.write_text(json.dumps(table, indent=1), encoding="utf-8")
+    if csv_path is not None:
+        with csv_path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", *_FIGURES])
+            for name, one in zip(result.names, result.scores, strict=True):
+                writer.writerow([name, *(f"{getattr(one, figure):.4f}" for figure in _FIGURES)])
+
+
+def _is_checkpoint(model: str) -> bool:
+    return (Path(model) / "checkpoint.json").is_file()
+
+
+def _open_model(model: str, min_score: float | None) -> Segmenter:
+    if _is_checkpoint(model):
+        from darcnn.training.checkpoint import load_network
+        from darcnn.training.engine import make_segmenter
+
+        network, info = load_network(Path(model))
+        recipe = info.recipe
+        return make_segmenter(
+            network,
+            recipe.target,
+            min_score=recipe.export.min_score if min_score is None else min_score,
+            tile_px=recipe.export.tile_px,
+            source_branch=info.stage == "source",
+        )
+    from darcnn.runtime.load import load
+
+    return load(model, min_score=min_score)
+
+
+def _table(result: Evaluation) -> dict[str, dict[str, float]]:
+    """Return figures by row: all images, each kind of a mixed folder, and all pooled."""
+    from darcnn.training.evaluate import kinds
+
+    rows = {f"all {len(result.names)}, mean": result.mean}
+    for kind in kinds(result.names):
+        part = result.of_kind(kind)
+        rows[f"{len(part.names)} {kind}, mean"] = part.mean
+    rows["all, pooled"] = result.pooled
+    return {row: {figure: getattr(scores, figure) for figure in _FIGURES} for row, scores in rows.items()}
+
+
+def _as_text(table: dict[str, dict[str, float]]) -> str:
+    width = max(len(row) for row in table)
+    lines = [" " * width + "  ".join(["", *(f"{figure:>9}" for figure in _FIGURES)])]
+    for row, figures in table.items():
+        lines.append(f"{row:<{width}}" + "  ".join(["", *(f"{v:9.4f}" for v in figures.values())]))
+    return "\n".join(lines)

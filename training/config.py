@@ -1,0 +1,275 @@
+"""A recipe: everything a training run depends on, read from one TOML file into frozen dataclasses."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from darcnn.runtime.errors import UsageError
+from darcnn.runtime.intensity import IntensityRule
+from darcnn.training.model.presets import PRESETS
+
+__all__ = [
+    "AdaptStage",
+    "Export",
+    "Recipe",
+    "RefineStage",
+    "Source",
+    "SourceStage",
+    "Target",
+    "TargetSet",
+    "read_recipe",
+    "recipe_from_table",
+    "recipe_to_table",
+    "relevant_part",
+]
+
+T = TypeVar("T")
+
+_MAX_LABEL = 65535  # pseudo-labels are 16-bit pictures
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The labelled photographs. Paths are relative to the data folder."""
+
+    images: str
+    annotations: str
+    diameter_px: tuple[float, float] = (8.0, 80.0)  # objects are brought to sizes drawn from this range
+    scene_fraction: float = 0.5  # batches' share of scenes: many cut-out objects on one background
+    grey_fraction: float = 0.5  # share of images that lose their colour
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSet:
+    """One group of unlabelled images: a glob relative to the data folder, and how large their objects are."""
+
+    images: str
+    diameter_px: float | None = None  # typical object in these images; None: as the nominal diameter
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The unlabelled images and how the model sees them."""
+
+    sets: tuple[TargetSet, ...]
+    channels: int
+    intensity: IntensityRule
+    nominal_diameter_px: float  # typical object in network pixels
+    mpp: float | None = None  # micrometres per network pixel
+    jitter: float = 1.4  # training crops are scaled at random by up to this factor either way
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStage:
+    """Mask R-CNN on the labelled photographs: what all encoders of the adaptation start from."""
+
+    steps: int
+    batch: int = 4
+    learning_rate: float = 5e-4
+    warm_up: int = 50
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptStage:
+    """Stage 1, feature-level adaptation: DARCNN, equation (1)."""
+
+    steps: int
+    source_batch: int = 2
+    target_batch: int = 2
+    learning_rate: float = 1e-4
+    warm_up: int = 10
+    alpha_first: float = 0.1
+    alpha_rise_steps: int = 20
+    beta: float = 1.0
+    gamma: float = 0.1
+    heads_average: float = 0.99  # how slowly M^t follows M^s; 1 keeps M^t as it was
+    patience: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class RefineStage:
+    """Stage 2, augmented pseudo-labels. `rounds` times: label the clean images, then train on them."""
+
+    steps: int  # of one round
+    rounds: int = 1
+    batch: int = 4
+    learning_rate: float = 3e-4
+    warm_up: int = 20
+    min_score: float = 0.5  # z
+    max_objects: int = 300  # pseudo-labels an image keeps, best first
+    scales: tuple[float, ...] = (1.0,)  # the images are labelled at each of these scales, results merged
+    one_polarity: bool = (
+        False  # drop findings of the rarer polarity: bright among dark ones, or dark among bright
+    )
+    fit_masks: bool = False  # fit each pseudo-mask to its image by a threshold between inside and outside
+    source_every: int = 0  # every n-th step learns from the photographs again; 0 never
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What the bundle of this recipe is told."""
+
+    min_score: float = 0.5
+    tile_px: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One training run."""
+
+    name: str
+    preset: str
+    seed: int
+    data: str  # folder, relative to the recipe file
+    data_licence: str
+    source: Source
+    target: Target
+    source_stage: SourceStage
+    adapt_stage: AdaptStage
+    refine_stage: RefineStage
+    tile_px: int = 256
+    export: Export = field(default_factory=Export)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe in the TOML file `path`.
+
+    Raises:
+        UsageError: the file cannot be read, is no TOML, or a key is unknown, missing or of the wrong type.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise UsageError(
+            err.strerror or "cannot be read", where=path, fix="give the path of a recipe"
+        ) from err
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise UsageError(f"is not TOML ({err})", where=path, fix="correct that line") from err
+    return recipe_from_table(table, where=str(path))
+
+
+def recipe_from_table(table: Mapping[str, Any], *, where: str) -> Recipe:
+    """Return the recipe that a parsed table holds; `where` names it in errors.
+
+    Raises:
+        UsageError: a key is unknown (the error names the nearest valid one), missing or of the wrong type.
+    """
+    recipe = _parse(Recipe, table, where, "")
+    for problem, fix in _problems(recipe):
+        raise UsageError(problem, where=where, fix=fix)
+    return recipe
+
+
+def _problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield what no run could make sense of, each with the fix."""
+    target, refine = recipe.target, recipe.refine_stage
+    if recipe.preset not in PRESETS:
+        yield f"preset = {recipe.preset!r} is unknown", f"use one of {', '.join(PRESETS)}"
+    if not target.sets:
+        yield "no target images", "give at least one [[target.sets]]"
+    if not refine.scales or min(refine.scales) <= 0:
+        yield "refine_stage.scales are not above 0", "use [1.0], say"
+    if target.channels not in (1, 3):
+        yield "target.channels is neither 1 nor 3", "use 1 (grey) or 3 (colour)"
+    if recipe.tile_px < 64 or recipe.tile_px % 64:
+        yield "tile_px is no multiple of 64", "use 256, say"
+    if not 1 <= refine.max_objects <= _MAX_LABEL:
+        yield f"refine_stage.max_objects is not from 1 to {_MAX_LABEL}", "use 300, say"
+    sizes = {f"target.sets[{i}].diameter_px": one.diameter_px for i, one in enumerate(target.sets)}
+    positive = {
+        "target.nominal_diameter_px": target.nominal_diameter_px,
+        "target.mpp": target.mpp,
+        "target.jitter": target.jitter,
+        "source_stage.batch": recipe.source_stage.batch,
+        "adapt_stage.source_batch": recipe.adapt_stage.source_batch,
+        "adapt_stage.target_batch": recipe.adapt_stage.target_batch,
+        "refine_stage.batch": refine.batch,
+        "refine_stage.rounds": refine.rounds,
+        "source_stage.steps": recipe.source_stage.steps,
+        "adapt_stage.steps": recipe.adapt_stage.steps,
+        "refine_stage.steps": refine.steps,
+        **sizes,
+    }
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            yield f"{name} = {value} is not above 0", "give a number above 0"
+    for name, score in (("refine_stage", refine.min_score), ("export", recipe.export.min_score)):
+        if not 0.0 <= score <= 1.0:
+            yield f"{name}.min_score = {score} is no score", "give a number from 0 to 1"
+
+
+def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as nested tables that JSON holds; `recipe_from_table` reads them back."""
+    return asdict(recipe)
+
+
+def relevant_part(recipe: Recipe, stage: str) -> tuple[object, ...]:
+    """Return what the result of `stage` ("source", "adapt", "refine") depends on, stages before it included.
+
+    Two recipes that agree in it may share the stage's checkpoint.
+    """
+    parts: tuple[object, ...] = (
+        recipe.preset,
+        recipe.seed,
+        recipe.tile_px,
+        recipe.source,
+        recipe.source_stage,
+    )
+    if stage == "source":
+        return parts
+    parts = (*parts, recipe.target, recipe.adapt_stage)
+    return parts if stage == "adapt" else (*parts, recipe.refine_stage)
+
+
+def _parse(kind: type[T], table: Any, where: str, prefix: str) -> T:
+    if not isinstance(table, Mapping):
+        raise UsageError(
+            f"{prefix.rstrip('.') or 'recipe'} is not a table", where=where, fix="write it as [table]"
+        )
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]  # every kind is a dataclass
+    hints = get_type_hints(kind)
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise UsageError(
+                f"unknown key {prefix}{key}", where=where, fix=f"did you mean {prefix}{near[0]}?"
+            )
+    values: dict[str, Any] = {}
+    for name, one in known.items():
+        if name in table:
+            values[name] = _value(hints[name], table[name], where, prefix + name)
+        elif one.default is MISSING and one.default_factory is MISSING:
+            raise UsageError(f"lacks the key {prefix}{name}", where=where, fix="add it")
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, where: str, name: str) -> Any:
+    """Return `value` as the type `hint`, or say what was expected."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _parse(hint, value, where, name + ".")
+    if get_origin(hint) is tuple:
+        inner = get_args(hint)
+        n_given = len(value) if isinstance(value, (list, tuple)) else -1
+        kinds = [inner[0]] * n_given if inner[-1] is Ellipsis else list(inner)
+        if len(kinds) == n_given:
+            return tuple(
+                _value(k, v, where, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+            )
+        raise UsageError(f"{name} = {value!r} is not such a list", where=where, fix=f"expected {hint}")
+    options = get_args(hint) or (hint,)
+    if value in [o for o in options if isinstance(o, str)]:
+        return value
+    if isinstance(value, bool):
+        fits = bool in options
+    elif isinstance(value, int) and float in options:
+        return float(value)
+    else:
+        fits = any(isinstance(option, type) and isinstance(value, option) for option in options)
+    if not fits:
+        raise UsageError(f"{name} = {value!r} has the wrong type", where=where, fix=f"expected {hint}")
+    return value

@@ -1,0 +1,85 @@
+"""Random changes of training images: strong for photographs, the paper's for pseudo-labelled tiles."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from darcnn.training.data.source import LabelledTile
+
+__all__ = ["adjust_contrast", "augment_target", "randomise_source", "turn"]
+
+_BLUR_SIGMA = 1.0  # DARCNN, section 3.3
+_CONTRAST = 1.5  # DARCNN, section 3.3: x -> clip(1.5 x - 150, 0, 255)
+_SHIFT = 150.0
+
+
+def turn(tile: LabelledTile, rng: np.random.Generator) -> LabelledTile:
+    """Return the tile mirrored and turned by quarters at random, image and masks alike."""
+    quarters, mirrored = int(rng.integers(4)), bool(rng.integers(2))
+    image = np.rot90(tile.image, quarters, axes=(0, 1))
+    masks = np.rot90(tile.masks, quarters, axes=(1, 2))
+    if mirrored:
+        image, masks = image[:, ::-1], masks[:, :, ::-1]
+    return LabelledTile(np.ascontiguousarray(image), np.ascontiguousarray(masks))
+
+
+def randomise_source(tile: LabelledTile, rng: np.random.Generator, grey_fraction: float) -> LabelledTile:
+    """Return a photograph without its habits: polarity, colour, contrast, sharpness and noise are drawn anew.
+
+    Not in the paper: targets are bright on black or dark on pink, and neither is a photograph.
+    """
+    tile = turn(tile, rng)
+    image = tile.image.astype(np.float32)
+    if rng.random() < grey_fraction:
+        weights = rng.dirichlet((2.0, 2.0, 2.0)).astype(np.float32)
+        image = np.repeat((image @ weights)[..., None], 3, axis=2)
+    else:
+        image = image[..., rng.permutation(3)]
+        image = image * rng.uniform(0.7, 1.3, size=3).astype(np.float32) + rng.normal(0, 10, size=3).astype(
+            np.float32
+        )
+    if rng.random() < 0.5:
+        image = 255.0 - image
+    unit = np.clip(image / 255.0, 0.0, 1.0) ** np.exp(rng.uniform(-0.8, 0.8))
+    image = np.asarray(unit * 255.0, np.float32)
+    image = _blur(image, sigma=float(rng.choice([0.0, rng.uniform(0.3, 1.5)])))
+    if rng.random() < 0.5:
+        noise = rng.normal(0.0, rng.exponential(6.0), size=image.shape[:2])
+        image = image + noise.astype(np.float32)[..., None]
+    return LabelledTile(np.clip(image, 0, 255).astype(np.uint8), tile.masks)
+
+
+def augment_target(tile: LabelledTile, rng: np.random.Generator) -> LabelledTile:
+    """Return a pseudo-labelled tile as stage 2 sees it.
+
+    DARCNN, section 3.3: Gaussian blur with sigma 1; contrast and brightness x -> clip(1.5 x - 150, 0, 255).
+    Deviation: drawn at random in both directions up to those strengths, plus mirroring and quarter turns.
+    """
+    tile = turn(tile, rng)
+    image = _blur(tile.image.astype(np.float32), sigma=float(rng.uniform(0.0, _BLUR_SIGMA)))
+    strength = float(rng.uniform(-1.0, 1.0))
+    return LabelledTile(adjust_contrast(image, strength), tile.masks)
+
+
+def adjust_contrast(image: NDArray[np.float32], strength: float) -> NDArray[np.uint8]:
+    """Return clip(c x - b, 0, 255) with c and b the paper's at `strength` 1 and their inverse at -1.
+
+    DARCNN, section 3.3. At strength 1 this is clip(1.5 x - 150, 0, 255); at -1 it is (x + 150) / 1.5, so that
+    the second undoes the first where nothing was clipped.
+
+    >>> adjust_contrast(np.array([100.0, 200.0, 250.0], np.float32), 1.0)
+    array([  0, 150, 225], dtype=uint8)
+    """
+    contrast = 1.0 + (_CONTRAST - 1.0) * abs(strength)
+    shift = _SHIFT * abs(strength)
+    changed = contrast * image - shift if strength >= 0 else (image + shift) / contrast
+    return np.asarray(np.clip(changed, 0, 255), dtype=np.uint8)
+
+
+def _blur(image: NDArray[np.float32], *, sigma: float) -> NDArray[np.float32]:
+    if sigma < 0.1:
+        return image
+    picture = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
+    return np.asarray(picture.filter(ImageFilter.GaussianBlur(sigma)), np.float32)

@@ -1,0 +1,98 @@
+"""Batches as a pure function of seed, stage and step, made one ahead in a thread."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from darcnn.training.data.augment import randomise_source
+from darcnn.training.data.scenes import make_scene
+from darcnn.training.data.source import Cutout, LabelledTile, PhotographSource
+from darcnn.training.model.heads import Target
+
+T = TypeVar("T")
+
+__all__ = ["Batch", "collate", "make_source_tile", "prefetch", "random_generator"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`images` (B, 3, S, S) float32 in 0..255 and one target an image."""
+
+    images: Tensor
+    targets: list[Target]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.images.shape[2], self.images.shape[3]
+
+
+def random_generator(seed: int, stage: str, step: int, index: int) -> np.random.Generator:
+    """Return the generator of one image: the same whatever ran before, so a resumed run goes on exactly."""
+    return np.random.default_rng((seed, zlib.crc32(stage.encode()), step, index))
+
+
+def make_source_tile(
+    source: PhotographSource,
+    cutouts: list[Cutout],
+    rng: np.random.Generator,
+    tile_px: int,
+    *,
+    scene_fraction: float,
+    grey_fraction: float,
+) -> LabelledTile:
+    """Return a photograph or a scene, randomised; one with at least one object."""
+    while True:
+        if rng.random() < scene_fraction:
+            tile = make_scene(cutouts, rng, tile_px, source.diameter_px)
+        else:
+            tile = source.tile(rng, tile_px)
+        if len(tile.masks):
+            return randomise_source(tile, rng, grey_fraction)
+
+
+def collate(tiles: list[LabelledTile]) -> Batch:
+    """Return the tiles as tensors; boxes enclose the masks, x1 and y1 exclusive."""
+    images = torch.from_numpy(np.stack([tile.image for tile in tiles])).permute(0, 3, 1, 2).float()
+    return Batch(images.contiguous(), [_target(tile) for tile in tiles])
+
+
+def _target(tile: LabelledTile) -> Target:
+    rows = np.asarray(tile.masks.any(axis=2))  # (N, S)
+    columns = np.asarray(tile.masks.any(axis=1))
+    size = tile.masks.shape[1]
+    boxes = np.stack(
+        [
+            columns.argmax(axis=1),
+            rows.argmax(axis=1),
+            size - columns[:, ::-1].argmax(axis=1),
+            size - rows[:, ::-1].argmax(axis=1),
+        ],
+        axis=1,
+    ).astype(np.float32)
+    return {
+        "boxes": torch.from_numpy(boxes.reshape(-1, 4)),
+        "labels": torch.ones(len(tile.masks), dtype=torch.int64),
+        "masks": torch.from_numpy(tile.masks.astype(np.uint8)),
+    }
+
+
+def prefetch(make: Callable[[int], T], steps: range) -> Iterator[T]:
+    """Yield `make(step)` for each step, the next one being made while this one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        waiting = None
+        for step in steps:
+            following = pool.submit(make, step)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()

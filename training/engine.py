@@ -1,0 +1,140 @@
+"""The network in training as an engine of the runtime: validation and pseudo-labels run the shipped path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from darcnn.runtime.engines.protocol import Detections, EngineSpec
+from darcnn.runtime.manifest import FORMAT, Anchors, Limits, Manifest, ModelInput
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.training.config import Target
+from darcnn.training.model.network import Darcnn
+
+__all__ = ["TorchEngine", "halo_for", "make_manifest", "make_segmenter"]
+
+_MASK_PX = 28
+
+
+class TorchEngine:
+    """Runs the target branch, or the branch that the source stage trained, with PyTorch."""
+
+    def __init__(self, network: Darcnn, *, tile_px: int, channels: int, source_branch: bool = False) -> None:
+        self._network = network.eval()
+        self._source_branch = source_branch
+        self._spec = EngineSpec(
+            name=f"pytorch {torch.__version__}",
+            batch=1,
+            tile_px=tile_px,
+            channels=channels,
+            detections=network.target_heads.detections_per_img,
+            mask_batch=64,
+            mask_px=_MASK_PX,
+        )
+
+    @property
+    def spec(self) -> EngineSpec:
+        """The static sizes."""
+        return self._spec
+
+    @torch.no_grad()
+    def detect(self, tiles: NDArray[np.uint8]) -> Detections:
+        """Find objects on `tiles`, (B, S, S, C) uint8."""
+        network, heads = self._network, self._heads
+        images = torch.from_numpy(tiles).permute(0, 3, 1, 2).float()  # (B, C, S, S)
+        c2 = network.trunk(images.expand(-1, 3, -1, -1))
+        shared = network.shared_encoder(c2)
+        private = shared if self._source_branch else network.target_encoder(c2)
+        size = (images.shape[2], images.shape[3])
+        proposals, _, _ = network.proposer.propose(network.rpn_levels(shared), size)
+        boxes, scores = heads.detect(private, proposals, size)
+        slots = self._spec.detections
+        padded_boxes = np.zeros((len(tiles), slots, 4), np.float32)
+        padded_scores = np.zeros((len(tiles), slots), np.float32)
+        for index, (b, s) in enumerate(zip(boxes, scores, strict=True)):
+            padded_boxes[index, : len(b)], padded_scores[index, : len(s)] = b.numpy(), s.numpy()
+        return Detections(padded_boxes, padded_scores, np.ones(len(tiles), np.bool_), private)
+
+    @torch.no_grad()
+    def masks(
+        self, detections: Detections, boxes: NDArray[np.float32], tile_index: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Return (M, 28, 28) mask probabilities for `boxes` (M, 4) on tiles `tile_index`."""
+        pyramid: Sequence[Tensor] = detections.atlas
+        result = np.zeros((len(boxes), _MASK_PX, _MASK_PX), np.float32)
+        for index in np.unique(tile_index):
+            rows = np.flatnonzero(tile_index == index)
+            on_tile = [level[index : index + 1] for level in pyramid]
+            chosen = torch.from_numpy(np.ascontiguousarray(boxes[rows]))
+            result[rows] = self._heads.mask_probabilities(on_tile, [chosen]).numpy()
+        return result
+
+    def close(self) -> None:
+        """Nothing is held beside the network."""
+
+    @property
+    def _heads(self) -> Any:
+        return self._network.source_heads if self._source_branch else self._network.target_heads
+
+
+def halo_for(nominal_diameter_px: float, stride_px: int) -> int:
+    """Return the halo of a tile: at least 1.5 nominal diameters, a multiple of the stride.
+
+    >>> halo_for(28.0, 32)
+    64
+    """
+    return stride_px * int(np.ceil(1.5 * nominal_diameter_px / stride_px))
+
+
+def make_manifest(
+    network: Darcnn, target: Target, *, name: str, tile_px: int, batch: int = 1, min_score: float = 0.5
+) -> Manifest:
+    """Return what a model of this network says of itself; hashes and graphs come with the bundle."""
+    preset, heads, proposer = network.preset, network.target_heads, network.proposer
+    stride = preset.strides_px[-1]
+    return Manifest(
+        format=FORMAT,
+        name=name,
+        preset=preset.name,
+        input=ModelInput(
+            tile_px=tile_px,
+            halo_px=halo_for(target.nominal_diameter_px, stride),
+            stride_px=stride,
+            batch=batch,
+            channels=target.channels,
+            intensity=target.intensity,
+            nominal_diameter_px=target.nominal_diameter_px,
+            mpp=target.mpp,
+        ),
+        anchors=Anchors(preset.anchor_sizes_px, preset.anchor_ratios, preset.strides_px),
+        limits=Limits(
+            proposals_per_level=proposer.pre_nms_top_n(),
+            proposals=proposer.post_nms_top_n(),
+            detections=heads.detections_per_img,
+            mask_batch=64,
+            mask_px=_MASK_PX,
+            score_threshold=heads.score_thresh,
+            nms_threshold=heads.nms_thresh,
+            min_score=min_score,
+        ),
+        graphs={},
+        files={},
+    )
+
+
+def make_segmenter(
+    network: Darcnn, target: Target, *, min_score: float, tile_px: int = 512, source_branch: bool = False
+) -> Segmenter:
+    """Return a segmenter that runs `network` with PyTorch.
+
+    `source_branch` is for a network that only the source stage trained: it has no target branch yet.
+    """
+    network.eval()
+    manifest = make_manifest(network, target, name="in-training", tile_px=tile_px, min_score=min_score)
+    engine = TorchEngine(network, tile_px=tile_px, channels=target.channels, source_branch=source_branch)
+    return Segmenter(engine, manifest)

@@ -1,0 +1,98 @@
+"""How good a model is on labelled images: the paper's figures, on the path that ships."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from darcnn.runtime.errors import InputError
+from darcnn.runtime.instances import Instances
+from darcnn.runtime.metrics import Scores, aggregate_scores, mean_scores, score_labels
+from darcnn.runtime.readers import Reader, open_source
+from darcnn.runtime.readers.open import SUFFIXES
+
+__all__ = ["Evaluation", "evaluate_folder", "kinds", "labelled_images"]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The figures of one folder: of each image, their mean (the paper's), and of all images pooled."""
+
+    names: tuple[str, ...]
+    scores: tuple[Scores, ...]
+
+    @property
+    def mean(self) -> Scores:
+        """Mean over images."""
+        return mean_scores(list(self.scores))
+
+    @property
+    def pooled(self) -> Scores:
+        """All images counted as one."""
+        return aggregate_scores(list(self.scores))
+
+    def of_kind(self, prefix: str) -> Evaluation:
+        """Return the figures of the images whose name begins with `prefix`."""
+        rows = [i for i, name in enumerate(self.names) if name.startswith(prefix)]
+        return Evaluation(tuple(self.names[i] for i in rows), tuple(self.scores[i] for i in rows))
+
+
+def labelled_images(folder: Path) -> list[tuple[Path, Path]]:
+    """Return the pairs of `folder`/images and `folder`/labels, same stem, labels as 16-bit PNG.
+
+    Raises:
+        InputError: there is none, or an image has no labels.
+    """
+    pairs = []
+    for image in sorted(p for p in (folder / "images").glob("*") if p.suffix.lower() in SUFFIXES):
+        label = folder / "labels" / f"{image.stem}.png"
+        if not label.is_file():
+            raise InputError(
+                "no label image", where=label, fix="give each image a 16-bit PNG of the same name"
+            )
+        pairs.append((image, label))
+    if not pairs:
+        raise InputError("no images", where=folder / "images", fix="give a folder with images/ and labels/")
+    return pairs
+
+
+def evaluate_folder(folder: Path, segment: Callable[[Reader], Instances]) -> Evaluation:
+    """Return the figures of `segment` on the labelled images of `folder`.
+
+    Args:
+        folder: holds images/ and labels/.
+        segment: an open image -> its objects, level-0 pixels.
+    """
+    names, scores = [], []
+    for image, label in tqdm(labelled_images(folder), desc=folder.name, unit="image"):
+        with open_source(image) as reader:
+            prediction = segment(reader).labels()
+        truth = _read_labels(label)
+        if truth.shape != prediction.shape:
+            raise InputError(
+                f"is {truth.shape}, its image {prediction.shape}", where=label, fix="match the sizes"
+            )
+        names.append(image.stem)
+        scores.append(score_labels(truth, prediction))
+    return Evaluation(tuple(names), tuple(scores))
+
+
+def kinds(names: tuple[str, ...]) -> Iterator[str]:
+    """Yield the prefixes ("u2os_") by which the names of a mixed folder are grouped, if there are several."""
+    prefixes = sorted({name.split("_")[0] + "_" for name in names if "_" in name})
+    if len(prefixes) > 1:
+        yield from prefixes
+
+
+def _read_labels(path: Path) -> NDArray[np.int32]:
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture).astype(np.int32)
+    except OSError as err:
+        raise InputError(f"cannot be read ({err})", where=path, fix="give a 16-bit PNG") from err

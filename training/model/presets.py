@@ -1,0 +1,74 @@
+"""The two network sizes: `lite` for shipped models, `resnet50` as in the paper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from darcnn.runtime.errors import UsageError
+
+__all__ = ["PRESETS", "Preset", "preset_named"]
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Everything that fixes the layers of a network."""
+
+    name: str
+    mean: tuple[float, float, float]  # of the bytes 0..255, red green blue
+    std: tuple[float, float, float]
+    stage_channels: tuple[int, int, int, int]  # of the backbone, strides 4 to 32
+    pyramid_channels: int
+    has_extra_level: bool  # stride 64, seen by the RPN only
+    anchor_sizes_px: tuple[float, ...]  # one a level, finest first
+    anchor_ratios: tuple[float, ...]
+    box_head_width: int
+    mask_head_layers: tuple[int, ...]
+    # FPN (arXiv:1612.03144), eq. 1: a box of this side is pooled from the level of stride 16
+    canonical_size_px: float
+
+    @property
+    def strides_px(self) -> tuple[int, ...]:
+        """Strides of the levels that the RPN sees."""
+        return (4, 8, 16, 32, 64) if self.has_extra_level else (4, 8, 16, 32)
+
+
+PRESETS = {
+    "lite": Preset(
+        name="lite",
+        mean=(127.0, 127.0, 127.0),
+        std=(128.0, 128.0, 128.0),
+        stage_channels=(24, 40, 112, 320),
+        pyramid_channels=64,
+        has_extra_level=False,
+        # nuclei of 8 to 60 px: an octave a level, the smallest just above the smallest object
+        anchor_sizes_px=(12.0, 24.0, 48.0, 96.0),
+        anchor_ratios=(0.5, 1.0, 2.0),
+        box_head_width=256,
+        mask_head_layers=(64, 64, 64),
+        canonical_size_px=128.0,
+    ),
+    "resnet50": Preset(
+        name="resnet50",
+        mean=(123.675, 116.28, 103.53),
+        std=(58.395, 57.12, 57.375),
+        stage_channels=(256, 512, 1024, 2048),
+        pyramid_channels=256,
+        has_extra_level=True,
+        anchor_sizes_px=(32.0, 64.0, 128.0, 256.0, 512.0),
+        anchor_ratios=(0.5, 1.0, 2.0),
+        box_head_width=1024,
+        mask_head_layers=(256, 256, 256, 256),
+        canonical_size_px=224.0,
+    ),
+}
+
+
+def preset_named(name: str) -> Preset:
+    """Return the preset called `name`.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}", where="preset", fix=f"use one of {', '.join(PRESETS)}")
+    return PRESETS[name]

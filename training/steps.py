@@ -1,0 +1,132 @@
+"""One optimisation step of each stage: which losses, and through which parts their gradient flows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from darcnn.training.adapt.consistency import background_consistency
+from darcnn.training.adapt.difference import difference_loss
+from darcnn.training.adapt.similarity import project, similarity_loss
+from darcnn.training.data.batches import Batch
+from darcnn.training.model.heads import Heads
+from darcnn.training.model.network import Darcnn
+
+__all__ = [
+    "AdaptWeights",
+    "adapt_losses",
+    "learning_parts",
+    "mask_rcnn_losses",
+    "refine_losses",
+    "source_losses",
+]
+
+_MIN_OBJECTNESS = 0.5  # k of DARCNN, section 3.2
+_MAX_REGIONS = 64  # proposals an image in L_target
+_MASK_CELLS = 28
+
+
+class AdaptWeights(Protocol):
+    """The weights of equation (1) that do not move."""
+
+    @property
+    def beta(self) -> float: ...
+
+    @property
+    def gamma(self) -> float: ...
+
+
+def learning_parts(network: Darcnn, stage: str) -> Sequence[nn.Module]:
+    """Return the parts that learn in a stage; the trunk never does."""
+    return {
+        "source": (network.shared_encoder, network.proposer, network.source_heads),
+        "adapt": (
+            network.shared_encoder,
+            network.source_encoder,
+            network.target_encoder,
+            network.proposer,
+            network.source_heads,
+            network.projection,
+        ),
+        "refine": (
+            network.shared_encoder,
+            network.target_encoder,
+            network.proposer,
+            network.target_heads,
+        ),
+    }[stage]
+
+
+def mask_rcnn_losses(
+    network: Darcnn,
+    shared: list[Tensor],
+    private: list[Tensor],
+    heads: Heads,
+    batch: Batch,
+) -> dict[str, Tensor]:
+    """Return L_source's terms: proposals are made on h_c, refined on h_p."""
+    proposals, _, losses = network.proposer.propose(
+        network.rpn_levels(shared), batch.image_size, batch.targets
+    )
+    return losses | heads.losses(private, proposals, batch.image_size, batch.targets)
+
+
+def source_losses(network: Darcnn, batch: Batch) -> dict[str, Tensor]:
+    """Return the losses of the source stage: a Mask R-CNN with one encoder, from which all encoders start."""
+    pyramid = network.shared_encoder(network.trunk(batch.images))
+    return mask_rcnn_losses(network, pyramid, pyramid, network.source_heads, batch)
+
+
+def refine_losses(network: Darcnn, batch: Batch) -> dict[str, Tensor]:
+    """Return the losses of stage 2: Mask R-CNN on the target branch alone (DARCNN, section 3.3)."""
+    c2 = network.trunk(batch.images)
+    return mask_rcnn_losses(
+        network, network.shared_encoder(c2), network.target_encoder(c2), network.target_heads, batch
+    )
+
+
+def adapt_losses(
+    network: Darcnn, source: Batch, target: Tensor, weights: AdaptWeights, alpha: float
+) -> dict[str, Tensor]:
+    """Return the weighted terms of stage 1, whose sum is DARCNN, equation (1).
+
+    Args:
+        network: the network in training mode.
+        source: labelled photographs.
+        target: (N, 3, S, S) unlabelled images of the same size.
+        weights: beta and gamma.
+        alpha: the weight of L_sim at this step.
+    """
+    n_source = len(source.images)
+    c2 = network.trunk(torch.cat([source.images, target]))
+    shared = network.shared_encoder(c2)
+    shared_source = [level[:n_source] for level in shared]
+    shared_target = [level[n_source:] for level in shared]
+    private_source = network.source_encoder(c2[:n_source])
+    private_target = network.target_encoder(c2[n_source:])
+    losses = mask_rcnn_losses(network, shared_source, private_source, network.source_heads, source)
+    losses["similarity"] = alpha * similarity_loss(
+        project(shared_source, network.projection), project(shared_target, network.projection)
+    )
+    losses["difference"] = weights.beta * (
+        difference_loss(shared_source, private_source) + difference_loss(shared_target, private_target)
+    )
+    losses["consistency"] = weights.gamma * _consistency(network, shared_target, private_target)
+    return losses
+
+
+def _consistency(network: Darcnn, shared: list[Tensor], private: list[Tensor]) -> Tensor:
+    """Return L_target, equations (4) to (6) of DARCNN; its gradient reaches E_p^t and nothing else."""
+    height, width = shared[0].shape[2] * 4, shared[0].shape[3] * 4
+    with torch.no_grad():
+        boxes, scores, _ = network.proposer.propose(network.rpn_levels(shared), (height, width))
+        chosen = [b[s > _MIN_OBJECTNESS][:_MAX_REGIONS] for b, s in zip(boxes, scores, strict=True)]
+        if sum(len(b) for b in chosen) == 0:
+            return private[0].sum() * 0.0
+        masks = network.target_heads.mask_probabilities(private, chosen)
+    features = network.target_heads.mask_roi_pool(private, chosen, cells=_MASK_CELLS)
+    image = torch.cat([torch.full((len(b),), i) for i, b in enumerate(chosen)])
+    return background_consistency(features, masks, image, len(chosen))
