@@ -1,0 +1,139 @@
+"""`darcnn-export`: what it writes, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from darcnn.export import cli, pack, parity
+from darcnn.runtime.bundle import MEMBER_CAPS
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        with pytest.raises(SystemExit) as done:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return done.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("command", ["bundle", "verify", "info"])
+def test_every_command_has_help(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "Usage: darcnn-export" in out
+
+
+def test_the_written_bundle_holds_the_name_and_limits_of_the_recipe(bundle):
+    manifest = bundle.manifest
+    assert (manifest.name, manifest.preset, manifest.input.batch) == ("tiny", "lite", 2)
+    assert (manifest.input.tile_px, manifest.input.halo_px, manifest.limits.min_score) == (128, 32, 0.3)
+
+
+def test_verify_passes_with_the_checkpoint_it_was_made_of(run, bundle_path, checkpoint):
+    code, out, _ = run("verify", bundle_path, "--checkpoint", checkpoint)
+    assert code == 0
+    assert "they agree" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith("discs")]
+    assert len(rows) == 6  # three pictures, two tiles each
+    assert sum(int(row[4]) for row in rows) > 50
+
+
+def test_verify_fails_with_another_checkpoint(run, bundle_path, make_network, make_checkpoint):
+    network = make_network()
+    with torch.no_grad():
+        network.target_heads.box_predictor.cls_score.bias.add_(torch.tensor([0.0, 0.5]))
+    code, out, _ = run("verify", bundle_path, "--checkpoint", make_checkpoint(network))
+    assert code == 1
+    assert "they disagree" in out
+
+
+def test_nothing_is_written_where_the_graphs_disagree(run, bundle, checkpoint, tmp_path, monkeypatch):
+    members = {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
+    monkeypatch.setattr(pack, "make_members", lambda *arguments: members)
+    monkeypatch.setattr(parity, "MAX_SCORE", 0.0)
+    out = tmp_path / "new.darcnn"
+    code, _, err = run("bundle", checkpoint, "--out", out, "--batch", "2")
+    assert code == 2
+    assert "do not agree" in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_is_not_replaced_unasked(run, bundle_path, checkpoint):
+    before = bundle_path.read_bytes()
+    code, _, err = run("bundle", checkpoint, "--out", bundle_path)
+    assert code == 2
+    assert "--overwrite" in err
+    assert bundle_path.read_bytes() == before
+
+
+def test_overwrite_replaces_the_bundle(run, bundle, checkpoint, tmp_path, monkeypatch):
+    members = {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
+    monkeypatch.setattr(pack, "make_members", lambda *arguments: members)
+    out = tmp_path / "old.darcnn"
+    out.write_bytes(b"old")
+    code, said, _ = run("bundle", checkpoint, "--out", out, "--batch", "2", "--overwrite")
+    assert (code, "MB" in said) == (0, True)
+    assert out.read_bytes() == bundle.path.read_bytes()
+
+
+def test_info_says_what_the_bundle_is(run, bundle):
+    code, out, _ = run("info", bundle.path)
+    assert code == 0
+    for word in (
+        "tiny: lite",
+        bundle.sha256,
+        *bundle.manifest.files.values(),
+        "full_range",
+        "AJI 0.5",
+        "CC0",
+    ):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["info", "nowhere.darcnn"], "nowhere.darcnn"),
+        (["bundle", "nowhere", "--out", "new.darcnn"], "nowhere"),
+        (["verify", "nowhere.darcnn", "--checkpoint", "nowhere"], "nowhere.darcnn"),
+        (["bundle", "{checkpoint}", "--out", "new.darcnn", "--data", "{empty}"], "--data"),
+        (["bundle", "{checkpoint}", "--out", "new.darcnn", "--tile", "100"], "--tile"),
+        (["bundle", "{checkpoint}", "--out", "new.darcnn", "--licence", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, word, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code, out, err = run(*(part.format(checkpoint=checkpoint, empty=empty) for part in arguments))
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert word in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+
+
+def test_without_torch_the_commands_name_the_extra(run, checkpoint, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
+    code, _, err = run("bundle", checkpoint, "--out", "new.darcnn")
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "pip install 'darcnn[export]'" in err
+
+
+def test_the_command_is_imported_without_torch():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['onnx'] = None; "
+        "from darcnn.export.cli import main; main(['--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "bundle" in done.stdout

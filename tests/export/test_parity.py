@@ -1,0 +1,135 @@
+"""The comparison of bundle and network: it passes where they agree and sees every way to differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from darcnn.export.parity import (
+    Objects,
+    Parity,
+    TileSource,
+    compare_objects,
+    find_with_engine,
+    read_tiles,
+    verify_bundle,
+)
+from darcnn.runtime.engines.protocol import Detections, EngineSpec
+from darcnn.runtime.errors import UsageError
+
+
+def some_objects():
+    rng = np.random.default_rng(0)
+    corners = np.array([(x, y) for x in range(0, 120, 12) for y in range(0, 120, 12)], np.float32)
+    boxes = np.concatenate([corners, corners + 10], axis=1)  # 100 boxes
+    scores = np.linspace(0.95, 0.2, 100, dtype=np.float32)
+    masks = rng.random((100, 28, 28), np.float32)
+    return Objects(boxes, scores, masks, rng.standard_normal((50, 4), np.float32))
+
+
+def test_the_bundle_finds_what_the_network_finds_on_a_real_slide(bundle, network, real_tile, pictures):
+    tiles = read_tiles([TileSource(path) for path in sorted(pictures.iterdir())], bundle, limit=2)
+    parity = verify_bundle(bundle, network, {"slide": real_tile, **tiles})  # two calls of two tiles
+    assert len(parity.tiles) == 3
+    assert min(tile.n_torch for tile in parity.tiles) >= 20
+    assert parity.agrees, parity.complaints
+
+
+def test_the_bundle_of_another_network_disagrees(bundle, make_network, real_tile):
+    network = make_network()
+    with torch.no_grad():
+        network.target_heads.box_predictor.cls_score.weight.mul_(1.1)
+    complaints = verify_bundle(bundle, network, {"slide": real_tile}).complaints
+    assert any("score" in complaint for complaint in complaints)
+
+
+def test_equal_objects_agree():
+    parity = compare_objects("t", some_objects(), some_objects())
+    assert (parity.n_torch, parity.n_onnx, parity.n_matched, parity.n_unmatched) == (100, 100, 100, 0)
+    assert Parity((parity,)).agrees
+
+
+def shift_one_box(objects):
+    boxes = objects.boxes.copy()
+    boxes[7, 0] += 0.6
+    return replace(objects, boxes=boxes)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (shift_one_box, "box_px"),
+        (lambda o: replace(o, boxes=o.boxes + np.float32(0.1)), "box_median_px"),
+        (lambda o: replace(o, scores=o.scores + np.float32(0.02)), "score"),
+        (lambda o: replace(o, masks=1 - o.masks), "mask"),
+        (lambda o: replace(o, masks=np.full_like(o.masks, np.nan)), "mask"),
+        (lambda o: replace(o, atlas=o.atlas * np.float32(1.01)), "features"),
+        (lambda o: replace(o, boxes=o.boxes[3:], scores=o.scores[3:], masks=o.masks[3:]), "3 of 197"),
+        (lambda o: replace(o, boxes=o.boxes + np.float32(5.0)), "200 of 200"),
+    ],
+)
+@pytest.mark.parametrize("swap", [False, True])
+def test_every_difference_is_seen_from_either_side(change, complaint, swap):
+    pair = (some_objects(), change(some_objects()))
+    parity = Parity((compare_objects("t", *(pair[::-1] if swap else pair)),))
+    assert not parity.agrees
+    assert any(complaint in one for one in parity.complaints)
+
+
+def test_one_object_in_a_hundred_may_lie_on_the_other_side_of_a_threshold():
+    full = some_objects()
+    less = Objects(full.boxes[1:], full.scores[1:], full.masks[1:], full.atlas)
+    assert Parity((compare_objects("t", full, less),)).agrees
+
+
+def test_objects_weaker_than_a_tenth_may_come_and_go():
+    weak = replace(some_objects(), scores=np.full(100, 0.09, np.float32))
+    none = Objects(np.zeros((0, 4), "f4"), np.zeros(0, "f4"), np.zeros((0, 28, 28), "f4"), weak.atlas)
+    parity = Parity((compare_objects("t", weak, none),))
+    assert parity.n_objects == 0
+    assert parity.agrees
+
+
+class UnfinishedEngine:
+    """Reports two boxes of which greedy suppression keeps one."""
+
+    spec = EngineSpec("unfinished", 2, 32, 3, 4, 8, 28)
+
+    def detect(self, tiles):
+        boxes = np.zeros((2, 4, 4), np.float32)
+        boxes[:, :2] = [[0, 0, 10, 10], [0, 0, 10, 9]]
+        scores = np.tile(np.array([0.9, 0.8, 0, 0], np.float32), (2, 1))
+        return Detections(boxes, scores, np.array([False, True]), np.zeros((2, 6, 1), np.float32))
+
+    def masks(self, detections, boxes, tile_index):
+        return np.zeros((len(boxes), 28, 28), np.float32)
+
+    def close(self):
+        pass
+
+
+def test_suppression_that_has_not_converged_is_finished_on_the_host():
+    tiles = {name: np.zeros((32, 32, 3), np.uint8) for name in ("first", "second")}
+    found = dict(find_with_engine(UnfinishedEngine(), tiles, 0.5))
+    assert found["first"].scores.tolist() == pytest.approx([0.9])
+    assert found["second"].scores.tolist() == pytest.approx([0.9, 0.8])
+
+
+def test_tiles_come_at_the_scale_of_the_model_and_whole(bundle, tmp_path):
+    path = tmp_path / "plain.png"
+    Image.fromarray(np.full((256, 256, 3), 77, np.uint8)).save(path)
+    tiles = read_tiles([TileSource(path, diameter_px=8.0)], bundle, limit=3)  # nominal 16: twice as large
+    assert len(tiles) == 3
+    assert {tile.shape for tile in tiles.values()} == {(128, 128, 3)}
+    assert {int(name.split()[-1]) for name in tiles} <= set(range(64))  # 512 px, cores of 64
+    assert max(int(name.split()[-1]) for name in tiles) > 16
+    assert all((tile == 77).all() for tile in tiles.values())
+
+
+def test_no_image_is_an_error(bundle):
+    with pytest.raises(UsageError, match="--data"):
+        read_tiles([], bundle)
