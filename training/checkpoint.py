@@ -160,7 +160,7 @@ def _write_info(folder: Path, info: CheckpointInfo) -> None:
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
     state: Mapping[Any, Mapping[str, Any]] = optimizer.state
     return {
-        f"{_OPTIMIZER}{name}.{key}": torch.as_tensor(value).clone()
+        f"{_OPTIMIZER}{name}.{key}": torch.as_tensor(value).clone(memory_format=torch.contiguous_format)
         for name, parameter in network.named_parameters()
         if parameter in state
         for key, value in state[parameter].items()

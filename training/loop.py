@@ -78,7 +78,8 @@ def train(
     if saved is not None:
         network.load_state_dict(load_network(plan.folder)[0].state_dict())
         first = saved.step
-    network.train()
+    # depthwise convolutions run backward two to four times as fast on a CPU
+    network.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parameters = list(network.select_trainable(*learning_parts(network, plan.stage)))
     optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=_WEIGHT_DECAY)
     if saved is not None:
@@ -140,7 +141,7 @@ class _BestWeights:
 
     def save(self) -> None:
         if self.weights is not None:
-            save_file(self.weights, self.path)
+            save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, self.path)
 
     def forget(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -62,7 +62,8 @@ def make_source_tile(
 def collate(tiles: list[LabelledTile]) -> Batch:
     """Return the tiles as tensors; boxes enclose the masks, x1 and y1 exclusive."""
     images = torch.from_numpy(np.stack([tile.image for tile in tiles])).permute(0, 3, 1, 2).float()
-    return Batch(images.contiguous(), [_target(tile) for tile in tiles])
+    # channels last in memory: depthwise convolutions run backward two to four times as fast on a CPU
+    return Batch(images.contiguous(memory_format=torch.channels_last), [_target(tile) for tile in tiles])
 
 
 def _target(tile: LabelledTile) -> Target:

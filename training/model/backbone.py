@@ -6,8 +6,9 @@ from collections import OrderedDict
 
 import timm
 import torch
-from timm.layers.norm_act import freeze_batch_norm_2d
+from timm.layers.norm_act import FrozenBatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import resnet50
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
@@ -57,6 +58,15 @@ class Encoder(nn.Module):
         return list(pyramid.values())
 
 
+class _FrozenNorm(FrozenBatchNormAct2d):  # type: ignore[misc]  # timm is untyped
+    """timm's frozen normalisation in one pass over memory instead of two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        activated: Tensor = self.act(y)
+        return activated
+
+
 def make_trunk_and_stages(preset: Preset) -> tuple[nn.Sequential, nn.ModuleList]:
     """Return the layers of the trunk and of the three stages above it, not yet initialised by a checkpoint.
 
@@ -72,6 +82,9 @@ def make_trunk_and_stages(preset: Preset) -> tuple[nn.Sequential, nn.ModuleList]
         return stem, nn.ModuleList([body.layer2, body.layer3, body.layer4])
     body = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     body = freeze_batch_norm_2d(body)  # type: ignore[no-untyped-call]  # timm leaves it untyped
+    for module in body.modules():
+        if isinstance(module, FrozenBatchNormAct2d):
+            module.__class__ = _FrozenNorm
     blocks = list(body.blocks.children())
     stem = nn.Sequential(
         OrderedDict(conv_stem=body.conv_stem, bn1=body.bn1, block0=blocks[0], block1=blocks[1])

@@ -7,10 +7,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.models.detection.rpn import (
     AnchorGenerator,
     RegionProposalNetwork,
@@ -21,13 +22,24 @@ from torchvision.ops import roi_align
 
 from darcnn.training.model.presets import Preset
 
-__all__ = ["BOX_POOL", "MASK_POOL", "Heads", "Proposer", "RoiPool", "make_heads", "make_proposer"]
+__all__ = [
+    "BOX_POOL",
+    "MASK_POOL",
+    "Heads",
+    "Proposer",
+    "RoiPool",
+    "crop_masks",
+    "make_heads",
+    "make_proposer",
+]
 
 BOX_POOL = 7  # cells a side, Mask R-CNN (arXiv:1703.06870)
 MASK_POOL = 14
 _SAMPLES = 2  # bilinear samples a cell and side
 _POOLED_STRIDES = (4, 8, 16, 32)
 _MAX_TRAINING_PROPOSALS = 500
+# Mask RoIs an image and step: always as many, so that convolutions keep their shapes and are planned once.
+_MASK_ROIS = 24
 _SCORE_THRESHOLD = 0.05  # below it a detection is not even looked at
 
 Target = dict[str, Tensor]  # boxes (N, 4) px, labels (N,) int64 of ones, masks (N, H, W) uint8
@@ -111,12 +123,39 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         """Return the three losses: objectness, box deltas, mask."""
         if not self.training:
             raise RuntimeError("losses of heads that are in evaluation mode")
-        _, losses = self(pyramid, proposals, [image_size] * len(proposals), targets)
-        return {
-            "head_objectness": losses["loss_classifier"],
-            "head_box": losses["loss_box_reg"],
-            "head_mask": losses["loss_mask"],
-        }
+        proposals, matched, labels, wanted = self.select_training_samples(proposals, targets)
+        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(pyramid, proposals)))
+        objectness, box = fastrcnn_loss(logits, deltas, labels, wanted)
+        mask = self._mask_loss(pyramid, proposals, matched, labels, targets)
+        return {"head_objectness": objectness, "head_box": box, "head_mask": mask}
+
+    def _mask_loss(
+        self,
+        pyramid: list[Tensor],
+        proposals: list[Tensor],
+        matched: list[Tensor],
+        labels: list[Tensor],
+        targets: list[Target],
+    ) -> Tensor:
+        """Return the binary cross entropy at 28 x 28 over up to `_MASK_ROIS` positive proposals an image.
+
+        An image with fewer repeats its own, or, without any, proposals that count nothing.
+        """
+        boxes, truth, weights = [], [], []
+        for box, match, label, target in zip(proposals, matched, labels, targets, strict=True):
+            positive = torch.where(label > 0)[0]
+            n = min(len(positive), _MASK_ROIS)
+            chosen = positive[torch.randperm(len(positive), device=positive.device)[:n]]
+            filler = chosen[:1] if n else torch.zeros(1, dtype=torch.int64, device=box.device)
+            rows = torch.cat([chosen, filler.expand(_MASK_ROIS - n)])
+            boxes.append(box[rows])
+            truth.append(crop_masks(target["masks"], box[rows], match[rows], 2 * MASK_POOL))
+            weights.append((torch.arange(_MASK_ROIS, device=box.device) < n).to(box.dtype))
+        features = self.mask_roi_pool(pyramid, boxes)
+        logits = self.mask_predictor(self.mask_head(features))[:, 1]  # (B * _MASK_ROIS, 28, 28)
+        loss = F.binary_cross_entropy_with_logits(logits, torch.cat(truth), reduction="none").mean(dim=(1, 2))
+        weight = torch.cat(weights)
+        return (loss * weight).sum() / weight.sum().clamp_min(1.0)
 
     def detect(
         self, pyramid: list[Tensor], proposals: list[Tensor], image_size: tuple[int, int]
@@ -134,6 +173,24 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         features = self.mask_roi_pool(pyramid, boxes)
         logits = cast(Tensor, self.mask_predictor(self.mask_head(features)))
         return logits[:, 1].sigmoid()
+
+
+def crop_masks(masks: Tensor, boxes: Tensor, matched: Tensor, cells: int) -> Tensor:
+    """Return what the mask head should say of `boxes`: their object's mask in them, (N, cells, cells) in 0..1.
+
+    Deviation from torchvision, whose `project_masks_on_boxes` takes the centre of pixel i to lie at i and so
+    shifts every mask by half a pixel: an object of ten pixels then loses a tenth of its overlap.
+
+    Args:
+        masks: (M, H, W) uint8.
+        boxes: (N, 4) px; x1 and y1 exclusive.
+        matched: (N,) int64, the object of each box.
+        cells: side of the result.
+    """
+    if len(masks) == 0:
+        return boxes.new_zeros((len(boxes), cells, cells))
+    rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
+    return cast(Tensor, roi_align(masks[:, None].to(boxes.dtype), rois, cells, aligned=True)[:, 0])
 
 
 def make_proposer(preset: Preset) -> Proposer:

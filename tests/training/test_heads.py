@@ -1,0 +1,57 @@
+"""Heads: masks are learned where they lie, and as many of them at every step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from darcnn.runtime.masks import outline_mask
+from darcnn.training.data.batches import Batch
+from darcnn.training.model.heads import MASK_POOL, crop_masks
+from darcnn.training.model.network import Darcnn
+from darcnn.training.steps import source_losses
+
+CELLS = 2 * MASK_POOL
+
+
+@pytest.mark.parametrize(("x", "y", "w", "h"), [(10, 20, 10, 10), (3, 5, 28, 14), (20, 1, 13, 31)])
+def test_what_the_mask_head_learns_lies_where_the_runtime_draws_it(x: int, y: int, w: int, h: int) -> None:
+    rows, columns = np.mgrid[:48, :64]
+    inside = ((columns + 0.5 - x - w / 2) / (w / 2)) ** 2 + ((rows + 0.5 - y - h / 2) / (h / 2)) ** 2 <= 1
+    box = np.array([x, y, x + w, y + h], np.float32)
+    truth = crop_masks(
+        torch.from_numpy(inside[None].astype(np.uint8)), torch.from_numpy(box[None]), torch.tensor([0]), CELLS
+    )
+    drawn = outline_mask(truth[0].numpy(), box.astype(np.float64), inside.shape)
+    assert drawn is not None
+    (x0, y0), mask, _ = drawn
+    found = np.zeros_like(inside)
+    found[y0 : y0 + mask.shape[0], x0 : x0 + mask.shape[1]] = mask
+    assert (found & inside).sum() / (found | inside).sum() > 0.97
+
+
+def test_a_symmetric_object_gives_a_symmetric_mask() -> None:
+    masks = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    masks[0, 10:20, 10:20] = 1
+    truth = crop_masks(masks, torch.tensor([[8.0, 8.0, 22.0, 22.0]]), torch.tensor([0]), CELLS)[0]
+    torch.testing.assert_close(truth, truth.flip(0))
+    torch.testing.assert_close(truth, truth.flip(1))
+    torch.testing.assert_close(truth, truth.T)
+
+
+def test_masks_of_no_object_are_empty() -> None:
+    masks = torch.zeros(0, 32, 32, dtype=torch.uint8)
+    assert crop_masks(masks, torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), CELLS).shape == (2, 28, 28)
+
+
+def test_the_mask_head_sees_as_many_regions_at_every_step(network: Darcnn, small_batch: Batch) -> None:
+    seen: list[int] = []
+    network.source_heads.mask_head.register_forward_hook(lambda m, inputs, out: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        for n_objects in (0, 1, None):
+            targets = [{k: v[:n_objects] for k, v in t.items()} for t in small_batch.targets]
+            losses = source_losses(network, Batch(small_batch.images, targets))
+            assert (losses["head_mask"] > 0) == (n_objects != 0)
+    assert len(seen) == 3
+    assert len(set(seen)) == 1
