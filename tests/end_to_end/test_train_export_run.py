@@ -131,22 +131,32 @@ def test_every_output_opens_and_tells_of_the_same_objects(results: Path) -> None
 
 @pytest.mark.slow
 def test_the_model_as_a_bundle_finds_what_its_checkpoint_finds(folder: Path, root: Path) -> None:
+    from darcnn.export.graph import freeze_network
     from darcnn.runtime import load
-    from darcnn.runtime.metrics import score_labels
+    from darcnn.runtime.boxes import pairwise_iou
     from darcnn.training.checkpoint import load_network
     from darcnn.training.engine import make_segmenter
 
     with Image.open(root / "tests" / "data" / "evaluate" / "images" / f"{IMAGE}.png") as picture:
         image = np.array(picture)
     network, info = load_network(folder / "run" / "refine")
+    rounded = freeze_network(network)  # a bundle keeps 16 bits of each weight
     with (
         load(folder / "tiny.darcnn", device="cpu") as shipped,
-        make_segmenter(network, info.recipe.target, min_score=0.0, tile_px=128) as trained,
+        make_segmenter(rounded, info.recipe.target, min_score=0.0, tile_px=128) as trained,
     ):
         assert shipped.manifest.input == trained.manifest.input
-        scores = score_labels(trained(image).labels(), shipped(image).labels())
-    assert scores.pixel_f1 > 0.95
-    assert scores.object_f1 > 0.9
+        ours, theirs = trained(image), shipped(image)
+    # A network that learned for seconds scores many overlapping boxes almost alike, and which of two such
+    # boxes suppresses the other hangs on the last bit; the better half of its findings does not.
+    for mine, other in ((ours, theirs), (theirs, ours)):
+        strong = mine.select(mine.scores >= np.median(mine.scores))
+        best = pairwise_iou(strong.boxes, other.boxes).max(axis=1)
+        assert len(strong) > 3
+        assert (best > 0.9).mean() > 0.9
+    overlap = (ours.labels() > 0) & (theirs.labels() > 0)
+    either = (ours.labels() > 0) | (theirs.labels() > 0)
+    assert overlap.sum() / either.sum() > 0.95
 
 
 @pytest.mark.slow
