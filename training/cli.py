@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,8 @@ import click
 from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
 
 if TYPE_CHECKING:  # torch is imported inside the commands: --help is quick and works without it
+    import torch
+
     from darcnn.runtime.segmenter import Segmenter
     from darcnn.training.evaluate import Evaluation
     from darcnn.training.stages import Run
@@ -60,21 +64,50 @@ def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
             "--data", type=click.Path(path_type=Path), help="Data folder, in place of the recipe's."
         ),
         click.option("--resume", is_flag=True, help="Go on where an earlier run stopped."),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="auto takes a GPU where there is one.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
     return command
 
 
-def _run(recipe: Path, out: Path | None, data: Path | None, resume: bool) -> Run:
+@contextmanager
+def _open_run(recipe: Path, out: Path | None, data: Path | None, resume: bool, device: str) -> Iterator[Run]:
+    """Yield the run that the options describe, joined with the other processes if torchrun started some."""
     from darcnn.training.config import read_recipe
+    from darcnn.training.parallel import processes
     from darcnn.training.stages import Run
 
     content = read_recipe(recipe)
     folder = data if data is not None else recipe.resolve().parent / content.data
     if not folder.is_dir():
         raise UsageError("no such data folder", where=folder, fix="pass --data with the folder of the images")
-    return Run(content, folder, out if out is not None else Path("runs") / content.name, resume)
+    chosen = _device(device)
+    with processes(chosen):
+        yield Run(content, folder, out if out is not None else Path("runs") / content.name, resume, chosen)
+
+
+def _device(name: str) -> torch.device:
+    """Return the device called `name`; of several GPUs that of this process.
+
+    Raises:
+        UsageError: a GPU is asked for and there is none.
+    """
+    import torch
+
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("PyTorch sees no GPU", where="--device cuda", fix="pass --device cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 _START = click.option(
@@ -84,48 +117,81 @@ _START = click.option(
 
 @commands.command()
 @_stage_options
-def source(recipe: Path, out: Path | None, data: Path | None, resume: bool) -> None:
+def source(recipe: Path, out: Path | None, data: Path | None, resume: bool, device: str) -> None:
     """Train a Mask R-CNN on the labelled photographs."""
     from darcnn.training.stages import run_source
 
-    run = _run(recipe, out, data, resume)
-    run_source(run)
-    click.echo(f"checkpoint: {run.out / 'source'}")
+    with _open_run(recipe, out, data, resume, device) as run:
+        run_source(run)
+        _tell(f"checkpoint: {run.out / 'source'}")
 
 
 @commands.command()
 @_stage_options
 @_START
-def adapt(recipe: Path, out: Path | None, data: Path | None, resume: bool, start: Path | None) -> None:
+def adapt(
+    recipe: Path, out: Path | None, data: Path | None, resume: bool, device: str, start: Path | None
+) -> None:
     """Stage 1: adapt the features to the unlabelled images."""
     from darcnn.training.stages import run_adapt
 
-    run = _run(recipe, out, data, resume)
-    run_adapt(run, start or run.out / "source")
-    click.echo(f"checkpoint: {run.out / 'adapt'}")
+    with _open_run(recipe, out, data, resume, device) as run:
+        run_adapt(run, start or run.out / "source")
+        _tell(f"checkpoint: {run.out / 'adapt'}")
 
 
 @commands.command()
 @_stage_options
 @_START
-def refine(recipe: Path, out: Path | None, data: Path | None, resume: bool, start: Path | None) -> None:
+def refine(
+    recipe: Path, out: Path | None, data: Path | None, resume: bool, device: str, start: Path | None
+) -> None:
     """Stage 2: learn from augmented pseudo-labels."""
     from darcnn.training.stages import run_refine
 
-    run = _run(recipe, out, data, resume)
-    run_refine(run, start or run.out / "adapt")
-    click.echo(f"checkpoint: {run.out / 'refine'}")
+    with _open_run(recipe, out, data, resume, device) as run:
+        run_refine(run, start or run.out / "adapt")
+        _tell(f"checkpoint: {run.out / 'refine'}")
 
 
 @commands.command()
 @_stage_options
-def run(recipe: Path, out: Path | None, data: Path | None, resume: bool) -> None:
+def run(recipe: Path, out: Path | None, data: Path | None, resume: bool, device: str) -> None:
     """Run all stages: source, adapt, refine."""
+    from darcnn.training.parallel import is_first
+    from darcnn.training.report import write_report
     from darcnn.training.stages import run_all
 
-    plan = _run(recipe, out, data, resume)
-    run_all(plan)
-    click.echo(f"checkpoint: {plan.out / 'refine'}; next: darcnn-export bundle {plan.out / 'refine'}")
+    with _open_run(recipe, out, data, resume, device) as plan:
+        run_all(plan)
+        if is_first():
+            write_report(plan.out, plan.recipe)
+        _tell(
+            f"report: {plan.out / 'report.html'}\n"
+            f"checkpoint: {plan.out / 'refine'}; next: darcnn-export bundle {plan.out / 'refine'}"
+        )
+
+
+def _tell(words: str) -> None:
+    """Print `words`, once where several processes run."""
+    from darcnn.training.parallel import is_first
+
+    if is_first():
+        click.echo(words)
+
+
+@commands.command()
+@_stage_options
+def ablation(recipe: Path, out: Path | None, data: Path | None, resume: bool, device: str) -> None:
+    """Train every arm of the paper's ablation and score it on the recipe's [ablation] images.
+
+    Writes ablation.csv, ablation.md and ablation.png. Arms that are done are not run again with --resume.
+    """
+    from darcnn.training.ablation import run_ablation
+
+    with _open_run(recipe, out, data, resume, device) as plan:
+        run_ablation(plan)
+        _tell(f"table: {plan.out / 'ablation.md'}")
 
 
 @commands.command()

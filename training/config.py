@@ -7,13 +7,14 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.training.model.presets import PRESETS
 
 __all__ = [
+    "Ablation",
     "AdaptStage",
     "Export",
     "Recipe",
@@ -69,7 +70,8 @@ class SourceStage:
     """Mask R-CNN on the labelled photographs: what all encoders of the adaptation start from."""
 
     steps: int
-    batch: int = 4
+    batch: int = 4  # of all processes together, as every batch here
+    accumulate: int = 1  # batches whose gradients make one step
     learning_rate: float = 5e-4
     warm_up: int = 50
 
@@ -81,12 +83,14 @@ class AdaptStage:
     steps: int
     source_batch: int = 2
     target_batch: int = 2
+    accumulate: int = 1
     learning_rate: float = 1e-4
     warm_up: int = 10
-    alpha_first: float = 0.1
+    alpha: float = 1.0  # weight of L_sim once it has risen; 0 leaves it out
+    alpha_first: float = 0.1  # share of alpha at the first step
     alpha_rise_steps: int = 20
-    beta: float = 1.0
-    gamma: float = 0.1
+    beta: float = 1.0  # weight of L_diff
+    gamma: float = 0.1  # weight of L_target
     heads_average: float = 0.99  # how slowly M^t follows M^s; 1 keeps M^t as it was
     patience: int = 200
 
@@ -98,8 +102,10 @@ class RefineStage:
     steps: int  # of one round
     rounds: int = 1
     batch: int = 4
+    accumulate: int = 1
     learning_rate: float = 3e-4
     warm_up: int = 20
+    augment: bool = True  # the paper's augmentation of pseudo-labelled tiles; False only crops them
     min_score: float = 0.5  # z
     max_objects: int = 300  # pseudo-labels an image keeps, best first
     scales: tuple[float, ...] = (1.0,)  # the images are labelled at each of these scales, results merged
@@ -119,6 +125,17 @@ class Export:
 
 
 @dataclass(frozen=True, slots=True)
+class Ablation:
+    """On which labelled images the arms of `darcnn-train ablation` are scored; training never reads them."""
+
+    folder: str  # holds images/ and labels/, relative to the data folder
+    diameter_px: float | None = None  # typical object in these images; None: pixels as they are
+    paper: Literal["none", "bbbc", "tnbc"] = (
+        "none"  # whose column of the paper's Tables 3 and 4 stands beside
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """One training run."""
 
@@ -134,6 +151,7 @@ class Recipe:
     refine_stage: RefineStage
     tile_px: int = 256
     export: Export = field(default_factory=Export)
+    ablation: Ablation | None = None
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -185,6 +203,10 @@ def _problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "target.nominal_diameter_px": target.nominal_diameter_px,
         "target.mpp": target.mpp,
         "target.jitter": target.jitter,
+        "ablation.diameter_px": recipe.ablation.diameter_px if recipe.ablation else None,
+        "source_stage.accumulate": recipe.source_stage.accumulate,
+        "adapt_stage.accumulate": recipe.adapt_stage.accumulate,
+        "refine_stage.accumulate": refine.accumulate,
         "source_stage.batch": recipe.source_stage.batch,
         "adapt_stage.source_batch": recipe.adapt_stage.source_batch,
         "adapt_stage.target_batch": recipe.adapt_stage.target_batch,
@@ -250,8 +272,9 @@ def _parse(kind: type[T], table: Any, where: str, prefix: str) -> T:
 
 def _value(hint: Any, value: Any, where: str, name: str) -> Any:
     """Return `value` as the type `hint`, or say what was expected."""
-    if isinstance(hint, type) and is_dataclass(hint):
-        return _parse(hint, value, where, name + ".")
+    tables = [one for one in (hint, *get_args(hint)) if isinstance(one, type) and is_dataclass(one)]
+    if tables and get_origin(hint) is not tuple and not (value is None and type(None) in get_args(hint)):
+        return _parse(tables[0], value, where, name + ".")
     if get_origin(hint) is tuple:
         inner = get_args(hint)
         n_given = len(value) if isinstance(value, (list, tuple)) else -1

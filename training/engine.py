@@ -27,6 +27,7 @@ class TorchEngine:
     def __init__(self, network: Darcnn, *, tile_px: int, channels: int, source_branch: bool = False) -> None:
         self._network = network.eval()
         self._source_branch = source_branch
+        self._device = next(network.parameters()).device
         self._spec = EngineSpec(
             name=f"pytorch {torch.__version__}",
             batch=1,
@@ -46,7 +47,7 @@ class TorchEngine:
     def detect(self, tiles: NDArray[np.uint8]) -> Detections:
         """Find objects on `tiles`, (B, S, S, C) uint8."""
         network, heads = self._network, self._heads
-        images = torch.from_numpy(tiles).permute(0, 3, 1, 2).float()  # (B, C, S, S)
+        images = torch.from_numpy(tiles).to(self._device).permute(0, 3, 1, 2).float()  # (B, C, S, S)
         c2 = network.trunk(images.expand(-1, 3, -1, -1))
         shared = network.shared_encoder(c2)
         private = shared if self._source_branch else network.target_encoder(c2)
@@ -57,7 +58,7 @@ class TorchEngine:
         padded_boxes = np.zeros((len(tiles), slots, 4), np.float32)
         padded_scores = np.zeros((len(tiles), slots), np.float32)
         for index, (b, s) in enumerate(zip(boxes, scores, strict=True)):
-            padded_boxes[index, : len(b)], padded_scores[index, : len(s)] = b.numpy(), s.numpy()
+            padded_boxes[index, : len(b)], padded_scores[index, : len(s)] = b.cpu().numpy(), s.cpu().numpy()
         return Detections(padded_boxes, padded_scores, np.ones(len(tiles), np.bool_), private)
 
     @torch.no_grad()
@@ -70,8 +71,8 @@ class TorchEngine:
         for index in np.unique(tile_index):
             rows = np.flatnonzero(tile_index == index)
             on_tile = [level[index : index + 1] for level in pyramid]
-            chosen = torch.from_numpy(np.ascontiguousarray(boxes[rows]))
-            result[rows] = self._heads.mask_probabilities(on_tile, [chosen]).numpy()
+            chosen = torch.from_numpy(np.ascontiguousarray(boxes[rows])).to(self._device)
+            result[rows] = self._heads.mask_probabilities(on_tile, [chosen]).cpu().numpy()
         return result
 
     def close(self) -> None:

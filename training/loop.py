@@ -1,20 +1,20 @@
-"""The training loop: batches in, steps, scalars and checkpoints out."""
+"""The training loop: batches in; steps, scalars, pictures and checkpoints out."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from darcnn.runtime.errors import UsageError
+from darcnn.training import parallel
 from darcnn.training.checkpoint import (
     CheckpointInfo,
     load_network,
@@ -24,6 +24,7 @@ from darcnn.training.checkpoint import (
 )
 from darcnn.training.config import relevant_part
 from darcnn.training.data.batches import prefetch
+from darcnn.training.history import History, Sheet
 from darcnn.training.model.network import Darcnn
 from darcnn.training.schedule import PlateauProgress, PlateauRule, learning_rate_factor
 from darcnn.training.steps import learning_parts
@@ -47,9 +48,13 @@ class LoopPlan:
     warm_up: int
     folder: Path
     info: CheckpointInfo
+    accumulate: int = 1  # batches whose gradients make one step
     patience: int | None = None  # steps without gain after which the stage ends
     settle_steps: int = 0  # first steps, in which the loss says nothing yet
     resume: bool = False
+    sheet: Sheet | None = None  # a picture of what the network finds
+    sheet_every: int = _SAVE_EVERY
+    observed: dict[str, float] = field(default_factory=dict)  # what the losses tell beside their values
 
 
 def train(
@@ -64,22 +69,23 @@ def train(
     Args:
         network: the network to start from; a resumed stage replaces its weights by the checkpoint's.
         plan: stage, length, rates, folder.
-        make_batch: step -> batch, a pure function, called one step ahead in a thread.
+        make_batch: number -> batch, a pure function, called one ahead in a thread. Step s takes the
+            batches s * accumulate to (s + 1) * accumulate - 1.
         losses_of: batch and step -> named, weighted losses; their sum is minimised.
         after_step: called after each optimiser step.
 
     Raises:
-        UsageError: the stage to resume was begun with another recipe.
+        UsageError: the stage to resume was begun with another recipe, or a loss is not finite.
     """
     saved = _saved_progress(plan)
     if saved is not None and saved.complete:
-        return load_network(plan.folder)[0]
+        return _moved(load_network(plan.folder)[0], network)
     first = 0
     if saved is not None:
         network.load_state_dict(load_network(plan.folder)[0].state_dict())
         first = saved.step
     # depthwise convolutions run backward two to four times as fast on a CPU
-    network.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.train().to(memory_format=torch.channels_last)
     parameters = list(network.select_trainable(*learning_parts(network, plan.stage)))
     optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=_WEIGHT_DECAY)
     if saved is not None:
@@ -91,35 +97,69 @@ def train(
     )
     best = _BestWeights(plan.folder, network, resumed=saved is not None)
     plateaued = False
-    batches = prefetch(make_batch, range(first, plan.steps))
-    steps = tqdm(batches, desc=plan.stage, initial=first, total=plan.steps, file=sys.stderr, unit="step")
-    with SummaryWriter(str(plan.folder / "scalars")) as scalars:
-        for step, batch in enumerate(steps, start=first):
+    device = parameters[0].device
+    batches = prefetch(make_batch, range(first * plan.accumulate, plan.steps * plan.accumulate))
+    with History(plan.folder, plan.stage, first) as history, _progress(plan, first) as progress:
+        for step in range(first, plan.steps):
             rate = plan.learning_rate * learning_rate_factor(step, warm_up=plan.warm_up, steps=plan.steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            # RPN and heads sample with torch's generator: seeded by step, a resumed stage goes on exactly
-            torch.manual_seed(plan.info.recipe.seed * 1_000_003 + step)
-            values = _step(optimizer, parameters, losses_of(batch, step))
+            optimizer.zero_grad(set_to_none=True)
+            values: dict[str, float] = {}
+            for _ in range(plan.accumulate):
+                batch = next(batches)
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    losses = losses_of(batch, step)
+                part = _add_gradient(losses, plan, step)
+                values = {name: values.get(name, 0.0) + value for name, value in part.items()}
+            parallel.average_gradients(parameters)
+            nn.utils.clip_grad_norm_(parameters, _CLIP_NORM)
+            optimizer.step()
             after_step()
-            for name, value in values.items():
-                scalars.add_scalar(f"{plan.stage}/{name}", value, step)
-            scalars.add_scalar(f"{plan.stage}/learning_rate", rate, step)
-            steps.set_postfix_str(f"loss {values['total']:.3f}")
+            history.add(step, values | plan.observed | {"learning_rate": rate})
+            progress.set_postfix_str(f"loss {values['total']:.3f}", refresh=False)
+            progress.update()
             plateaued = rule.update(step, values["total"])
             if plan.patience is not None and rule.best_step == step:
                 best.take()
             if plateaued:
                 best.give_back()
                 break
+            if plan.sheet and (step + 1) % plan.sheet_every == 0 and step + 1 < plan.steps:
+                history.show(step + 1, plan.sheet, network)
             if (step + 1) % _SAVE_EVERY == 0:
                 best.save()
                 info = replace(plan.info, step=step + 1, complete=False, state=asdict(rule.progress))
-                save_checkpoint(plan.folder, network, info, optimizer)
-    done = rule.best_step + 1 if plateaued else plan.steps
-    save_checkpoint(plan.folder, network, replace(plan.info, step=done, complete=True))
+                _save(plan.folder, network, info, optimizer)
+        done = rule.best_step + 1 if plateaued else plan.steps
+        if plan.sheet:
+            history.show(done, plan.sheet, network)
+    _save(plan.folder, network, replace(plan.info, step=done, complete=True))
     best.forget()
     return network.eval()
+
+
+def _progress(plan: LoopPlan, first: int) -> tqdm[NoReturn]:
+    return tqdm(
+        desc=plan.stage,
+        initial=first,
+        total=plan.steps,
+        file=sys.stderr,
+        unit="step",
+        disable=not parallel.is_first(),
+    )
+
+
+def _moved(network: Darcnn, like: Darcnn) -> Darcnn:
+    return network.to(next(like.parameters()).device)
+
+
+def _save(
+    folder: Path, network: Darcnn, info: CheckpointInfo, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    if parallel.is_first():
+        save_checkpoint(folder, network, info, optimizer)
+    parallel.wait_for_all()
 
 
 class _BestWeights:
@@ -140,11 +180,12 @@ class _BestWeights:
             self.network.load_state_dict(self.weights)
 
     def save(self) -> None:
-        if self.weights is not None:
+        if self.weights is not None and parallel.is_first():
             save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, self.path)
 
     def forget(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if parallel.is_first():
+            self.path.unlink(missing_ok=True)
 
 
 def _saved_progress(plan: LoopPlan) -> CheckpointInfo | None:
@@ -156,15 +197,19 @@ def _saved_progress(plan: LoopPlan) -> CheckpointInfo | None:
     return info
 
 
-def _step(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], losses: dict[str, Tensor]
-) -> dict[str, float]:
-    """Take one step down the sum of `losses`; return them as numbers, with their `total`."""
-    total = torch.stack(list(losses.values())).sum()
-    if not torch.isfinite(total):
-        raise FloatingPointError(f"loss is not finite: { {k: v.item() for k, v in losses.items()} }")
-    optimizer.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    nn.utils.clip_grad_norm_(parameters, _CLIP_NORM)
-    optimizer.step()
-    return {name: loss.item() for name, loss in losses.items()} | {"total": total.item()}
+def _add_gradient(losses: dict[str, Tensor], plan: LoopPlan, step: int) -> dict[str, float]:
+    """Add the gradient of a part of one step; return that part's share of each loss, and their `total`.
+
+    Raises:
+        UsageError: a loss is not finite.
+    """
+    values = parallel.mean_over_processes(torch.stack(list(losses.values()))) / plan.accumulate
+    for name, value in zip(losses, values.tolist(), strict=True):
+        if not torch.isfinite(torch.tensor(value)):
+            raise UsageError(
+                f"the loss {name} of stage {plan.stage} is {value} at step {step}",
+                where=plan.folder,
+                fix=f"lower {plan.stage}_stage.learning_rate; checkpoints before it are whole",
+            )
+    (torch.stack(list(losses.values())).sum() / plan.accumulate).backward()  # type: ignore[no-untyped-call]
+    return dict(zip(losses, values.tolist(), strict=True)) | {"total": float(values.sum())}

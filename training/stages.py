@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from darcnn.runtime.errors import OutputError
+from darcnn.training import parallel
 from darcnn.training.adapt.pseudo_labels import label_images, read_labels
 from darcnn.training.checkpoint import CheckpointInfo, is_complete, load_network
 from darcnn.training.config import Recipe
+from darcnn.training.contact_sheet import ContactSheet
 from darcnn.training.data.augment import augment_target
-from darcnn.training.data.batches import Batch, collate, make_source_tile, random_generator
+from darcnn.training.data.batches import Batch, BatchKey, make_batch, make_source_tile
 from darcnn.training.data.source import LabelledTile, PhotographSource
 from darcnn.training.data.target import TargetImages
 from darcnn.training.loop import LoopPlan, train
@@ -29,12 +32,13 @@ __all__ = ["Run", "run_adapt", "run_all", "run_refine", "run_source"]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One training run: what, from which data folder, into which folder."""
+    """One training run: what, from which data folder, into which folder, on which device."""
 
     recipe: Recipe
     data: Path
     out: Path
     resume: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def folder(self, name: str) -> Path:
         """Return the folder of the stage called `name`, made if need be.
@@ -59,6 +63,10 @@ class Run:
         """Tell whether a resumed run finds the stage in `folder` finished."""
         return self.resume and is_complete(folder)
 
+    def start_from(self, folder: Path) -> Darcnn:
+        """Return the network of the checkpoint in `folder`, on the run's device."""
+        return load_network(folder)[0].to(self.device)
+
 
 class _SourceTiles:
     """Randomised photographs and scenes of a recipe, by seed, stage, step and index."""
@@ -68,8 +76,10 @@ class _SourceTiles:
         self.source = PhotographSource(run.data, run.recipe.source)
         self.cutouts = self.source.cutouts()
 
-    def batch(self, stage: str, step: int, size: int) -> Batch:
-        return collate([self._tile(random_generator(self.recipe.seed, stage, step, i)) for i in range(size)])
+    def batch(self, stage: str, number: int, size: int) -> Batch:
+        """Return this process's share of batch `number` of a stage."""
+        key = BatchKey(self.recipe.seed, stage, number)
+        return make_batch(self._tile, key, parallel.share_of(size))
 
     def _tile(self, rng: np.random.Generator) -> LabelledTile:
         options = self.recipe.source
@@ -90,7 +100,9 @@ def run_source(run: Run) -> Darcnn:
     network = Darcnn.from_name(recipe.preset)
     if not run.is_done(folder):
         load_imagenet(network)
+    network.to(run.device)
     tiles = _SourceTiles(run)
+    targets = TargetImages(run.data, recipe.target, recipe.seed)
     plan = LoopPlan(
         stage="source",
         steps=stage.steps,
@@ -98,23 +110,27 @@ def run_source(run: Run) -> Darcnn:
         warm_up=stage.warm_up,
         folder=folder,
         info=CheckpointInfo("source", 0, False, recipe),
+        accumulate=stage.accumulate,
         resume=run.resume,
+        sheet=ContactSheet(recipe, targets, source_branch=True),
+        sheet_every=_epoch(tiles.source.n_images, stage.batch * stage.accumulate),
     )
 
     def losses_of(batch: Batch, step: int) -> dict[str, Tensor]:
-        return source_losses(network, batch)
+        return source_losses(network, batch.to(run.device))
 
-    return train(network, plan, lambda step: tiles.batch("source", step, stage.batch), losses_of)
+    return train(network, plan, lambda number: tiles.batch("source", number, stage.batch), losses_of)
 
 
 def run_adapt(run: Run, start: Path) -> Darcnn:
     """Stage 1: adapt the source checkpoint in `start` to the unlabelled images, into `run.out`/adapt."""
     recipe, stage = run.recipe, run.recipe.adapt_stage
     folder = run.folder("adapt")
-    network, _ = load_network(start)
+    network = run.start_from(start)
     network.start_adaptation()
     tiles = _SourceTiles(run)
     targets = TargetImages(run.data, recipe.target, recipe.seed)
+    observed: dict[str, float] = {}
     plan = LoopPlan(
         stage="adapt",
         steps=stage.steps,
@@ -122,24 +138,31 @@ def run_adapt(run: Run, start: Path) -> Darcnn:
         warm_up=stage.warm_up,
         folder=folder,
         info=CheckpointInfo("adapt", 0, False, recipe),
+        accumulate=stage.accumulate,
         patience=stage.patience,
         settle_steps=stage.alpha_rise_steps,
         resume=run.resume,
+        sheet=ContactSheet(recipe, targets),
+        sheet_every=_epoch(len(targets.images), stage.target_batch * stage.accumulate),
+        observed=observed,
     )
 
-    def make_batch(step: int) -> tuple[Batch, Tensor]:
-        generators = [random_generator(recipe.seed, "target", step, i) for i in range(stage.target_batch)]
-        unlabelled = collate([targets.tile(rng, recipe.tile_px) for rng in generators])
-        return tiles.batch("adapt", step, stage.source_batch), unlabelled.images
+    def batch_of(number: int) -> tuple[Batch, Tensor]:
+        key = BatchKey(recipe.seed, "target", number)
+        unlabelled = make_batch(
+            lambda rng: targets.tile(rng, recipe.tile_px), key, parallel.share_of(stage.target_batch)
+        )
+        return tiles.batch("adapt", number, stage.source_batch), unlabelled.images
 
     def losses_of(batch: tuple[Batch, Tensor], step: int) -> dict[str, Tensor]:
-        alpha = similarity_weight(step, first=stage.alpha_first, rise_steps=stage.alpha_rise_steps)
-        return adapt_losses(network, *batch, stage, alpha)
+        rise = similarity_weight(step, first=stage.alpha_first, rise_steps=stage.alpha_rise_steps)
+        source, target = batch[0].to(run.device), batch[1].to(run.device)
+        return adapt_losses(network, source, target, stage, stage.alpha * rise, observed)
 
     def after_step() -> None:
         network.follow_source_heads(stage.heads_average)
 
-    return train(network, plan, make_batch, losses_of, after_step)
+    return train(network, plan, batch_of, losses_of, after_step)
 
 
 def run_refine(run: Run, start: Path) -> Darcnn:
@@ -148,15 +171,17 @@ def run_refine(run: Run, start: Path) -> Darcnn:
     Round n leaves `run.out`/refine-n with its pseudo-labels as pictures; the last is `run.out`/refine.
     """
     recipe, stage = run.recipe, run.recipe.refine_stage
-    network, _ = load_network(start)
+    network = run.start_from(start)
     tiles = _SourceTiles(run)
     targets = TargetImages(run.data, recipe.target, recipe.seed)
+    sheet = ContactSheet(recipe, targets)
     for number in range(1, stage.rounds + 1):
         name = "refine" if number == stage.rounds else f"refine-{number}"
         folder = run.folder(name)
         label_folder = folder / "pseudo_labels"
-        if not run.is_done(folder):
+        if not run.is_done(folder) and parallel.is_first():
             label_images(network, recipe, targets, label_folder, resume=run.resume)
+        parallel.wait_for_all()
         labels = read_labels(label_folder)
         plan = LoopPlan(
             stage="refine",
@@ -165,21 +190,33 @@ def run_refine(run: Run, start: Path) -> Darcnn:
             warm_up=stage.warm_up,
             folder=folder,
             info=CheckpointInfo("refine", 0, False, recipe),
+            accumulate=stage.accumulate,
             resume=run.resume,
+            sheet=sheet,
+            sheet_every=_epoch(len(labels), stage.batch * stage.accumulate),
         )
 
-        def make_batch(step: int, name: str = name, labels: dict[str, NDArray[np.int32]] = labels) -> Batch:
-            if stage.source_every and step % stage.source_every == 0:
-                return tiles.batch(name, step, stage.batch)
-            generators = [random_generator(recipe.seed, name, step, i) for i in range(stage.batch)]
-            return collate([augment_target(targets.tile(g, recipe.tile_px, labels), g) for g in generators])
+        def batch_of(number: int, name: str = name, labels: dict[str, NDArray[np.int32]] = labels) -> Batch:
+            if stage.source_every and number % stage.source_every == 0:
+                return tiles.batch(name, number, stage.batch)
 
-        network = train(network, plan, make_batch, _refine_losses_of(network))
+            def draw(rng: np.random.Generator) -> LabelledTile:
+                tile = targets.tile(rng, recipe.tile_px, labels)
+                return augment_target(tile, rng) if stage.augment else tile
+
+            return make_batch(draw, BatchKey(recipe.seed, name, number), parallel.share_of(stage.batch))
+
+        network = train(network, plan, batch_of, _refine_losses_of(network, run.device))
     return network
 
 
-def _refine_losses_of(network: Darcnn) -> Callable[[Batch, int], dict[str, Tensor]]:
-    return lambda batch, step: refine_losses(network, batch)
+def _refine_losses_of(network: Darcnn, device: torch.device) -> Callable[[Batch, int], dict[str, Tensor]]:
+    return lambda batch, step: refine_losses(network, batch.to(device))
+
+
+def _epoch(n_images: int, batch: int) -> int:
+    """Return the steps in which as many images are drawn as there are."""
+    return max(1, n_images // batch)
 
 
 def run_all(run: Run) -> Darcnn:

@@ -89,7 +89,12 @@ def refine_losses(network: Darcnn, batch: Batch) -> dict[str, Tensor]:
 
 
 def adapt_losses(
-    network: Darcnn, source: Batch, target: Tensor, weights: AdaptWeights, alpha: float
+    network: Darcnn,
+    source: Batch,
+    target: Tensor,
+    weights: AdaptWeights,
+    alpha: float,
+    observed: dict[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """Return the weighted terms of stage 1, whose sum is DARCNN, equation (1).
 
@@ -99,6 +104,7 @@ def adapt_losses(
         target: (N, 3, S, S) unlabelled images of the same size.
         weights: beta and gamma.
         alpha: the weight of L_sim at this step.
+        observed: is told the number of `regions` an image that L_target looked at.
     """
     n_source = len(source.images)
     c2 = network.trunk(torch.cat([source.images, target]))
@@ -108,25 +114,38 @@ def adapt_losses(
     private_source = network.source_encoder(c2[:n_source])
     private_target = network.target_encoder(c2[n_source:])
     losses = mask_rcnn_losses(network, shared_source, private_source, network.source_heads, source)
-    losses["similarity"] = alpha * similarity_loss(
-        project(shared_source, network.projection), project(shared_target, network.projection)
-    )
-    losses["difference"] = weights.beta * (
-        difference_loss(shared_source, private_source) + difference_loss(shared_target, private_target)
-    )
-    losses["consistency"] = weights.gamma * _consistency(network, shared_target, private_target)
+    with torch.autocast(c2.device.type, enabled=False):  # these three compare features: in float32
+        shared_source, shared_target, private_source, private_target = (
+            [level.float() for level in pyramid]
+            for pyramid in (shared_source, shared_target, private_source, private_target)
+        )
+        losses["similarity"] = alpha * similarity_loss(
+            project(shared_source, network.projection), project(shared_target, network.projection)
+        )
+        losses["difference"] = weights.beta * (
+            difference_loss(shared_source, private_source) + difference_loss(shared_target, private_target)
+        )
+        regions = _confident_regions(network, shared_target)
+        losses["consistency"] = weights.gamma * _consistency(network, private_target, regions)
+    if observed is not None:
+        observed["regions"] = sum(len(boxes) for boxes in regions) / len(regions)
     return losses
 
 
-def _consistency(network: Darcnn, shared: list[Tensor], private: list[Tensor]) -> Tensor:
-    """Return L_target, equations (4) to (6) of DARCNN; its gradient reaches E_p^t and nothing else."""
+def _confident_regions(network: Darcnn, shared: list[Tensor]) -> list[Tensor]:
+    """Return up to 64 proposals (n, 4) an image with an objectness above k, best first, without gradient."""
     height, width = shared[0].shape[2] * 4, shared[0].shape[3] * 4
     with torch.no_grad():
         boxes, scores, _ = network.proposer.propose(network.rpn_levels(shared), (height, width))
-        chosen = [b[s > _MIN_OBJECTNESS][:_MAX_REGIONS] for b, s in zip(boxes, scores, strict=True)]
-        if sum(len(b) for b in chosen) == 0:
-            return private[0].sum() * 0.0
-        masks = network.target_heads.mask_probabilities(private, chosen)
-    features = network.target_heads.mask_roi_pool(private, chosen, cells=_MASK_CELLS)
-    image = torch.cat([torch.full((len(b),), i) for i, b in enumerate(chosen)])
-    return background_consistency(features, masks, image, len(chosen))
+    return [b[s > _MIN_OBJECTNESS][:_MAX_REGIONS] for b, s in zip(boxes, scores, strict=True)]
+
+
+def _consistency(network: Darcnn, private: list[Tensor], regions: list[Tensor]) -> Tensor:
+    """Return L_target, equations (4) to (6) of DARCNN; its gradient reaches E_p^t and nothing else."""
+    if sum(len(boxes) for boxes in regions) == 0:
+        return private[0].sum() * 0.0
+    with torch.no_grad():
+        masks = network.target_heads.mask_probabilities(private, regions)
+    features = network.target_heads.mask_roi_pool(private, regions, cells=_MASK_CELLS, samples=1)
+    image = torch.cat([torch.full((len(boxes),), i, device=boxes.device) for i, boxes in enumerate(regions)])
+    return background_consistency(features, masks, image, len(regions))

@@ -103,7 +103,7 @@ def make_batch(data: Path, recipe: Recipe) -> Callable[..., Batch]:
             tiles.append(
                 make_source_tile(source, [], generator, tile_px, scene_fraction=0.0, grey_fraction=0.5)
             )
-        return collate(tiles)
+        return collate(tiles, range(len(tiles)))
 
     return make
 
@@ -115,7 +115,7 @@ def make_target_tiles(data: Path, recipe: Recipe) -> Callable[[int, int], Any]:
 
     def make(tile_px: int, n: int) -> Any:
         generators = [random_generator(recipe.seed, "target", 0, index) for index in range(n)]
-        return collate([images.tile(generator, tile_px) for generator in generators]).images
+        return collate([images.tile(generator, tile_px) for generator in generators], range(n)).images
 
     return make
 

@@ -87,7 +87,7 @@ def test_scene_fraction_chooses_between_photographs_and_scenes(
 def test_boxes_enclose_their_masks_tightly(masks: np.ndarray) -> None:
     masks = masks[masks.any(axis=(1, 2))]
     size = masks.shape[1]
-    batch = collate([LabelledTile(np.zeros((size, size, 3), np.uint8), masks)])
+    batch = collate([LabelledTile(np.zeros((size, size, 3), np.uint8), masks)], [0])
     (target,) = batch.targets
     assert target["boxes"].dtype == torch.float32
     assert target["labels"].tolist() == [1] * len(masks)
@@ -103,7 +103,7 @@ def test_boxes_enclose_their_masks_tightly(masks: np.ndarray) -> None:
 
 def test_a_tile_without_objects_has_no_boxes() -> None:
     tile = LabelledTile(np.zeros((8, 8, 3), np.uint8), np.zeros((0, 8, 8), bool))
-    (target,) = collate([tile]).targets
+    (target,) = collate([tile], [0]).targets
     assert target["boxes"].shape == (0, 4)
     assert target["labels"].shape == (0,)
     assert target["masks"].shape == (0, 8, 8)
@@ -111,7 +111,7 @@ def test_a_tile_without_objects_has_no_boxes() -> None:
 
 def test_images_of_a_batch_are_bytes_as_numbers_channels_first() -> None:
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    batch = collate([LabelledTile(image, np.zeros((0, 8, 8), bool))] * 3)
+    batch = collate([LabelledTile(image, np.zeros((0, 8, 8), bool))] * 3, range(3))
     assert batch.images.shape == (3, 3, 8, 8)
     assert batch.images.dtype == torch.float32
     assert batch.image_size == (8, 8)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from darcnn.training.parallel import gather
+
 __all__ = ["difference_loss"]
 
 
@@ -27,9 +29,9 @@ def difference_loss(shared: Sequence[Tensor], private: Sequence[Tensor]) -> Tens
 
 
 def _rows(level: Tensor) -> Tensor:
-    """Return (B * H * W, C // 2) centred rows of unit length."""
+    """Return (B * H * W, C // 2) centred rows of unit length, B that of all processes."""
     half = level[:, : level.shape[1] // 2]
-    rows = half.permute(0, 2, 3, 1).reshape(-1, half.shape[1])
+    rows = gather(half.permute(0, 2, 3, 1).reshape(-1, half.shape[1]))
     rows = rows - rows.mean(dim=0, keepdim=True)
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / lengths.clamp_min(1e-6)

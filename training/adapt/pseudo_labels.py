@@ -26,6 +26,7 @@ from darcnn.training.model.network import Darcnn
 __all__ = ["keep_one_polarity", "label_images", "merge_scales", "read_labels"]
 
 _FAINT = 0.25  # a finding with less than this share of its image's median contrast is dropped
+_SCORE_BINS = 20  # of the histogram that is kept
 _SAME_IOU = 0.3  # two findings whose boxes overlap more are one object, seen at two scales
 
 
@@ -65,7 +66,10 @@ def label_images(
         if len(instances):
             labels = fit_masks(image.pixels, instances) if stage.fit_masks else instances.labels()
             _write(labels, folder / f"{image.name}.png")
-    finished.write_text(json.dumps({"objects": n_objects, "recipe": depends_on}), encoding="utf-8")
+    scores = np.concatenate([instances.scores for instances in found])
+    histogram, _ = np.histogram(scores, bins=_SCORE_BINS, range=(0.0, 1.0))
+    summary = {"objects": n_objects, "scores": histogram.tolist(), "recipe": depends_on}
+    finished.write_text(json.dumps(summary), encoding="utf-8")
 
 
 def keep_one_polarity(images: list[NDArray[np.uint8]], found: list[Instances]) -> list[Instances]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from darcnn.training.parallel import gather
+
 __all__ = ["maximum_mean_discrepancy", "project", "similarity_loss"]
 
 _BANDWIDTH_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # a family of kernels: one scale saturates on far domains
@@ -53,6 +55,9 @@ def project(pyramid: Sequence[Tensor], projection: nn.ModuleList) -> list[Tensor
 
 
 def similarity_loss(source: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
-    """Return L_sim, the mean of equation (2) of DARCNN over the levels of two projected pyramids."""
-    levels = [maximum_mean_discrepancy(s, t) for s, t in zip(source, target, strict=True)]
+    """Return L_sim, the mean of equation (2) of DARCNN over the levels of two projected pyramids.
+
+    The samples are the images of all processes.
+    """
+    levels = [maximum_mean_discrepancy(gather(s), gather(t)) for s, t in zip(source, target, strict=True)]
     return torch.stack(levels).mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,7 +19,7 @@ from darcnn.training.model.heads import Target
 
 T = TypeVar("T")
 
-__all__ = ["Batch", "collate", "make_source_tile", "prefetch", "random_generator"]
+__all__ = ["Batch", "BatchKey", "collate", "make_batch", "make_source_tile", "prefetch", "random_generator"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,31 @@ class Batch:
         """Height and width."""
         return self.images.shape[2], self.images.shape[3]
 
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`."""
+        targets = [{name: tensor.to(device) for name, tensor in target.items()} for target in self.targets]
+        return Batch(self.images.to(device, non_blocking=True), targets)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchKey:
+    """Which batch of a run: what its random choices are a function of."""
+
+    seed: int
+    stage: str
+    step: int
+
 
 def random_generator(seed: int, stage: str, step: int, index: int) -> np.random.Generator:
     """Return the generator of one image: the same whatever ran before, so a resumed run goes on exactly."""
     return np.random.default_rng((seed, zlib.crc32(stage.encode()), step, index))
+
+
+def make_batch(draw: Callable[[np.random.Generator], LabelledTile], key: BatchKey, indices: range) -> Batch:
+    """Return the images `indices` of the batch `key`, each drawn with a generator of its own."""
+    generators = [random_generator(key.seed, key.stage, key.step, index) for index in indices]
+    tiles = [draw(generator) for generator in generators]
+    return collate(tiles, [int(generator.integers(2**31)) for generator in generators])
 
 
 def make_source_tile(
@@ -59,14 +80,20 @@ def make_source_tile(
             return randomise_source(tile, rng, grey_fraction)
 
 
-def collate(tiles: list[LabelledTile]) -> Batch:
-    """Return the tiles as tensors; boxes enclose the masks, x1 and y1 exclusive."""
+def collate(tiles: Sequence[LabelledTile], seeds: Sequence[int]) -> Batch:
+    """Return the tiles as tensors; boxes enclose the masks, x1 and y1 exclusive.
+
+    `seeds`, one an image, decide which anchors and regions the losses draw of it.
+    """
     images = torch.from_numpy(np.stack([tile.image for tile in tiles])).permute(0, 3, 1, 2).float()
     # channels last in memory: depthwise convolutions run backward two to four times as fast on a CPU
-    return Batch(images.contiguous(memory_format=torch.channels_last), [_target(tile) for tile in tiles])
+    return Batch(
+        images.contiguous(memory_format=torch.channels_last),
+        [_target(tile, seed) for tile, seed in zip(tiles, seeds, strict=True)],
+    )
 
 
-def _target(tile: LabelledTile) -> Target:
+def _target(tile: LabelledTile, seed: int) -> Target:
     rows = np.asarray(tile.masks.any(axis=2))  # (N, S)
     columns = np.asarray(tile.masks.any(axis=1))
     size = tile.masks.shape[1]
@@ -83,6 +110,7 @@ def _target(tile: LabelledTile) -> Target:
         "boxes": torch.from_numpy(boxes.reshape(-1, 4)),
         "labels": torch.ones(len(tile.masks), dtype=torch.int64),
         "masks": torch.from_numpy(tile.masks.astype(np.uint8)),
+        "seed": torch.tensor(seed, dtype=torch.int64),
     }
 
 

@@ -70,6 +70,11 @@ class PhotographSource:
                 "no image with instances", where=path, fix="give a COCO instances JSON with masks"
             )
 
+    @property
+    def n_images(self) -> int:
+        """Photographs with objects."""
+        return len(self.images)
+
     def _annotations(self, number: int) -> list[dict[str, Any]]:
         return [a for a in self.coco.imgToAnns[number] if not a.get("iscrowd") and a["area"] >= 16.0]
 

@@ -58,8 +58,13 @@ class Encoder(nn.Module):
         return list(pyramid.values())
 
 
-class _FrozenNorm(FrozenBatchNormAct2d):  # type: ignore[misc]  # timm is untyped
+class _FrozenNorm(FrozenBatchNormAct2d):
     """timm's frozen normalisation in one pass over memory instead of two."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor
+    bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)

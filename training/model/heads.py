@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
+from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import (
     AnchorGenerator,
     RegionProposalNetwork,
@@ -21,6 +21,7 @@ from torchvision.models.detection.rpn import (
 from torchvision.ops import roi_align
 
 from darcnn.training.model.presets import Preset
+from darcnn.training.parallel import mean_over_processes
 
 __all__ = [
     "BOX_POOL",
@@ -29,6 +30,8 @@ __all__ = [
     "Proposer",
     "RoiPool",
     "crop_masks",
+    "draw_balanced",
+    "generator_of",
     "make_heads",
     "make_proposer",
 ]
@@ -42,7 +45,12 @@ _MAX_TRAINING_PROPOSALS = 500
 _MASK_ROIS = 24
 _SCORE_THRESHOLD = 0.05  # below it a detection is not even looked at
 
-Target = dict[str, Tensor]  # boxes (N, 4) px, labels (N,) int64 of ones, masks (N, H, W) uint8
+_ANCHORS, _POSITIVE_ANCHORS = 256, 0.5  # drawn of each image for the RPN, Faster R-CNN, section 3.1.2
+_PROPOSALS, _POSITIVE_PROPOSALS = 96, 1 / 3  # drawn of each image for the heads
+_BETA = 1 / 9  # where the box loss turns from square to linear, detectron2's and torchvision's
+
+# boxes (N, 4) px, labels (N,) int64 of ones, masks (N, H, W) uint8, seed () int64: what is drawn at random
+Target = dict[str, Tensor]
 
 
 class RoiPool(nn.Module):
@@ -68,8 +76,12 @@ class RoiPool(nn.Module):
         boxes: Sequence[Tensor],
         shapes: object = None,
         cells: int | None = None,
+        samples: int = _SAMPLES,
     ) -> Tensor:
-        """Return (N, C, cells, cells) features of `boxes`, one (n, 4) tensor an image."""
+        """Return (N, C, cells, cells) features of `boxes`, one (n, 4) tensor an image.
+
+        Each cell is the mean of `samples` x `samples` bilinear samples.
+        """
         cells = cells or self.cells
         every_box = torch.cat(list(boxes))
         image = torch.cat([torch.full((len(b), 1), float(i), device=b.device) for i, b in enumerate(boxes)])
@@ -79,7 +91,7 @@ class RoiPool(nn.Module):
         for number, stride in enumerate(_POOLED_STRIDES):
             rows = torch.where(level == number)[0]
             if len(rows):
-                part = roi_align(pyramid[number], rois[rows], cells, 1.0 / stride, _SAMPLES, aligned=True)
+                part = roi_align(pyramid[number], rois[rows], cells, 1.0 / stride, samples, aligned=True)
                 pooled = pooled.index_copy(0, rows, part.to(pooled.dtype))
         return pooled
 
@@ -106,8 +118,34 @@ class Proposer(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is u
             return boxes, scores, {}
         labels, matched = self.assign_targets_to_anchors(anchors, targets)
         wanted = self.box_coder.encode(matched, anchors)
-        loss_objectness, loss_box = self.compute_loss(objectness, deltas, labels, wanted)
-        return boxes, scores, {"rpn_objectness": loss_objectness, "rpn_box": loss_box}
+        return boxes, scores, self._losses(objectness, deltas, labels, wanted, targets)
+
+    def _losses(
+        self,
+        objectness: Tensor,
+        deltas: Tensor,
+        labels: list[Tensor],
+        wanted: list[Tensor],
+        targets: list[Target],
+    ) -> dict[str, Tensor]:
+        """Return Faster R-CNN (arXiv:1506.01497), eq. 1, over the anchors drawn of each image."""
+        drawn = [
+            draw_balanced(label, _ANCHORS, _POSITIVE_ANCHORS, generator_of(target, 0))
+            for label, target in zip(labels, targets, strict=True)
+        ]
+        chosen = torch.cat(
+            [i * len(label) + rows for i, (label, rows) in enumerate(zip(labels, drawn, strict=True))]
+        )
+        label = torch.cat(labels)[chosen]
+        positive = chosen[label >= 1]
+        count = mean_over_processes(torch.tensor(float(len(chosen)), device=deltas.device)).clamp_min(1.0)
+        is_object = F.binary_cross_entropy_with_logits(
+            objectness.flatten()[chosen].float(), label.float(), reduction="sum"
+        )
+        box = F.smooth_l1_loss(
+            deltas[positive].float(), torch.cat(wanted)[positive], beta=_BETA, reduction="sum"
+        )
+        return {"rpn_objectness": is_object / count, "rpn_box": box / count}
 
 
 class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
@@ -123,11 +161,38 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         """Return the three losses: objectness, box deltas, mask."""
         if not self.training:
             raise RuntimeError("losses of heads that are in evaluation mode")
-        proposals, matched, labels, wanted = self.select_training_samples(proposals, targets)
+        proposals, matched, labels, wanted = self._draw(proposals, targets)
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(pyramid, proposals)))
-        objectness, box = fastrcnn_loss(logits, deltas, labels, wanted)
-        mask = self._mask_loss(pyramid, proposals, matched, labels, targets)
-        return {"head_objectness": objectness, "head_box": box, "head_mask": mask}
+        label = torch.cat(labels)
+        positive = torch.where(label > 0)[0]
+        count = mean_over_processes(torch.tensor(float(len(label)), device=label.device)).clamp_min(1.0)
+        own_deltas = deltas.reshape(len(label), -1, 4)[positive, label[positive]]
+        box = F.smooth_l1_loss(own_deltas.float(), torch.cat(wanted)[positive], beta=_BETA, reduction="sum")
+        return {
+            "head_objectness": F.cross_entropy(logits.float(), label, reduction="sum") / count,
+            "head_box": box / count,
+            "head_mask": self._mask_loss(pyramid, proposals, matched, labels, targets),
+        }
+
+    def _draw(
+        self, proposals: list[Tensor], targets: list[Target]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Return the proposals drawn of each image, and of each its object, label and wanted deltas."""
+        boxes = [target["boxes"] for target in targets]
+        every = self.add_gt_proposals(proposals, boxes)
+        matched, labels = self.assign_targets_to_proposals(every, boxes, [t["labels"] for t in targets])
+        drawn = [
+            draw_balanced(label, _PROPOSALS, _POSITIVE_PROPOSALS, generator_of(target, 1))
+            for label, target in zip(labels, targets, strict=True)
+        ]
+        every, matched, labels = (
+            [part[rows] for part, rows in zip(parts, drawn, strict=True)]
+            for parts in (every, matched, labels)
+        )
+        # an image without objects has a row of zeros to be indexed; no proposal of it is positive
+        known = [box if len(box) else box.new_zeros((1, 4)) for box in boxes]
+        wanted = self.box_coder.encode([b[m] for b, m in zip(known, matched, strict=True)], every)
+        return every, matched, labels, list(wanted)
 
     def _mask_loss(
         self,
@@ -145,17 +210,18 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         for box, match, label, target in zip(proposals, matched, labels, targets, strict=True):
             positive = torch.where(label > 0)[0]
             n = min(len(positive), _MASK_ROIS)
-            chosen = positive[torch.randperm(len(positive), device=positive.device)[:n]]
+            order = torch.randperm(len(positive), generator=generator_of(target, 2))[:n]
+            chosen = positive[order.to(positive.device)]
             filler = chosen[:1] if n else torch.zeros(1, dtype=torch.int64, device=box.device)
             rows = torch.cat([chosen, filler.expand(_MASK_ROIS - n)])
             boxes.append(box[rows])
             truth.append(crop_masks(target["masks"], box[rows], match[rows], 2 * MASK_POOL))
             weights.append((torch.arange(_MASK_ROIS, device=box.device) < n).to(box.dtype))
         features = self.mask_roi_pool(pyramid, boxes)
-        logits = self.mask_predictor(self.mask_head(features))[:, 1]  # (B * _MASK_ROIS, 28, 28)
+        logits = self.mask_predictor(self.mask_head(features))[:, 1].float()  # (B * _MASK_ROIS, 28, 28)
         loss = F.binary_cross_entropy_with_logits(logits, torch.cat(truth), reduction="none").mean(dim=(1, 2))
         weight = torch.cat(weights)
-        return (loss * weight).sum() / weight.sum().clamp_min(1.0)
+        return (loss * weight).sum() / mean_over_processes(weight.sum()).clamp_min(1.0)
 
     def detect(
         self, pyramid: list[Tensor], proposals: list[Tensor], image_size: tuple[int, int]
@@ -175,8 +241,28 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         return logits[:, 1].sigmoid()
 
 
+def generator_of(target: Target, use: int) -> torch.Generator:
+    """Return the random generator of one image for one `use`: the same in whatever batch or process it is."""
+    return torch.Generator().manual_seed(int(target["seed"]) * 8 + use)
+
+
+def draw_balanced(labels: Tensor, n: int, positive_fraction: float, generator: torch.Generator) -> Tensor:
+    """Return up to `n` indices into `labels` (N,), drawn at random: at most that fraction positive (>= 1).
+
+    The rest is negative (0); what is neither is ignored.
+    """
+    positive, negative = torch.where(labels >= 1)[0], torch.where(labels == 0)[0]
+    n_positive = min(len(positive), int(n * positive_fraction))
+    n_negative = min(len(negative), n - n_positive)
+    drawn = [
+        rows[torch.randperm(len(rows), generator=generator)[:k].to(rows.device)]
+        for rows, k in ((positive, n_positive), (negative, n_negative))
+    ]
+    return torch.cat(drawn)
+
+
 def crop_masks(masks: Tensor, boxes: Tensor, matched: Tensor, cells: int) -> Tensor:
-    """Return what the mask head should say of `boxes`: their object's mask in them, (N, cells, cells) in 0..1.
+    """Return what the mask head should say of `boxes`, (N, cells, cells) in 0..1.
 
     Deviation from torchvision, whose `project_masks_on_boxes` takes the centre of pixel i to lie at i and so
     shifts every mask by half a pixel: an object of ten pixels then loses a tenth of its overlap.
@@ -204,8 +290,8 @@ def make_proposer(preset: Preset) -> Proposer:
         RPNHead(preset.pyramid_channels, len(preset.anchor_ratios)),
         fg_iou_thresh=0.7,
         bg_iou_thresh=0.3,
-        batch_size_per_image=256,
-        positive_fraction=0.5,
+        batch_size_per_image=_ANCHORS,
+        positive_fraction=_POSITIVE_ANCHORS,
         pre_nms_top_n={"training": _MAX_TRAINING_PROPOSALS, "testing": 400},
         post_nms_top_n={"training": _MAX_TRAINING_PROPOSALS, "testing": 400},
         nms_thresh=0.7,
@@ -222,8 +308,8 @@ def make_heads(preset: Preset) -> Heads:
         FastRCNNPredictor(preset.box_head_width, 2),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
-        batch_size_per_image=96,
-        positive_fraction=1 / 3,
+        batch_size_per_image=_PROPOSALS,
+        positive_fraction=_POSITIVE_PROPOSALS,
         bbox_reg_weights=None,  # torchvision's default: 10, 10, 5, 5
         score_thresh=_SCORE_THRESHOLD,
         nms_thresh=0.5,

@@ -1,0 +1,240 @@
+"""The arms of the paper's Tables 3 and 4, each trained and scored; they share what they have in common."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from darcnn.runtime.errors import OutputError, UsageError
+from darcnn.training import parallel
+from darcnn.training.checkpoint import load_network
+from darcnn.training.config import Ablation, Recipe
+from darcnn.training.engine import make_segmenter
+from darcnn.training.evaluate import evaluate_folder
+from darcnn.training.stages import Run, run_adapt, run_refine, run_source
+
+__all__ = ["ARMS", "Arm", "run_ablation"]
+
+_FIGURES = ("aji", "pixel_f1", "object_f1", "max_iou")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One row of the table: what is switched off, and the paper's AJI, pixel F1 and object F1."""
+
+    name: str
+    title: str
+    stage: str  # whose checkpoint is scored
+    paper: Mapping[str, tuple[float, float, float]]  # by target: DARCNN, Tables 3 and 4
+
+    def recipe(self, full: Recipe) -> Recipe:
+        """Return the full recipe with this arm's switches."""
+        changed = _SWITCHES.get(self.name)
+        return full if changed is None else changed(full)
+
+
+def _only(**weights: float) -> Any:
+    """Return a switch that leaves these weights of DARCNN, equation (1), as they are and sets the others to 0."""
+
+    def change(recipe: Recipe) -> Recipe:
+        off = {name: 0.0 for name in ("alpha", "beta", "gamma") if name not in weights}
+        return replace(recipe, adapt_stage=replace(recipe.adapt_stage, **off))
+
+    return change
+
+
+def _synthesized(recipe: Recipe) -> Recipe:
+    return replace(recipe, source=replace(recipe.source, synthetic_fraction=0.5))
+
+
+def _plain(recipe: Recipe) -> Recipe:
+    return replace(recipe, refine_stage=replace(recipe.refine_stage, augment=False))
+
+
+_SWITCHES = {
+    "synthesized": _synthesized,
+    "similarity": _only(alpha=1.0),
+    "consistency": _only(gamma=1.0),
+    "plain_labels": _plain,
+}
+
+ARMS = (
+    Arm(
+        "source",
+        "source only",
+        "source",
+        {"bbbc": (0.0315, 0.3144, 0.0818), "tnbc": (0.0060, 0.2769, 0.0181)},
+    ),
+    Arm("synthesized", "source with synthesized images", "source", {"tnbc": (0.3332, 0.5782, 0.6061)}),
+    Arm(
+        "similarity",
+        "domain similarity only",
+        "adapt",
+        {"bbbc": (0.1414, 0.4905, 0.4295), "tnbc": (0.3687, 0.6023, 0.6099)},
+    ),
+    Arm(
+        "consistency",
+        "background consistency only",
+        "adapt",
+        {"bbbc": (0.3250, 0.7128, 0.5720), "tnbc": (0.3808, 0.6120, 0.5470)},
+    ),
+    Arm(
+        "stage_1",
+        "full stage 1",
+        "adapt",
+        {"bbbc": (0.3371, 0.6409, 0.5904), "tnbc": (0.4071, 0.6353, 0.5986)},
+    ),
+    Arm(
+        "plain_labels",
+        "pseudo-labels without augmentation",
+        "refine",
+        {"bbbc": (0.4349, 0.6914, 0.7151), "tnbc": (0.4463, 0.6781, 0.6339)},
+    ),
+    Arm(
+        "stage_2",
+        "full stage 2",
+        "refine",
+        {"bbbc": (0.4725, 0.6586, 0.6733), "tnbc": (0.4906, 0.6998, 0.6396)},
+    ),
+)
+
+
+def run_ablation(run: Run) -> None:
+    """Train and score every arm of DARCNN (CVPR 2021), Tables 3 and 4, and write the table into `run.out`.
+
+    Arms share checkpoints: all adaptations start from the one source stage, both refinements from the
+    one full stage 1. An arm whose figures are there is not run again. The arm with synthesized images is
+    left out where the target is not in colour.
+
+    Raises:
+        UsageError: the recipe has no [ablation].
+    """
+    options = run.recipe.ablation
+    if options is None:
+        raise UsageError(
+            "the recipe has no [ablation]", where=run.recipe.name, fix='add [ablation] with folder = "..."'
+        )
+    folder = run.data / options.folder
+    if not (folder / "labels").is_dir():
+        raise UsageError("holds no labels/", where=folder, fix="correct ablation.folder in the recipe")
+    rows: dict[str, dict[str, float]] = {}
+    arms = [arm for arm in ARMS if arm.name != "synthesized" or run.recipe.target.channels == 3]
+    for arm in arms:
+        rows[arm.name] = _figures_of(arm, run, folder, options)
+        if parallel.is_first():
+            _write_tables(run.out, [a for a in arms if a.name in rows], rows, options.paper)
+
+
+def _figures_of(arm: Arm, run: Run, folder: Path, options: Ablation) -> dict[str, float]:
+    """Return the mean figures of an arm, from its file if it is done."""
+    path = run.out / arm.name / "figures.json"
+    key = repr(asdict(replace(arm.recipe(run.recipe), data="", data_licence="")))
+    if run.resume and path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["recipe"] == key:
+            figures: dict[str, float] = stored["figures"]
+            return figures
+    checkpoint = _train(arm, run)
+    network, info = load_network(checkpoint)
+    recipe = info.recipe
+    segmenter = make_segmenter(
+        network.to(run.device),
+        recipe.target,
+        min_score=recipe.export.min_score,
+        tile_px=recipe.export.tile_px,
+        source_branch=arm.stage == "source",
+    )
+    with segmenter:
+
+        def segment(reader: Any) -> Any:
+            plan = segmenter.plan(
+                reader.info, diameter_px=options.diameter_px, pixels=options.diameter_px is None
+            )
+            return segmenter.segment(reader, plan)
+
+        mean = evaluate_folder(folder, segment).mean
+    figures = {name: float(getattr(mean, name)) for name in _FIGURES}
+    if parallel.is_first():
+        _write(path, json.dumps({"recipe": key, "figures": figures}, indent=1))
+    return figures
+
+
+def _train(arm: Arm, run: Run) -> Path:
+    """Train what an arm needs and is not there yet; return the folder of its checkpoint."""
+    own = replace(run, recipe=arm.recipe(run.recipe), out=run.out / arm.name, resume=True)
+    shared = replace(run, resume=True)
+    if arm.name == "synthesized":
+        run_source(own)
+        return own.out / "source"
+    run_source(replace(shared, out=run.out / "source"))
+    source = run.out / "source" / "source"
+    if arm.stage == "source":
+        return source
+    if arm.stage == "adapt":
+        run_adapt(own, source)
+        return own.out / "adapt"
+    first = replace(shared, out=run.out / "stage_1")
+    run_adapt(first, source)
+    run_refine(own, first.out / "adapt")
+    return own.out / "refine"
+
+
+def _write_tables(
+    out: Path, arms: Sequence[Arm], rows: Mapping[str, Mapping[str, float]], paper: str
+) -> None:
+    """Write the arms done so far as CSV, as a Markdown table beside the paper's figures, and as a plot."""
+    lines = [
+        "| arm | AJI | pixel F1 | object F1 | max IoU | paper: AJI, pixel F1, object F1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in arms:
+        ours = " | ".join(f"{rows[arm.name][name]:.3f}" for name in _FIGURES)
+        theirs = ", ".join(f"{value:.4f}" for value in arm.paper.get(paper, ())) or "-"
+        lines.append(f"| {arm.title} | {ours} | {theirs} |")
+    _write(out / "ablation.md", "\n".join(lines) + "\n")
+    temporary = out / "ablation.csv.tmp"
+    try:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["arm", *_FIGURES, "paper_aji", "paper_pixel_f1", "paper_object_f1"])
+            for arm in arms:
+                theirs_of = arm.paper.get(paper, ("", "", ""))
+                writer.writerow([arm.name, *(f"{rows[arm.name][f]:.4f}" for f in _FIGURES), *theirs_of])
+        temporary.replace(out / "ablation.csv")
+        _plot(out / "ablation.png", arms, rows, paper)
+    except OSError as err:
+        raise OutputError(err.strerror or str(err), where=out, fix="make room or give permission") from err
+
+
+def _plot(path: Path, arms: Sequence[Arm], rows: Mapping[str, Mapping[str, float]], paper: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.5 * len(arms) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    places = list(range(len(arms)))
+    axes.barh([p - 0.2 for p in places], [rows[a.name]["aji"] for a in arms], height=0.38, label="here")
+    known = [(p, a.paper[paper][0]) for p, a in zip(places, arms, strict=True) if paper in a.paper]
+    if known:
+        axes.barh(
+            [p + 0.2 for p, _ in known], [v for _, v in known], height=0.38, color="#bbb", label="paper"
+        )
+    axes.set_yticks(places, [arm.title for arm in arms])
+    axes.invert_yaxis()
+    axes.set(xlabel="AJI, mean over images", xlim=(0, 1))
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as err:
+        raise OutputError(err.strerror or str(err), where=path, fix="make room or give permission") from err

@@ -1,0 +1,97 @@
+"""A picture of what a network finds on a fixed set of unlabelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from darcnn.runtime.intensity import IntensityRule
+from darcnn.training.config import Recipe
+from darcnn.training.data.target import TargetImage, TargetImages
+from darcnn.training.engine import halo_for, make_segmenter
+from darcnn.training.model.network import Darcnn
+
+__all__ = ["ContactSheet", "draw_outlines"]
+
+_COLUMNS, _ROWS = 4, 2
+_SIDE_PX = 384  # of one picture on the sheet
+_GAP_PX = 6
+_OUTLINE = (0, 225, 70)
+
+
+class ContactSheet:
+    """Finds the objects of the middles of eight unlabelled images, always the same, and draws them."""
+
+    def __init__(self, recipe: Recipe, targets: TargetImages, *, source_branch: bool = False) -> None:
+        self._recipe = recipe
+        self._source_branch = source_branch
+        self._middles = [
+            _middle(image, recipe.tile_px) for image in _spread(targets.images, _COLUMNS * _ROWS)
+        ]
+
+    def __call__(self, network: Darcnn) -> Image.Image:
+        """Return the sheet for `network`, which is in evaluation mode."""
+        recipe = self._recipe
+        # the images have been through the target's intensity rule already
+        target = replace(recipe.target, intensity=IntensityRule("full_range"))
+        halo = halo_for(target.nominal_diameter_px, network.preset.strides_px[-1])
+        columns = min(_COLUMNS, len(self._middles))
+        rows = -(-len(self._middles) // columns)
+        pitch = _SIDE_PX + _GAP_PX
+        page = Image.new("RGB", (columns * pitch - _GAP_PX, rows * pitch - _GAP_PX), "white")
+        with make_segmenter(
+            network,
+            target,
+            min_score=recipe.export.min_score,
+            tile_px=recipe.tile_px + 2 * halo,  # a middle is the core of one tile
+            source_branch=self._source_branch,
+        ) as segmenter:
+            for number, image in enumerate(self._middles):
+                found = segmenter(image.pixels, diameter_px=target.nominal_diameter_px / image.scale)
+                enlarged = _SIDE_PX / max(image.pixels.shape[:2])
+                picture = draw_outlines(image.pixels, found.outlines, f"{len(found)}", enlarged=enlarged)
+                page.paste(picture, (number % columns * pitch, number // columns * pitch))
+        return page
+
+
+def draw_outlines(
+    image: NDArray[np.uint8], outlines: Sequence[NDArray[np.float64]], caption: str, *, enlarged: float
+) -> Image.Image:
+    """Return `image` (H, W, C) as a colour picture, `enlarged` times, with outlines and a caption on it.
+
+    Args:
+        image: one channel is shown grey, of two the first, of more the first three.
+        outlines: (K, 2) x y each, pixels of the image.
+        caption: written into a corner.
+        enlarged: pixels of the picture a pixel of the image.
+    """
+    shown = image[:, :, :3] if image.shape[2] >= 3 else np.repeat(image[:, :, :1], 3, axis=2)
+    size = (round(image.shape[1] * enlarged), round(image.shape[0] * enlarged))
+    picture = Image.fromarray(np.ascontiguousarray(shown)).resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    for ring in outlines:
+        # the drawing's pixel i has its centre at i, the image's at i + 0.5
+        draw.line((ring * enlarged - 0.5).ravel().tolist(), fill=_OUTLINE, width=1)
+    font: Any = ImageFont.load_default(size=14)
+    draw.text((4, 2), caption, fill="white", font=font, stroke_width=2, stroke_fill="black")
+    return picture
+
+
+def _spread(images: Sequence[TargetImage], n: int) -> list[TargetImage]:
+    """Return at most `n` images, evenly spaced."""
+    n = min(n, len(images))
+    return [images[(2 * k + 1) * len(images) // (2 * n)] for k in range(n)]
+
+
+def _middle(image: TargetImage, tile_px: int) -> TargetImage:
+    """Return the middle of an image that fills a tile at network scale."""
+    height, width = image.pixels.shape[:2]
+    side = round(tile_px / image.scale)
+    h, w = min(side, height), min(side, width)
+    y, x = (height - h) // 2, (width - w) // 2
+    return replace(image, pixels=image.pixels[y : y + h, x : x + w])
