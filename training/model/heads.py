@@ -25,7 +25,7 @@ __all__ = ["BOX_POOL", "MASK_POOL", "Heads", "Proposer", "RoiPool", "make_heads"
 
 BOX_POOL = 7  # cells a side, Mask R-CNN (arXiv:1703.06870)
 MASK_POOL = 14
-_SAMPLES = 2  # bilinear samples a cell and side
+_SAMPLES = 2  # bilinear samples a cell and side; 0 lets their number follow the size of the box
 _POOLED_STRIDES = (4, 8, 16, 32)
 _MAX_TRAINING_PROPOSALS = 500
 _SCORE_THRESHOLD = 0.05  # below it a detection is not even looked at
@@ -39,10 +39,11 @@ class RoiPool(nn.Module):
     The same call as torchvision's pooler, but the strides are known instead of guessed from shapes.
     """
 
-    def __init__(self, cells: int, canonical_size_px: float) -> None:
+    def __init__(self, cells: int, canonical_size_px: float, samples: int = _SAMPLES) -> None:
         super().__init__()
         self.cells = cells
         self.canonical_size_px = canonical_size_px
+        self.samples = samples
 
     def level_of(self, boxes: Tensor) -> Tensor:
         """Return the pyramid level, 0 for P2 to 3 for P5, of `boxes` (N, 4) px."""
@@ -67,9 +68,25 @@ class RoiPool(nn.Module):
         for number, stride in enumerate(_POOLED_STRIDES):
             rows = torch.where(level == number)[0]
             if len(rows):
-                part = roi_align(pyramid[number], rois[rows], cells, 1.0 / stride, _SAMPLES, aligned=True)
+                part = roi_align(pyramid[number], rois[rows], cells, 1.0 / stride, self.samples, aligned=True)
                 pooled = pooled.index_copy(0, rows, part.to(pooled.dtype))
         return pooled
+
+
+class _ExactAnchors(AnchorGenerator):  # type: ignore[misc]  # torchvision is untyped
+    """torchvision's anchors before it rounds them to whole pixels."""
+
+    def generate_anchors(
+        self,
+        scales: Sequence[float],
+        aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        ratios = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()  # height / width
+        sizes = torch.tensor(scales, dtype=dtype, device=device)
+        half_width, half_height = ((r[:, None] * sizes / 2).flatten() for r in (1 / ratios, ratios))
+        return torch.stack([-half_width, -half_height, half_width, half_height], dim=1)
 
 
 class Proposer(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is untyped
@@ -138,7 +155,8 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
 
 def make_proposer(preset: Preset) -> Proposer:
     """Return the region proposal network of a preset."""
-    anchors = AnchorGenerator(
+    make_anchors = AnchorGenerator if preset.has_whole_anchors else _ExactAnchors
+    anchors = make_anchors(
         tuple((size,) for size in preset.anchor_sizes_px),
         (preset.anchor_ratios,) * len(preset.anchor_sizes_px),
     )
@@ -155,14 +173,14 @@ def make_proposer(preset: Preset) -> Proposer:
     )
 
 
-def make_heads(preset: Preset) -> Heads:
-    """Return the box and mask heads of a preset, for one class."""
+def make_heads(preset: Preset, *, n_classes: int = 1) -> Heads:
+    """Return the box and mask heads of a preset: of one class, or of many to be compared with."""
     width = preset.pyramid_channels
     mask_width = preset.mask_head_layers[-1]
     return Heads(
         RoiPool(BOX_POOL, preset.canonical_size_px),
         TwoMLPHead(width * BOX_POOL**2, preset.box_head_width),
-        FastRCNNPredictor(preset.box_head_width, 2),
+        FastRCNNPredictor(preset.box_head_width, n_classes + 1),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         batch_size_per_image=96,
@@ -173,5 +191,5 @@ def make_heads(preset: Preset) -> Heads:
         detections_per_img=256,  # a 512 px tile of dense tissue holds some 130 nuclei
         mask_roi_pool=RoiPool(MASK_POOL, preset.canonical_size_px),
         mask_head=MaskRCNNHeads(width, preset.mask_head_layers, 1),
-        mask_predictor=MaskRCNNPredictor(mask_width, mask_width, 2),
+        mask_predictor=MaskRCNNPredictor(mask_width, mask_width, n_classes + 1),
     )
