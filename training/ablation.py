@@ -38,7 +38,7 @@ class Arm:
 
 
 def _only(**weights: float) -> Any:
-    """Return a switch that leaves these weights of DARCNN, equation (1), as they are and sets the others to 0."""
+    """Return a switch that keeps these weights of DARCNN, equation (1), and sets the others to 0."""
 
     def change(recipe: Recipe) -> Recipe:
         off = {name: 0.0 for name in ("alpha", "beta", "gamma") if name not in weights}

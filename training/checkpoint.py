@@ -116,7 +116,7 @@ def load_network(folder: Path) -> tuple[Darcnn, CheckpointInfo]:
         InputError: there is no checkpoint, or it is damaged.
     """
     info = read_info(folder)
-    network = Darcnn.from_name(info.recipe.preset)
+    network = Darcnn.from_name(info.recipe.preset, info.recipe.weights)
     tensors = _read_tensors(folder)
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(_OPTIMIZER)}
     try:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import IntensityRule
-from darcnn.training.model.presets import PRESETS
+from darcnn.training.model.presets import PRESETS, is_detectron2_file
 
 __all__ = [
     "Ablation",
@@ -150,6 +150,9 @@ class Recipe:
     adapt_stage: AdaptStage
     refine_stage: RefineStage
     tile_px: int = 256
+    weights: str = (
+        "imagenet"  # or "coco", or a detectron2 checkpoint (.pkl, .pth) relative to the data folder
+    )
     export: Export = field(default_factory=Export)
     ablation: Ablation | None = None
 
@@ -188,6 +191,13 @@ def _problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     target, refine = recipe.target, recipe.refine_stage
     if recipe.preset not in PRESETS:
         yield f"preset = {recipe.preset!r} is unknown", f"use one of {', '.join(PRESETS)}"
+    if recipe.weights not in ("imagenet", "coco") and not is_detectron2_file(recipe.weights):
+        yield (
+            f"weights = {recipe.weights!r} is unknown",
+            "use imagenet, coco or the path of a .pkl or .pth",
+        )
+    elif recipe.weights != "imagenet" and recipe.preset != "resnet50":
+        yield f"weights = {recipe.weights!r} does not fit preset {recipe.preset}", "use preset resnet50"
     if not target.sets:
         yield "no target images", "give at least one [[target.sets]]"
     if not refine.scales or min(refine.scales) <= 0:
@@ -237,6 +247,7 @@ def relevant_part(recipe: Recipe, stage: str) -> tuple[object, ...]:
     """
     parts: tuple[object, ...] = (
         recipe.preset,
+        recipe.weights,
         recipe.seed,
         recipe.tile_px,
         recipe.source,

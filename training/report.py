@@ -27,7 +27,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>body{{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}}
 img{{max-width:100%}} table{{border-collapse:collapse}} td,th{{padding:.2em .8em;border-bottom:1px solid #ddd;
-text-align:right}} td:first-child,th:first-child{{text-align:left}} pre{{background:#f4f4f4;padding:1em;overflow:auto}}
+text-align:right}} td:first-child,th:first-child{{text-align:left}}
+pre{{background:#f4f4f4;padding:1em;overflow:auto}}
 </style><h1>{title}</h1>{body}</html>
 """
 
@@ -38,7 +39,7 @@ def write_report(out: Path, recipe: Recipe) -> Path:
     Raises:
         OutputError: it cannot be written.
     """
-    folders = [folder for folder in _stage_folders(out)]
+    folders = list(_stage_folders(out))
     parts = [_summary(folders)]
     for folder in folders:
         parts.extend(_stage(folder))

@@ -23,7 +23,7 @@ from darcnn.training.data.source import LabelledTile, PhotographSource
 from darcnn.training.data.target import TargetImages
 from darcnn.training.loop import LoopPlan, train
 from darcnn.training.model.network import Darcnn
-from darcnn.training.model.pretrained import load_imagenet
+from darcnn.training.model.pretrained import load_weights
 from darcnn.training.schedule import similarity_weight
 from darcnn.training.steps import adapt_losses, refine_losses, source_losses
 
@@ -94,12 +94,12 @@ class _SourceTiles:
 
 
 def run_source(run: Run) -> Darcnn:
-    """Train a Mask R-CNN on the labelled photographs, from ImageNet weights, into `run.out`/source."""
+    """Train a Mask R-CNN on the labelled photographs, from the recipe's weights, into `run.out`/source."""
     recipe, stage = run.recipe, run.recipe.source_stage
     folder = run.folder("source")
-    network = Darcnn.from_name(recipe.preset)
+    network = Darcnn.from_name(recipe.preset, recipe.weights)
     if not run.is_done(folder):
-        load_imagenet(network)
+        load_weights(network, recipe.weights, run.data)
     network.to(run.device)
     tiles = _SourceTiles(run)
     targets = TargetImages(run.data, recipe.target, recipe.seed)

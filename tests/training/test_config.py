@@ -240,11 +240,14 @@ def test_recipes_that_ship_are_valid(examples: list[Path]) -> None:
         ("source_stage.batch", 9, {"source", "adapt", "refine"}),
         ("seed", 9, {"source", "adapt", "refine"}),
         ("preset", "resnet50", {"source", "adapt", "refine"}),
+        ("weights", "coco", {"source", "adapt", "refine"}),
     ],
 )
 def test_a_stage_depends_on_its_own_part_of_a_recipe_and_on_those_before(
     table: dict[str, Any], path: str, value: Any, stages: set[str]
 ) -> None:
+    if path == "weights":
+        table = changed(table, "preset", "resnet50")
     recipe = recipe_from_table(table, where="x")
     other = recipe_from_table(changed(table, path, value), where="x")
     different = {
@@ -278,3 +281,28 @@ def test_a_number_where_a_list_is_due_is_refused(table: dict[str, Any], path: st
 )
 def test_values_that_no_run_could_use_are_refused(table: dict[str, Any], path: str, value: Any) -> None:
     assert path in refusal(changed(table, path, value))
+
+
+def test_weights_are_of_imagenet_unless_a_recipe_says_otherwise(table: dict[str, Any]) -> None:
+    assert recipe_from_table(table, where="x").weights == "imagenet"
+    table["preset"] = "resnet50"
+    for weights in ("imagenet", "coco", "models/model_final.pkl", "/models/model_0099.pth"):
+        assert recipe_from_table(table | {"weights": weights}, where="x").weights == weights
+
+
+@pytest.mark.parametrize(
+    ("preset", "weights", "hint"),
+    [
+        ("resnet50", "Coco", "imagenet, coco or the path"),
+        ("resnet50", "", "imagenet, coco or the path"),
+        ("resnet50", "model.safetensors", "imagenet, coco or the path"),
+        ("lite", "coco", "does not fit preset lite; use preset resnet50"),
+        ("lite", "model.pkl", "does not fit preset lite; use preset resnet50"),
+    ],
+)
+def test_weights_that_no_network_could_start_from_are_refused(
+    table: dict[str, Any], preset: str, weights: str, hint: str
+) -> None:
+    message = refusal(table | {"preset": preset, "weights": weights})
+    assert f"weights = {weights!r}" in message
+    assert hint in message

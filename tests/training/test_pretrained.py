@@ -8,6 +8,8 @@ import skimage.data
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models import ResNet50_Weights, resnet50
+from torchvision.ops import FrozenBatchNorm2d
 
 from darcnn.training.model.network import Darcnn
 from darcnn.training.model.pretrained import imagenet_classifier, load_imagenet
@@ -78,6 +80,27 @@ def test_backbone_of_the_network_computes_the_features_of_the_classifier(
             for stage in encoder.stages:
                 ours = stage(ours)
             torch.testing.assert_close(ours, features, atol=1e-4, rtol=1e-4)
+
+
+def test_backbone_of_resnet50_computes_the_features_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+    for name, tensor in body.state_dict().items():
+        if name.endswith(("running_mean", "bias")):
+            tensor.uniform_(-0.1, 0.1)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+    monkeypatch.setattr(ResNet50_Weights, "get_state_dict", lambda self, **_: body.state_dict())
+    network = Darcnn.from_name("resnet50")
+    load_imagenet(network)
+    images = torch.rand(1, 3, 64, 64) * 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        x = body.maxpool(body.relu(body.bn1(body.conv1((images / 255 - mean) / std))))
+        x = body.layer4(body.layer3(body.layer2(body.layer1(x))))
+        ours = network.trunk(images)
+        for stage in network.shared_encoder.stages:
+            ours = stage(ours)
+    torch.testing.assert_close(ours, x, atol=1e-4 * float(x.std()), rtol=1e-3)
 
 
 def test_loading_leaves_pyramid_heads_and_proposer_as_they_were_initialised() -> None:

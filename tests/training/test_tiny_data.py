@@ -9,9 +9,10 @@ FOLDERS = ("source", "target", "tissue", "evaluate")
 MAX_BYTES = 300_000
 
 
-def test_every_image_is_listed_with_its_origin(data: Path) -> None:
+def test_every_file_is_listed_with_its_origin(data: Path) -> None:
+    folders = (*FOLDERS, "detectron2")
     files = {
-        path.relative_to(data).as_posix() for f in FOLDERS for path in (data / f).rglob("*") if path.is_file()
+        path.relative_to(data).as_posix() for f in folders for path in (data / f).rglob("*") if path.is_file()
     }
     listed = set(re.findall(r"^\| `([^`]+)` \|", (data / "PROVENANCE.md").read_text(encoding="utf-8"), re.M))
     assert files == listed

@@ -79,6 +79,9 @@ def make_trunk_and_stages(preset: Preset) -> tuple[nn.Sequential, nn.ModuleList]
     """
     if preset.name == "resnet50":
         body = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+        if preset.has_stride_in_1x1:
+            for first in (body.layer2[0], body.layer3[0], body.layer4[0]):
+                first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
         stem = nn.Sequential(
             OrderedDict(
                 conv1=body.conv1, bn1=body.bn1, relu=body.relu, maxpool=body.maxpool, layer1=body.layer1

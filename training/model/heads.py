@@ -38,7 +38,7 @@ __all__ = [
 
 BOX_POOL = 7  # cells a side, Mask R-CNN (arXiv:1703.06870)
 MASK_POOL = 14
-_SAMPLES = 2  # bilinear samples a cell and side
+_SAMPLES = 2  # bilinear samples a cell and side; 0 lets their number follow the size of the box
 _POOLED_STRIDES = (4, 8, 16, 32)
 _MAX_TRAINING_PROPOSALS = 500
 # Mask RoIs an image and step: always as many, so that convolutions keep their shapes and are planned once.
@@ -59,10 +59,11 @@ class RoiPool(nn.Module):
     The same call as torchvision's pooler, but the strides are known instead of guessed from shapes.
     """
 
-    def __init__(self, cells: int, canonical_size_px: float) -> None:
+    def __init__(self, cells: int, canonical_size_px: float, samples: int = _SAMPLES) -> None:
         super().__init__()
         self.cells = cells
         self.canonical_size_px = canonical_size_px
+        self.samples = samples
 
     def level_of(self, boxes: Tensor) -> Tensor:
         """Return the pyramid level, 0 for P2 to 3 for P5, of `boxes` (N, 4) px."""
@@ -76,13 +77,14 @@ class RoiPool(nn.Module):
         boxes: Sequence[Tensor],
         shapes: object = None,
         cells: int | None = None,
-        samples: int = _SAMPLES,
+        samples: int | None = None,
     ) -> Tensor:
         """Return (N, C, cells, cells) features of `boxes`, one (n, 4) tensor an image.
 
-        Each cell is the mean of `samples` x `samples` bilinear samples.
+        Each cell is the mean of `samples` x `samples` bilinear samples; None takes the pool's own number.
         """
         cells = cells or self.cells
+        samples = self.samples if samples is None else samples
         every_box = torch.cat(list(boxes))
         image = torch.cat([torch.full((len(b), 1), float(i), device=b.device) for i, b in enumerate(boxes)])
         rois = torch.cat([image.to(every_box.dtype), every_box], dim=1)
@@ -94,6 +96,22 @@ class RoiPool(nn.Module):
                 part = roi_align(pyramid[number], rois[rows], cells, 1.0 / stride, samples, aligned=True)
                 pooled = pooled.index_copy(0, rows, part.to(pooled.dtype))
         return pooled
+
+
+class _ExactAnchors(AnchorGenerator):  # type: ignore[misc]  # torchvision is untyped
+    """torchvision's anchors before it rounds them to whole pixels."""
+
+    def generate_anchors(
+        self,
+        scales: Sequence[float],
+        aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        ratios = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()  # height / width
+        sizes = torch.tensor(scales, dtype=dtype, device=device)
+        half_width, half_height = ((r[:, None] * sizes / 2).flatten() for r in (1 / ratios, ratios))
+        return torch.stack([-half_width, -half_height, half_width, half_height], dim=1)
 
 
 class Proposer(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is untyped
@@ -281,7 +299,8 @@ def crop_masks(masks: Tensor, boxes: Tensor, matched: Tensor, cells: int) -> Ten
 
 def make_proposer(preset: Preset) -> Proposer:
     """Return the region proposal network of a preset."""
-    anchors = AnchorGenerator(
+    make_anchors = AnchorGenerator if preset.has_whole_anchors else _ExactAnchors
+    anchors = make_anchors(
         tuple((size,) for size in preset.anchor_sizes_px),
         (preset.anchor_ratios,) * len(preset.anchor_sizes_px),
     )
@@ -298,14 +317,14 @@ def make_proposer(preset: Preset) -> Proposer:
     )
 
 
-def make_heads(preset: Preset) -> Heads:
-    """Return the box and mask heads of a preset, for one class."""
+def make_heads(preset: Preset, *, n_classes: int = 1) -> Heads:
+    """Return the box and mask heads of a preset: of one class, or of many to be compared with."""
     width = preset.pyramid_channels
     mask_width = preset.mask_head_layers[-1]
     return Heads(
         RoiPool(BOX_POOL, preset.canonical_size_px),
         TwoMLPHead(width * BOX_POOL**2, preset.box_head_width),
-        FastRCNNPredictor(preset.box_head_width, 2),
+        FastRCNNPredictor(preset.box_head_width, n_classes + 1),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         batch_size_per_image=_PROPOSALS,
@@ -316,5 +335,5 @@ def make_heads(preset: Preset) -> Heads:
         detections_per_img=256,  # a 512 px tile of dense tissue holds some 130 nuclei
         mask_roi_pool=RoiPool(MASK_POOL, preset.canonical_size_px),
         mask_head=MaskRCNNHeads(width, preset.mask_head_layers, 1),
-        mask_predictor=MaskRCNNPredictor(mask_width, mask_width, 2),
+        mask_predictor=MaskRCNNPredictor(mask_width, mask_width, n_classes + 1),
     )

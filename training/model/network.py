@@ -43,9 +43,9 @@ class Darcnn(nn.Module):
         self.projection = nn.ModuleList(nn.Conv2d(preset.pyramid_channels, 1, 1) for _ in range(levels))
 
     @classmethod
-    def from_name(cls, preset: str) -> Darcnn:
-        """Return a fresh network of the preset called `preset`."""
-        return cls(preset_named(preset))
+    def from_name(cls, preset: str, weights: str = "imagenet") -> Darcnn:
+        """Return a fresh network of the preset called `preset`, of the kind that can start from `weights`."""
+        return cls(preset_named(preset, weights))
 
     def start_adaptation(self) -> None:
         """Give both domains what the source stage learned: all encoders start equal, and M^t as M^s."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import PurePath
 
 from darcnn.runtime.errors import UsageError
 
-__all__ = ["PRESETS", "Preset", "preset_named"]
+__all__ = ["PRESETS", "Preset", "is_detectron2_file", "preset_named"]
+
+_DETECTRON2_ENDINGS = {".pkl", ".pth"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,9 @@ class Preset:
     mask_head_layers: tuple[int, ...]
     # FPN (arXiv:1612.03144), eq. 1: a box of this side is pooled from the level of stride 16
     canonical_size_px: float
+    # where torchvision and detectron2 differ; both defaults are torchvision's
+    has_stride_in_1x1: bool = False  # a stage halves the size in its first 1x1 convolution, not in its 3x3
+    has_whole_anchors: bool = True  # anchors are rounded to whole pixels
 
     @property
     def strides_px(self) -> tuple[int, ...]:
@@ -63,12 +69,27 @@ PRESETS = {
 }
 
 
-def preset_named(name: str) -> Preset:
-    """Return the preset called `name`.
+def is_detectron2_file(weights: str) -> bool:
+    """Tell whether the initial weights that a recipe names are a file of detectron2.
+
+    >>> is_detectron2_file("weights/model_final_f10217.pkl"), is_detectron2_file("coco")
+    (True, False)
+    """
+    return PurePath(weights).suffix in _DETECTRON2_ENDINGS
+
+
+def preset_named(name: str, weights: str = "imagenet") -> Preset:
+    """Return the preset called `name`, as a network needs it that starts from `weights`.
+
+    A checkpoint of detectron2 does not say where its stages halve the size; it is taken to be where those
+    of the model zoo's ResNet-50 do (`STRIDE_IN_1X1`).
 
     Raises:
         UsageError: there is none.
     """
     if name not in PRESETS:
         raise UsageError(f"unknown preset {name!r}", where="preset", fix=f"use one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    preset = PRESETS[name]
+    if is_detectron2_file(weights):
+        return replace(preset, has_stride_in_1x1=True, has_whole_anchors=False)
+    return preset

@@ -1,18 +1,51 @@
-"""ImageNet weights of the backbones."""
+"""What a network starts from: ImageNet weights of the backbone, or a Mask R-CNN that knows COCO."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 
 from darcnn.runtime.errors import InputError
 from darcnn.training.model.backbone import make_trunk_and_stages
+from darcnn.training.model.detectron2 import load_detectron2
+from darcnn.training.model.foreign_weights import collapse_classes, load_mask_rcnn, take_tensors
 from darcnn.training.model.network import Darcnn
 
-__all__ = ["imagenet_classifier", "load_imagenet"]
+__all__ = ["imagenet_classifier", "load_coco", "load_imagenet", "load_weights"]
+
+_BATCH_NORM_EPSILON = 1e-5  # of torchvision's FrozenBatchNorm2d
+_TORCHVISION_NAMES = {  # beginnings of names here, and there
+    "trunk.layers.": "backbone.body.",
+    "shared_encoder.stages.0.": "backbone.body.layer2.",
+    "shared_encoder.stages.1.": "backbone.body.layer3.",
+    "shared_encoder.stages.2.": "backbone.body.layer4.",
+    "shared_encoder.pyramid.": "backbone.fpn.",
+    "proposer.head.": "rpn.head.",
+    "source_heads.": "roi_heads.",
+}
+
+
+def load_weights(network: Darcnn, weights: str, data: Path) -> None:
+    """Start `network` from what a recipe calls `weights`.
+
+    Args:
+        network: fresh, of the preset and for the weights of the recipe.
+        weights: "imagenet", "coco" or a checkpoint of detectron2, absolute or relative to `data`.
+        data: the data folder.
+    Raises:
+        InputError: they cannot be had, or do not fit the network.
+    """
+    if weights == "imagenet":
+        load_imagenet(network)
+    elif weights == "coco":
+        load_coco(network)
+    else:
+        load_detectron2(network, data / weights)
 
 
 def imagenet_classifier() -> nn.Module:
@@ -95,16 +128,54 @@ def _as_parts(state: Mapping[str, Tensor], preset: str) -> dict[str, dict[str, T
     return parts
 
 
+def load_coco(network: Darcnn) -> None:
+    """Start a `resnet50` network from torchvision's Mask R-CNN (COCO_V1), its 80 classes made one.
+
+    torchvision numbers the classes up to 90; numbers that COCO never gave to a class do not count.
+
+    Deviation: `RoiPool` is aligned to half pixels, torchvision's pooling is not.
+
+    Raises:
+        InputError: the weights can be neither found nor downloaded.
+    """
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights, maskrcnn_resnet50_fpn
+
+    weights = MaskRCNN_ResNet50_FPN_Weights.COCO_V1
+    state = _download(weights, "the COCO weights")
+    model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    model.load_state_dict(state)  # which knows the names of all versions of torchvision
+    taken = take_tensors(
+        network,
+        {name: t for name, t in model.state_dict().items() if not name.endswith("num_batches_tracked")},
+        name_there=_name_in_torchvision,
+        where="torchvision's Mask R-CNN",
+    )
+    for name, variance in taken.items():
+        if name.endswith(".running_var"):  # trained without the epsilon that is added to the variance here
+            scale = name.removesuffix("running_var") + "weight"
+            taken[scale] = taken[scale] * torch.sqrt((variance + _BATCH_NORM_EPSILON) / variance)
+    classes = [n for n, name in enumerate(weights.meta["categories"]) if n > 0 and name != "N/A"]
+    load_mask_rcnn(network, collapse_classes(taken, classes))
+
+
+def _name_in_torchvision(name: str) -> str:
+    here, there = next(pair for pair in _TORCHVISION_NAMES.items() if name.startswith(pair[0]))
+    return there + name[len(here) :]
+
+
 def _resnet50_state() -> Mapping[str, Tensor]:
     from torchvision.models import ResNet50_Weights
 
+    return _download(ResNet50_Weights.IMAGENET1K_V1, "the ImageNet weights")
+
+
+def _download(weights: WeightsEnum, what: str) -> Mapping[str, Tensor]:
+    """Return torchvision's `weights` from torch's hub folder, or from the network into it."""
     try:
-        state: Mapping[str, Tensor] = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(
-            progress=True, check_hash=True
-        )
-    except OSError as err:
+        state: Mapping[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as err:  # RuntimeError: cut short, or not what was announced
         raise InputError(
-            f"the ImageNet weights cannot be downloaded ({err})",
+            f"{what} cannot be downloaded ({err})",
             where="resnet50",
             fix="copy them to torch's hub folder from a machine with a network, or use preset lite",
         ) from err
