@@ -1,0 +1,93 @@
+"""How large are the objects of this image? The model itself is asked, at several scales."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.errors import InputError
+from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.tiling import Tile
+
+if TYPE_CHECKING:
+    from darcnn.runtime.segmenter import Segmenter
+
+__all__ = ["estimate_diameter"]
+
+_SCALES = (0.5, 1.0, 2.0)  # network pixels per pixel of the image in the first look
+_TILES = 2  # looked at per scale, spread over the image
+_TRUST = 0.7  # a finding whose size is off the nominal one by this factor's exponential counts 0.6
+_MIN_FINDINGS = 5.0  # total weight below which the model does not know
+_LOOKS = 1  # after the first ones, at the scale that they suggest
+_EDGE_PX = 2.0  # a box this close to the edge of its tile is cut
+
+
+def estimate_diameter(segmenter: Segmenter, reader: Reader, *, channel: int | None = None) -> float | None:
+    """Return the diameter of a typical object in level-0 pixels, or None if the model finds too little.
+
+    The image is searched at half, full and double size. Each finding votes for its size with its squared
+    score, and the more the nearer its size on the network is to the nominal one, which the model knows
+    best; the weighted median wins. One more look at the scale that it suggests sharpens it. At most two
+    tiles are looked at in each, so that the time does not grow with the image.
+
+    Args:
+        segmenter: the model.
+        reader: the open image; stays open.
+        channel: which of several channels.
+    Raises:
+        InputError: the image or its channels do not serve.
+    """
+    nominal = segmenter.manifest.input.nominal_diameter_px
+    seen = [_look(segmenter, reader, scale, channel) for scale in _SCALES]
+    sizes, weights = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+    diameter = _weighted_median(sizes, weights)
+    for _ in range(_LOOKS if diameter is not None else 0):
+        assert diameter is not None
+        closer = _weighted_median(*_look(segmenter, reader, nominal / diameter, channel))
+        diameter = diameter if closer is None else closer
+    return diameter
+
+
+def _look(
+    segmenter: Segmenter, reader: Reader, scale: float, channel: int | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the sizes of what is found at one scale, level-0 pixels, and the weight of each."""
+    model, engine = segmenter.manifest.input, segmenter.engine
+    try:
+        plan = segmenter.plan(reader.info, diameter_px=model.nominal_diameter_px / scale, channel=channel)
+    except InputError:
+        if scale == 1.0:
+            raise
+        return np.zeros(0), np.zeros(0)  # so small or large an image has no such scale
+    sampler = segmenter.sampler(reader, plan, segmenter.measure(reader, plan))
+    tiles = _spread(plan.tiles)
+    boxes, scores = [], []
+    for start in range(0, len(tiles), engine.spec.batch):
+        group = tiles[start : start + engine.spec.batch]
+        batch = np.zeros((engine.spec.batch, model.tile_px, model.tile_px, model.channels), np.uint8)
+        batch[: len(group)] = np.stack([sampler.read(tile) for tile in group])
+        found = engine.detect(batch)
+        for index in range(len(group)):
+            good = found.scores[index] >= max(segmenter.min_score, 1e-6)
+            boxes.append(found.boxes[index, good])
+            scores.append(found.scores[index, good])
+    box, score = np.concatenate(boxes).astype(np.float64), np.concatenate(scores).astype(np.float64)
+    whole = (box[:, :2] > _EDGE_PX).all(axis=1) & (box[:, 2:] < model.tile_px - _EDGE_PX).all(axis=1)
+    size = np.sqrt(np.prod(np.maximum(box[whole, 2:] - box[whole, :2], 1e-3), axis=1))  # network px
+    off = np.log(size / model.nominal_diameter_px) / _TRUST
+    return size / plan.scale, score[whole] ** 2 * np.exp(-0.5 * off**2)
+
+
+def _spread(tiles: tuple[Tile, ...]) -> list[Tile]:
+    n = min(_TILES, len(tiles))
+    return [tiles[(2 * k + 1) * len(tiles) // (2 * n)] for k in range(n)]
+
+
+def _weighted_median(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float | None:
+    if weights.sum() < _MIN_FINDINGS:
+        return None
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(reached, 0.5 * reached[-1])])
