@@ -31,17 +31,24 @@ __all__ = [
 T = TypeVar("T")
 
 _MAX_LABEL = 65535  # pseudo-labels are 16-bit pictures
+_FULL_RANGE = IntensityRule("full_range")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The labelled photographs. Paths are relative to the data folder."""
+    """The labelled images: photographs with COCO annotations, or images with label maps; one of the two.
 
-    images: str
-    annotations: str
+    Paths are relative to the data folder.
+    """
+
+    images: str  # a folder; with label maps, a glob will do as well
+    annotations: str | None = None  # COCO instances JSON
+    labels: str | None = None  # folder of PNGs named as the images: 0 background, one number an object
     diameter_px: tuple[float, float] = (8.0, 80.0)  # objects are brought to sizes drawn from this range
     scene_fraction: float = 0.5  # batches' share of scenes: many cut-out objects on one background
     grey_fraction: float = 0.5  # share of images that lose their colour
+    intensity: IntensityRule = _FULL_RANGE  # of images with label maps
+    invert: bool | None = None  # bright for dark: true all images, false none, left out half of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +175,7 @@ def recipe_from_table(table: Mapping[str, Any], *, where: str) -> Recipe:
 def _problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield what no run could make sense of, each with the fix."""
     target, refine = recipe.target, recipe.refine_stage
+    yield from _source_problems(recipe.source)
     if recipe.preset not in PRESETS:
         yield f"preset = {recipe.preset!r} is unknown", f"use one of {', '.join(PRESETS)}"
     if not target.sets:
@@ -201,6 +209,20 @@ def _problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name, score in (("refine_stage", refine.min_score), ("export", recipe.export.min_score)):
         if not 0.0 <= score <= 1.0:
             yield f"{name}.min_score = {score} is no score", "give a number from 0 to 1"
+
+
+def _source_problems(source: Source) -> Iterator[tuple[str, str]]:
+    if source.annotations is None and source.labels is None:
+        yield "lacks the key source.annotations or source.labels", "add one of them"
+    if source.annotations is not None and source.labels is not None:
+        yield "source.annotations and source.labels are both given", "remove one of them"
+    if source.labels is None and source.intensity.kind != "full_range":
+        yield "source.intensity is for images with label maps", "remove it, or give source.labels"
+    if not 0.0 < source.diameter_px[0] <= source.diameter_px[1]:
+        yield f"source.diameter_px = {source.diameter_px} is no range", "give two numbers above 0, in order"
+    for name in ("scene_fraction", "grey_fraction"):
+        if not 0.0 <= getattr(source, name) <= 1.0:
+            yield f"source.{name} = {getattr(source, name)} is no share", "give a number from 0 to 1"
 
 
 def recipe_to_table(recipe: Recipe) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from darcnn.training.checkpoint import CheckpointInfo, is_complete, load_network
 from darcnn.training.config import Recipe
 from darcnn.training.data.augment import augment_target
 from darcnn.training.data.batches import Batch, collate, make_source_tile, random_generator
-from darcnn.training.data.source import LabelledTile, PhotographSource
+from darcnn.training.data.label_maps import open_labelled_source
+from darcnn.training.data.source import LabelledTile
 from darcnn.training.data.target import TargetImages
 from darcnn.training.loop import LoopPlan, train
 from darcnn.training.model.network import Darcnn
@@ -61,12 +62,12 @@ class Run:
 
 
 class _SourceTiles:
-    """Randomised photographs and scenes of a recipe, by seed, stage, step and index."""
+    """Labelled images and scenes of a recipe, by seed, stage, step and index."""
 
     def __init__(self, run: Run) -> None:
         self.recipe = run.recipe
-        self.source = PhotographSource(run.data, run.recipe.source)
-        self.cutouts = self.source.cutouts()
+        self.source = open_labelled_source(run.data, run.recipe.source, tile_px=run.recipe.tile_px)
+        self.cutouts = self.source.cutouts() if run.recipe.source.scene_fraction > 0 else []
 
     def batch(self, stage: str, step: int, size: int) -> Batch:
         return collate([self._tile(random_generator(self.recipe.seed, stage, step, i)) for i in range(size)])

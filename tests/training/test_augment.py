@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from darcnn.training.data.augment import adjust_contrast, augment_target, randomise_source, turn
+from darcnn.training.data.augment import (
+    adjust_contrast,
+    augment_target,
+    randomise_source,
+    turn,
+)
 from darcnn.training.data.source import LabelledTile
 
 FAST = settings(deadline=None, max_examples=50)
@@ -110,6 +115,16 @@ def test_randomised_source_shows_both_polarities_and_grey() -> None:
     grey = [bool((r.image == r.image[..., :1]).all()) for r in results]
     assert 0.25 < np.mean(brighter) < 0.75
     assert 0.25 < np.mean(grey) < 0.75
+
+
+@pytest.mark.parametrize(("invert", "brighter"), [(True, False), (False, True)])
+def test_polarity_may_be_fixed(invert: bool, brighter: bool) -> None:
+    mask = np.zeros((1, SIZE, SIZE), bool)
+    mask[0, 3:9, 3:9] = True
+    tile = LabelledTile(np.where(mask[0][..., None], np.uint8(200), np.uint8(30)).repeat(3, axis=2), mask)
+    for seed in range(20):
+        result = randomise_source(tile, np.random.default_rng(seed), 1.0, invert)
+        assert (result.image[result.masks[0]].mean() > result.image[~result.masks[0]].mean()) == brighter
 
 
 @pytest.mark.parametrize("change", [turn, augment_target, lambda tile, rng: randomise_source(tile, rng, 0.5)])

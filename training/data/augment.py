@@ -25,10 +25,13 @@ def turn(tile: LabelledTile, rng: np.random.Generator) -> LabelledTile:
     return LabelledTile(np.ascontiguousarray(image), np.ascontiguousarray(masks))
 
 
-def randomise_source(tile: LabelledTile, rng: np.random.Generator, grey_fraction: float) -> LabelledTile:
+def randomise_source(
+    tile: LabelledTile, rng: np.random.Generator, grey_fraction: float, invert: bool | None = None
+) -> LabelledTile:
     """Return a photograph without its habits: polarity, colour, contrast, sharpness and noise are drawn anew.
 
-    Not in the paper: targets are bright on black or dark on pink, and neither is a photograph.
+    Not in the paper: targets are bright on black or dark on pink, and neither is a photograph. `invert` fixes
+    the polarity of a source whose objects are known to be bright or dark (the paper inverts BBBC for Kumar).
     """
     tile = turn(tile, rng)
     image = tile.image.astype(np.float32)
@@ -40,7 +43,7 @@ def randomise_source(tile: LabelledTile, rng: np.random.Generator, grey_fraction
         image = image * rng.uniform(0.7, 1.3, size=3).astype(np.float32) + rng.normal(0, 10, size=3).astype(
             np.float32
         )
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 if invert is None else invert:
         image = 255.0 - image
     unit = np.clip(image / 255.0, 0.0, 1.0) ** np.exp(rng.uniform(-0.8, 0.8))
     image = np.asarray(unit * 255.0, np.float32)
