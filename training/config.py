@@ -49,6 +49,7 @@ class Source:
     grey_fraction: float = 0.5  # share of images that lose their colour
     intensity: IntensityRule = _FULL_RANGE  # of images with label maps
     invert: bool | None = None  # bright for dark: true all images, false none, left out half of them
+    synthetic_fraction: float = 0.0  # batches' share of target crops with synthesized nuclei
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,7 @@ def _source_problems(source: Source) -> Iterator[tuple[str, str]]:
         yield "source.intensity is for images with label maps", "remove it, or give source.labels"
     if not 0.0 < source.diameter_px[0] <= source.diameter_px[1]:
         yield f"source.diameter_px = {source.diameter_px} is no range", "give two numbers above 0, in order"
-    for name in ("scene_fraction", "grey_fraction"):
+    for name in ("scene_fraction", "grey_fraction", "synthetic_fraction"):
         if not 0.0 <= getattr(source, name) <= 1.0:
             yield f"source.{name} = {getattr(source, name)} is no share", "give a number from 0 to 1"
 
@@ -242,6 +243,8 @@ def relevant_part(recipe: Recipe, stage: str) -> tuple[object, ...]:
         recipe.source,
         recipe.source_stage,
     )
+    if recipe.source.synthetic_fraction > 0:
+        parts = (*parts, recipe.target)  # the source stage already sees crops of its images
     if stage == "source":
         return parts
     parts = (*parts, recipe.target, recipe.adapt_stage)

@@ -14,10 +14,11 @@ from darcnn.runtime.errors import OutputError
 from darcnn.training.adapt.pseudo_labels import label_images, read_labels
 from darcnn.training.checkpoint import CheckpointInfo, is_complete, load_network
 from darcnn.training.config import Recipe
-from darcnn.training.data.augment import augment_target
+from darcnn.training.data.augment import augment_target, vary_synthesized
 from darcnn.training.data.batches import Batch, collate, make_source_tile, random_generator
 from darcnn.training.data.label_maps import open_labelled_source
 from darcnn.training.data.source import LabelledTile
+from darcnn.training.data.synthesis import SynthesizedSource
 from darcnn.training.data.target import TargetImages
 from darcnn.training.loop import LoopPlan, train
 from darcnn.training.model.network import Darcnn
@@ -62,18 +63,24 @@ class Run:
 
 
 class _SourceTiles:
-    """Labelled images and scenes of a recipe, by seed, stage, step and index."""
+    """Labelled images, scenes and synthesized tiles of a recipe, by seed, stage, step and index."""
 
     def __init__(self, run: Run) -> None:
         self.recipe = run.recipe
         self.source = open_labelled_source(run.data, run.recipe.source, tile_px=run.recipe.tile_px)
         self.cutouts = self.source.cutouts() if run.recipe.source.scene_fraction > 0 else []
+        self.synthesized: SynthesizedSource | None = None
+        if run.recipe.source.synthetic_fraction > 0:
+            targets = TargetImages(run.data, run.recipe.target, run.recipe.seed)
+            self.synthesized = SynthesizedSource(targets)
 
     def batch(self, stage: str, step: int, size: int) -> Batch:
         return collate([self._tile(random_generator(self.recipe.seed, stage, step, i)) for i in range(size)])
 
     def _tile(self, rng: np.random.Generator) -> LabelledTile:
         options = self.recipe.source
+        if self.synthesized is not None and rng.random() < options.synthetic_fraction:
+            return vary_synthesized(self.synthesized.tile(rng, self.recipe.tile_px), rng)
         return make_source_tile(
             self.source,
             self.cutouts,

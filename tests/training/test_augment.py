@@ -13,6 +13,7 @@ from darcnn.training.data.augment import (
     augment_target,
     randomise_source,
     turn,
+    vary_synthesized,
 )
 from darcnn.training.data.source import LabelledTile
 
@@ -127,7 +128,25 @@ def test_polarity_may_be_fixed(invert: bool, brighter: bool) -> None:
         assert (result.image[result.masks[0]].mean() > result.image[~result.masks[0]].mean()) == brighter
 
 
-@pytest.mark.parametrize("change", [turn, augment_target, lambda tile, rng: randomise_source(tile, rng, 0.5)])
+@FAST
+@given(tiles(), seeds)
+def test_a_synthesized_tile_is_varied_with_its_masks_and_only_a_little(tile: LabelledTile, seed: int) -> None:
+    changed = vary_synthesized(tile, np.random.default_rng(seed))
+    turned = turn(tile, np.random.default_rng(seed))  # the first thing drawn
+    assert np.array_equal(changed.masks, turned.masks)
+    assert changed.image.dtype == np.uint8
+    assert np.abs(changed.image.astype(int) - turned.image.astype(int)).max() <= 22  # 8 and a tenth of 128
+
+
+def test_a_varied_grey_tile_stays_grey() -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 1), dtype=np.uint8).repeat(3, axis=2)
+    changed = vary_synthesized(LabelledTile(grey, np.zeros((0, SIZE, SIZE), bool)), np.random.default_rng(1))
+    assert (changed.image == changed.image[..., :1]).all()
+
+
+@pytest.mark.parametrize(
+    "change", [turn, augment_target, vary_synthesized, lambda tile, rng: randomise_source(tile, rng, 0.5)]
+)
 def test_augmentation_is_a_function_of_its_generator_and_leaves_its_input_alone(change: object) -> None:
     image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     tile = LabelledTile(image, image[None, ..., 0] > 100)

@@ -172,6 +172,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(table: dict[str, Any], pat
         ("source.intensity", {"kind": "range", "low": 0, "high": 9}, "source.labels"),
         ("source.scene_fraction", 1.5, "from 0 to 1"),
         ("source.grey_fraction", -0.5, "from 0 to 1"),
+        ("source.synthetic_fraction", 2, "from 0 to 1"),
         ("source.diameter_px", [80.0, 8.0], "in order"),
         ("source.diameter_px", [0.0, 8.0], "above 0"),
         ("source.invert", "yes", "bool"),
@@ -246,6 +247,7 @@ def test_recipes_that_ship_are_valid(examples: list[Path]) -> None:
         ("target.nominal_diameter_px", 9.0, {"adapt", "refine"}),
         ("source_stage.batch", 9, {"source", "adapt", "refine"}),
         ("source.invert", True, {"source", "adapt", "refine"}),
+        ("source.synthetic_fraction", 0.5, {"source", "adapt", "refine"}),
         ("seed", 9, {"source", "adapt", "refine"}),
         ("preset", "resnet50", {"source", "adapt", "refine"}),
     ],
@@ -273,6 +275,19 @@ def test_label_maps_take_the_place_of_annotations(table: dict[str, Any]) -> None
     assert source.labels == "labels"
     assert source.invert is True
     assert source.intensity == IntensityRule("percentile", 1.0, 99.0)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("target.nominal_diameter_px", 9.0), ("target.sets", [{"images": "c/*.png"}])]
+)
+def test_with_synthesized_tiles_all_stages_depend_on_the_target(
+    table: dict[str, Any], path: str, value: Any
+) -> None:
+    table["source"]["synthetic_fraction"] = 0.25
+    recipe = recipe_from_table(table, where="x")
+    other = recipe_from_table(changed(table, path, value), where="x")
+    for stage in ("source", "adapt", "refine"):
+        assert relevant_part(recipe, stage) != relevant_part(other, stage)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 
 from darcnn.training.data.source import LabelledTile
 
-__all__ = ["adjust_contrast", "augment_target", "randomise_source", "turn"]
+__all__ = ["adjust_contrast", "augment_target", "randomise_source", "turn", "vary_synthesized"]
 
 _BLUR_SIGMA = 1.0  # DARCNN, section 3.3
 _CONTRAST = 1.5  # DARCNN, section 3.3: x -> clip(1.5 x - 150, 0, 255)
@@ -51,6 +51,18 @@ def randomise_source(
     if rng.random() < 0.5:
         noise = rng.normal(0.0, rng.exponential(6.0), size=image.shape[:2])
         image = image + noise.astype(np.float32)[..., None]
+    return LabelledTile(np.clip(image, 0, 255).astype(np.uint8), tile.masks)
+
+
+def vary_synthesized(tile: LabelledTile, rng: np.random.Generator) -> LabelledTile:
+    """Return a synthesized tile mirrored and turned, a little brighter or darker, stronger or weaker.
+
+    No more than that: such a tile looks like the target already, and what `randomise_source` does to a
+    photograph (polarity, colours) would take away the very thing it was made for.
+    """
+    tile = turn(tile, rng)
+    gain, shift = rng.uniform(0.9, 1.1), rng.uniform(-8.0, 8.0)
+    image = (tile.image.astype(np.float32) - 128.0) * gain + 128.0 + shift
     return LabelledTile(np.clip(image, 0, 255).astype(np.uint8), tile.masks)
 
 
