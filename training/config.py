@@ -32,17 +32,25 @@ __all__ = [
 T = TypeVar("T")
 
 _MAX_LABEL = 65535  # pseudo-labels are 16-bit pictures
+_FULL_RANGE = IntensityRule("full_range")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The labelled photographs. Paths are relative to the data folder."""
+    """The labelled images: photographs with COCO annotations, or images with label maps; one of the two.
 
-    images: str
-    annotations: str
+    Paths are relative to the data folder.
+    """
+
+    images: str  # a folder; with label maps, a glob will do as well
+    annotations: str | None = None  # COCO instances JSON
+    labels: str | None = None  # folder of PNGs named as the images: 0 background, one number an object
     diameter_px: tuple[float, float] = (8.0, 80.0)  # objects are brought to sizes drawn from this range
     scene_fraction: float = 0.5  # batches' share of scenes: many cut-out objects on one background
     grey_fraction: float = 0.5  # share of images that lose their colour
+    intensity: IntensityRule = _FULL_RANGE  # of images with label maps
+    invert: bool | None = None  # bright for dark: true all images, false none, left out half of them
+    synthetic_fraction: float = 0.0  # batches' share of target crops with synthesized nuclei
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +197,7 @@ def recipe_from_table(table: Mapping[str, Any], *, where: str) -> Recipe:
 def _problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield what no run could make sense of, each with the fix."""
     target, refine = recipe.target, recipe.refine_stage
+    yield from _source_problems(recipe.source)
     if recipe.preset not in PRESETS:
         yield f"preset = {recipe.preset!r} is unknown", f"use one of {', '.join(PRESETS)}"
     if recipe.weights not in ("imagenet", "coco") and not is_detectron2_file(recipe.weights):
@@ -235,6 +244,20 @@ def _problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{name}.min_score = {score} is no score", "give a number from 0 to 1"
 
 
+def _source_problems(source: Source) -> Iterator[tuple[str, str]]:
+    if source.annotations is None and source.labels is None:
+        yield "lacks the key source.annotations or source.labels", "add one of them"
+    if source.annotations is not None and source.labels is not None:
+        yield "source.annotations and source.labels are both given", "remove one of them"
+    if source.labels is None and source.intensity.kind != "full_range":
+        yield "source.intensity is for images with label maps", "remove it, or give source.labels"
+    if not 0.0 < source.diameter_px[0] <= source.diameter_px[1]:
+        yield f"source.diameter_px = {source.diameter_px} is no range", "give two numbers above 0, in order"
+    for name in ("scene_fraction", "grey_fraction", "synthetic_fraction"):
+        if not 0.0 <= getattr(source, name) <= 1.0:
+            yield f"source.{name} = {getattr(source, name)} is no share", "give a number from 0 to 1"
+
+
 def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as nested tables that JSON holds; `recipe_from_table` reads them back."""
     return asdict(recipe)
@@ -253,6 +276,8 @@ def relevant_part(recipe: Recipe, stage: str) -> tuple[object, ...]:
         recipe.source,
         recipe.source_stage,
     )
+    if recipe.source.synthetic_fraction > 0:
+        parts = (*parts, recipe.target)  # the source stage already sees crops of its images
     if stage == "source":
         return parts
     parts = (*parts, recipe.target, recipe.adapt_stage)

@@ -17,9 +17,11 @@ from darcnn.training.adapt.pseudo_labels import label_images, read_labels
 from darcnn.training.checkpoint import CheckpointInfo, is_complete, load_network
 from darcnn.training.config import Recipe
 from darcnn.training.contact_sheet import ContactSheet
-from darcnn.training.data.augment import augment_target
+from darcnn.training.data.augment import augment_target, vary_synthesized
 from darcnn.training.data.batches import Batch, BatchKey, make_batch, make_source_tile
-from darcnn.training.data.source import LabelledTile, PhotographSource
+from darcnn.training.data.label_maps import open_labelled_source
+from darcnn.training.data.source import LabelledTile
+from darcnn.training.data.synthesis import SynthesizedSource
 from darcnn.training.data.target import TargetImages
 from darcnn.training.loop import LoopPlan, train
 from darcnn.training.model.network import Darcnn
@@ -69,12 +71,15 @@ class Run:
 
 
 class _SourceTiles:
-    """Randomised photographs and scenes of a recipe, by seed, stage, step and index."""
+    """Labelled images, scenes and synthesized tiles of a recipe, by seed, stage, step and index."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, targets: TargetImages) -> None:
         self.recipe = run.recipe
-        self.source = PhotographSource(run.data, run.recipe.source)
-        self.cutouts = self.source.cutouts()
+        self.source = open_labelled_source(run.data, run.recipe.source, tile_px=run.recipe.tile_px)
+        self.cutouts = self.source.cutouts() if run.recipe.source.scene_fraction > 0 else []
+        self.synthesized: SynthesizedSource | None = None
+        if run.recipe.source.synthetic_fraction > 0:
+            self.synthesized = SynthesizedSource(targets)
 
     def batch(self, stage: str, number: int, size: int) -> Batch:
         """Return this process's share of batch `number` of a stage."""
@@ -83,6 +88,8 @@ class _SourceTiles:
 
     def _tile(self, rng: np.random.Generator) -> LabelledTile:
         options = self.recipe.source
+        if self.synthesized is not None and rng.random() < options.synthetic_fraction:
+            return vary_synthesized(self.synthesized.tile(rng, self.recipe.tile_px), rng)
         return make_source_tile(
             self.source,
             self.cutouts,
@@ -101,8 +108,8 @@ def run_source(run: Run) -> Darcnn:
     if not run.is_done(folder):
         load_weights(network, recipe.weights, run.data)
     network.to(run.device)
-    tiles = _SourceTiles(run)
     targets = TargetImages(run.data, recipe.target, recipe.seed)
+    tiles = _SourceTiles(run, targets)
     plan = LoopPlan(
         stage="source",
         steps=stage.steps,
@@ -113,7 +120,7 @@ def run_source(run: Run) -> Darcnn:
         accumulate=stage.accumulate,
         resume=run.resume,
         sheet=ContactSheet(recipe, targets, source_branch=True),
-        sheet_every=_epoch(tiles.source.n_images, stage.batch * stage.accumulate),
+        sheet_every=_epoch(len(tiles.source.images), stage.batch * stage.accumulate),
     )
 
     def losses_of(batch: Batch, step: int) -> dict[str, Tensor]:
@@ -128,8 +135,8 @@ def run_adapt(run: Run, start: Path) -> Darcnn:
     folder = run.folder("adapt")
     network = run.start_from(start)
     network.start_adaptation()
-    tiles = _SourceTiles(run)
     targets = TargetImages(run.data, recipe.target, recipe.seed)
+    tiles = _SourceTiles(run, targets)
     observed: dict[str, float] = {}
     plan = LoopPlan(
         stage="adapt",
@@ -172,8 +179,8 @@ def run_refine(run: Run, start: Path) -> Darcnn:
     """
     recipe, stage = run.recipe, run.recipe.refine_stage
     network = run.start_from(start)
-    tiles = _SourceTiles(run)
     targets = TargetImages(run.data, recipe.target, recipe.seed)
+    tiles = _SourceTiles(run, targets)
     sheet = ContactSheet(recipe, targets)
     for number in range(1, stage.rounds + 1):
         name = "refine" if number == stage.rounds else f"refine-{number}"

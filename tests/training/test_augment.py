@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from darcnn.training.data.augment import adjust_contrast, augment_target, randomise_source, turn
+from darcnn.training.data.augment import (
+    adjust_contrast,
+    augment_target,
+    randomise_source,
+    turn,
+    vary_synthesized,
+)
 from darcnn.training.data.source import LabelledTile
 
 FAST = settings(deadline=None, max_examples=50)
@@ -112,7 +118,35 @@ def test_randomised_source_shows_both_polarities_and_grey() -> None:
     assert 0.25 < np.mean(grey) < 0.75
 
 
-@pytest.mark.parametrize("change", [turn, augment_target, lambda tile, rng: randomise_source(tile, rng, 0.5)])
+@pytest.mark.parametrize(("invert", "brighter"), [(True, False), (False, True)])
+def test_polarity_may_be_fixed(invert: bool, brighter: bool) -> None:
+    mask = np.zeros((1, SIZE, SIZE), bool)
+    mask[0, 3:9, 3:9] = True
+    tile = LabelledTile(np.where(mask[0][..., None], np.uint8(200), np.uint8(30)).repeat(3, axis=2), mask)
+    for seed in range(20):
+        result = randomise_source(tile, np.random.default_rng(seed), 1.0, invert)
+        assert (result.image[result.masks[0]].mean() > result.image[~result.masks[0]].mean()) == brighter
+
+
+@FAST
+@given(tiles(), seeds)
+def test_a_synthesized_tile_is_varied_with_its_masks_and_only_a_little(tile: LabelledTile, seed: int) -> None:
+    changed = vary_synthesized(tile, np.random.default_rng(seed))
+    turned = turn(tile, np.random.default_rng(seed))  # the first thing drawn
+    assert np.array_equal(changed.masks, turned.masks)
+    assert changed.image.dtype == np.uint8
+    assert np.abs(changed.image.astype(int) - turned.image.astype(int)).max() <= 22  # 8 and a tenth of 128
+
+
+def test_a_varied_grey_tile_stays_grey() -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 1), dtype=np.uint8).repeat(3, axis=2)
+    changed = vary_synthesized(LabelledTile(grey, np.zeros((0, SIZE, SIZE), bool)), np.random.default_rng(1))
+    assert (changed.image == changed.image[..., :1]).all()
+
+
+@pytest.mark.parametrize(
+    "change", [turn, augment_target, vary_synthesized, lambda tile, rng: randomise_source(tile, rng, 0.5)]
+)
 def test_augmentation_is_a_function_of_its_generator_and_leaves_its_input_alone(change: object) -> None:
     image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     tile = LabelledTile(image, image[None, ..., 0] > 100)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from darcnn.runtime.errors import InputError
 from darcnn.training.data.batches import collate, make_source_tile, prefetch, random_generator
 from darcnn.training.data.source import LabelledTile, PhotographSource
 
@@ -54,6 +55,15 @@ def test_every_source_tile_shows_an_object(photographs: PhotographSource) -> Non
         generator = random_generator(2, "source", 0, index)
         tile = make_source_tile(photographs, cutouts, generator, 64, scene_fraction=0.5, grey_fraction=0.5)
         assert len(tile.masks) > 0
+
+
+def test_a_source_whose_crops_show_nothing_is_an_error_not_a_hang(
+    photographs: PhotographSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = LabelledTile(np.zeros((64, 64, 3), np.uint8), np.zeros((0, 64, 64), bool))
+    monkeypatch.setattr(PhotographSource, "tile", lambda *arguments: empty)
+    with pytest.raises(InputError, match=r"source\.diameter_px: no object"):
+        make_source_tile(photographs, [], np.random.default_rng(0), 64, scene_fraction=0.0, grey_fraction=0.5)
 
 
 @pytest.mark.parametrize("scene_fraction", [0.0, 1.0])

@@ -168,6 +168,14 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(table: dict[str, Any], pat
         ("target.sets", [], "at least one"),
         ("target.channels", 2, "1 nor 3"),
         ("tile_px", 100, "64"),
+        ("source.labels", "labels", "source.annotations"),  # one of the two
+        ("source.intensity", {"kind": "range", "low": 0, "high": 9}, "source.labels"),
+        ("source.scene_fraction", 1.5, "from 0 to 1"),
+        ("source.grey_fraction", -0.5, "from 0 to 1"),
+        ("source.synthetic_fraction", 2, "from 0 to 1"),
+        ("source.diameter_px", [80.0, 8.0], "in order"),
+        ("source.diameter_px", [0.0, 8.0], "above 0"),
+        ("source.invert", "yes", "bool"),
     ],
 )
 def test_a_value_out_of_range_is_refused(table: dict[str, Any], path: str, value: Any, hint: str) -> None:
@@ -238,6 +246,8 @@ def test_recipes_that_ship_are_valid(examples: list[Path]) -> None:
         ("adapt_stage.gamma", 0.9, {"adapt", "refine"}),
         ("target.nominal_diameter_px", 9.0, {"adapt", "refine"}),
         ("source_stage.batch", 9, {"source", "adapt", "refine"}),
+        ("source.invert", True, {"source", "adapt", "refine"}),
+        ("source.synthetic_fraction", 0.5, {"source", "adapt", "refine"}),
         ("seed", 9, {"source", "adapt", "refine"}),
         ("preset", "resnet50", {"source", "adapt", "refine"}),
         ("weights", "coco", {"source", "adapt", "refine"}),
@@ -254,6 +264,33 @@ def test_a_stage_depends_on_its_own_part_of_a_recipe_and_on_those_before(
         s for s in ("source", "adapt", "refine") if relevant_part(recipe, s) != relevant_part(other, s)
     }
     assert different == stages
+
+
+def test_label_maps_take_the_place_of_annotations(table: dict[str, Any]) -> None:
+    table["source"] = {
+        "images": "images/*.png",
+        "labels": "labels",
+        "invert": True,
+        "intensity": {"kind": "percentile", "low": 1, "high": 99},
+    }
+    source = recipe_from_table(table, where="x").source
+    assert source.annotations is None
+    assert source.labels == "labels"
+    assert source.invert is True
+    assert source.intensity == IntensityRule("percentile", 1.0, 99.0)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("target.nominal_diameter_px", 9.0), ("target.sets", [{"images": "c/*.png"}])]
+)
+def test_with_synthesized_tiles_all_stages_depend_on_the_target(
+    table: dict[str, Any], path: str, value: Any
+) -> None:
+    table["source"]["synthetic_fraction"] = 0.25
+    recipe = recipe_from_table(table, where="x")
+    other = recipe_from_table(changed(table, path, value), where="x")
+    for stage in ("source", "adapt", "refine"):
+        assert relevant_part(recipe, stage) != relevant_part(other, stage)
 
 
 @pytest.mark.parametrize(

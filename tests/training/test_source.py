@@ -176,6 +176,57 @@ def test_a_missing_or_damaged_photograph_is_named(one_disc: Path) -> None:
             photographs.tile(np.random.default_rng(0), 64)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bbox": [150.0, 60.0, 60.0, 60.0]},  # beyond the right border
+        {"bbox": [-20.0, 60.0, 60.0, 60.0]},
+        {"segmentation": [[60.0, 80.0, 120.0, 80.0, 120.0, 260.0]]},  # a polygon beyond the lower border
+        {"segmentation": []},
+        {"segmentation": {"size": [SIZE, SIZE + 1], "counts": "0"}},
+    ],
+)
+def test_annotations_that_do_not_fit_their_image_are_refused(
+    tmp_path: Path, disc: Disc, changes: dict[str, Any]
+) -> None:
+    mask = disc(SIZE, 90, 110, 30)
+    write(tmp_path, [mask.astype(np.uint8)], [annotation(mask, 1), annotation(mask, 17, **changes)])
+    with pytest.raises(InputError, match=r"instances\.json: annotation 17 does not fit .* 1\.png") as caught:
+        open_photographs(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_box_that_leaves_its_image_by_rounding_is_accepted(tmp_path: Path, disc: Disc) -> None:
+    mask = disc(SIZE, 90, 110, 30)
+    write(tmp_path, [mask.astype(np.uint8)], [annotation(mask, 1, bbox=[140.0, 80.0, 60.5, 60.0])])
+    assert open_photographs(tmp_path).images == [1]
+
+
+@pytest.mark.parametrize("missing", ["area", "bbox", "segmentation"])
+def test_annotations_without_what_is_needed_are_refused(tmp_path: Path, disc: Disc, missing: str) -> None:
+    mask = disc(SIZE, 90, 110, 30)
+    incomplete = annotation(mask, 1)
+    del incomplete[missing]
+    write(tmp_path, [mask.astype(np.uint8)], [incomplete])
+    with pytest.raises(InputError, match=missing):
+        open_photographs(tmp_path)
+
+
+def test_a_photograph_of_another_size_than_annotated_is_refused(one_disc: Path) -> None:
+    Image.new("RGB", (SIZE // 2, SIZE)).save(one_disc / "1.png")
+    with pytest.raises(InputError, match=r"1\.png: is 100 x 200 px, .* 200 x 200 px"):
+        open_photographs(one_disc)
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"no picture")])
+def test_a_missing_or_damaged_photograph_is_named_before_training(
+    one_disc: Path, harm: Callable[[Path], object]
+) -> None:
+    harm(one_disc / "1.png")
+    with pytest.raises(InputError, match=r"1\.png"):
+        open_photographs(one_disc)
+
+
 def test_real_photographs_are_read_and_their_crowds_left_out(shared_data: Path) -> None:
     photographs = PhotographSource(shared_data, Source("coco/images", "coco/instances.json"))
     content = json.loads((shared_data / "coco" / "instances.json").read_text(encoding="utf-8"))

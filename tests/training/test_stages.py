@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from darcnn.runtime.errors import InputError, OutputError, UsageError
+from darcnn.runtime.intensity import IntensityRule
 from darcnn.training.adapt.pseudo_labels import read_labels
 from darcnn.training.checkpoint import load_network, read_info
-from darcnn.training.config import Recipe
+from darcnn.training.config import Recipe, TargetSet
 from darcnn.training.data.batches import Batch
+from darcnn.training.data.source import LabelledTile
+from darcnn.training.data.synthesis import SynthesizedSource
 from darcnn.training.model.network import Darcnn
 from darcnn.training.stages import Run, run_adapt, run_all, run_refine, run_source
 
@@ -114,6 +117,43 @@ def test_refinement_learns_from_augmented_tiles_and_every_nth_step_from_photogra
         assert all(len(target["boxes"]) for batch in batches for target in batch.targets)
     different = made[0][1].images != made[1][1].images
     assert different.any()  # rounds draw other tiles
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_synthesized_tiles_take_their_share_of_the_source_batches(
+    tiny: Recipe, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    recipe = replace(
+        tiny,
+        source=replace(tiny.source, synthetic_fraction=share),
+        target=replace(
+            tiny.target,
+            sets=(TargetSet("tissue/*.png"),),
+            channels=3,
+            intensity=IntensityRule("full_range"),
+        ),
+    )
+    made: list[LabelledTile] = []
+    original = SynthesizedSource.tile
+
+    def counted(source: SynthesizedSource, rng: np.random.Generator, tile_px: int) -> LabelledTile:
+        made.append(original(source, rng, tile_px))
+        return made[-1]
+
+    batches: list[Batch] = []
+
+    def take_batches(
+        network: Darcnn, plan: object, make_batch: Callable[[int], Batch], *rest: object
+    ) -> Darcnn:
+        batches.extend(make_batch(step) for step in range(12))
+        return network
+
+    monkeypatch.setattr(SynthesizedSource, "tile", counted)
+    monkeypatch.setattr("darcnn.training.stages.train", take_batches)
+    run_source(Run(recipe, data, tmp_path))
+    n_tiles = sum(len(batch.targets) for batch in batches)
+    assert len(made) / n_tiles == pytest.approx(share, abs=0.25 if 0 < share < 1 else 0)
+    assert all(len(target["boxes"]) for batch in batches for target in batch.targets)
 
 
 def test_a_folder_with_a_checkpoint_is_not_overwritten(tiny: Recipe, data: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 
 from darcnn.training.data.source import LabelledTile
 
-__all__ = ["adjust_contrast", "augment_target", "randomise_source", "turn"]
+__all__ = ["adjust_contrast", "augment_target", "randomise_source", "turn", "vary_synthesized"]
 
 _BLUR_SIGMA = 1.0  # DARCNN, section 3.3
 _CONTRAST = 1.5  # DARCNN, section 3.3: x -> clip(1.5 x - 150, 0, 255)
@@ -25,10 +25,13 @@ def turn(tile: LabelledTile, rng: np.random.Generator) -> LabelledTile:
     return LabelledTile(np.ascontiguousarray(image), np.ascontiguousarray(masks))
 
 
-def randomise_source(tile: LabelledTile, rng: np.random.Generator, grey_fraction: float) -> LabelledTile:
+def randomise_source(
+    tile: LabelledTile, rng: np.random.Generator, grey_fraction: float, invert: bool | None = None
+) -> LabelledTile:
     """Return a photograph without its habits: polarity, colour, contrast, sharpness and noise are drawn anew.
 
-    Not in the paper: targets are bright on black or dark on pink, and neither is a photograph.
+    Not in the paper: targets are bright on black or dark on pink, and neither is a photograph. `invert` fixes
+    the polarity of a source whose objects are known to be bright or dark (the paper inverts BBBC for Kumar).
     """
     tile = turn(tile, rng)
     image = tile.image.astype(np.float32)
@@ -40,7 +43,7 @@ def randomise_source(tile: LabelledTile, rng: np.random.Generator, grey_fraction
         image = image * rng.uniform(0.7, 1.3, size=3).astype(np.float32) + rng.normal(0, 10, size=3).astype(
             np.float32
         )
-    if rng.random() < 0.5:
+    if rng.random() < 0.5 if invert is None else invert:
         image = 255.0 - image
     unit = np.clip(image / 255.0, 0.0, 1.0) ** np.exp(rng.uniform(-0.8, 0.8))
     image = np.asarray(unit * 255.0, np.float32)
@@ -48,6 +51,18 @@ def randomise_source(tile: LabelledTile, rng: np.random.Generator, grey_fraction
     if rng.random() < 0.5:
         noise = rng.normal(0.0, rng.exponential(6.0), size=image.shape[:2])
         image = image + noise.astype(np.float32)[..., None]
+    return LabelledTile(np.clip(image, 0, 255).astype(np.uint8), tile.masks)
+
+
+def vary_synthesized(tile: LabelledTile, rng: np.random.Generator) -> LabelledTile:
+    """Return a synthesized tile mirrored and turned, a little brighter or darker, stronger or weaker.
+
+    No more than that: such a tile looks like the target already, and what `randomise_source` does to a
+    photograph (polarity, colours) would take away the very thing it was made for.
+    """
+    tile = turn(tile, rng)
+    gain, shift = rng.uniform(0.9, 1.1), rng.uniform(-8.0, 8.0)
+    image = (tile.image.astype(np.float32) - 128.0) * gain + 128.0 + shift
     return LabelledTile(np.clip(image, 0, 255).astype(np.uint8), tile.masks)
 
 

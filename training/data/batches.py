@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from darcnn.runtime.errors import InputError
 from darcnn.training.data.augment import randomise_source
 from darcnn.training.data.scenes import make_scene
-from darcnn.training.data.source import Cutout, LabelledTile, PhotographSource
+from darcnn.training.data.source import Cutout, LabelledSource, LabelledTile
 from darcnn.training.model.heads import Target
 
 T = TypeVar("T")
+
+_TRIES = 200  # of them some show an object, unless none can
 
 __all__ = ["Batch", "BatchKey", "collate", "make_batch", "make_source_tile", "prefetch", "random_generator"]
 
@@ -62,7 +65,7 @@ def make_batch(draw: Callable[[np.random.Generator], LabelledTile], key: BatchKe
 
 
 def make_source_tile(
-    source: PhotographSource,
+    source: LabelledSource,
     cutouts: list[Cutout],
     rng: np.random.Generator,
     tile_px: int,
@@ -70,14 +73,23 @@ def make_source_tile(
     scene_fraction: float,
     grey_fraction: float,
 ) -> LabelledTile:
-    """Return a photograph or a scene, randomised; one with at least one object."""
-    while True:
+    """Return a labelled image's crop or a scene, randomised; one with at least one object.
+
+    Raises:
+        InputError: crops turn out empty again and again.
+    """
+    for _ in range(_TRIES):
         if rng.random() < scene_fraction:
             tile = make_scene(cutouts, rng, tile_px, source.diameter_px)
         else:
             tile = source.tile(rng, tile_px)
         if len(tile.masks):
-            return randomise_source(tile, rng, grey_fraction)
+            return randomise_source(tile, rng, grey_fraction, source.invert)
+    raise InputError(
+        f"no object in {_TRIES} crops of the labelled images",
+        where="source.diameter_px",
+        fix="raise it in the recipe: objects that come to less than 5 px are dropped",
+    )
 
 
 def collate(tiles: Sequence[LabelledTile], seeds: Sequence[int]) -> Batch:
