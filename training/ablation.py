@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,13 @@ class Arm:
         return full if changed is None else changed(full)
 
 
-def _only(**weights: float) -> Any:
-    """Return a switch that keeps these weights of DARCNN, equation (1), and sets the others to 0."""
+def _only(alpha: float = 0.0, gamma: float = 0.0) -> Callable[[Recipe], Recipe]:
+    """Return a switch that keeps a share of the weights of DARCNN, equation (1), none of beta."""
 
     def change(recipe: Recipe) -> Recipe:
-        off = {name: 0.0 for name in ("alpha", "beta", "gamma") if name not in weights}
-        return replace(recipe, adapt_stage=replace(recipe.adapt_stage, **off))
+        stage = recipe.adapt_stage
+        kept = replace(stage, alpha=alpha * stage.alpha, beta=0.0, gamma=gamma * stage.gamma)
+        return replace(recipe, adapt_stage=kept)
 
     return change
 
