@@ -30,7 +30,10 @@ TORCH = {"torch", "torchvision", "timm", "torchaudio", "functorch"}
 NOT_PORTABLE = {"fcntl", "pwd", "grp", "resource", "termios"}
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Modules of the runtime that may import an extra, and which; nothing else there leaves the base install.
-EXTRAS_OF_RUNTIME: dict[str, set[str]] = {}
+EXTRAS_OF_RUNTIME: dict[str, set[str]] = {
+    "runtime/readers/mrc.py": {"mrcfile"},
+    "runtime/readers/nifti.py": {"nibabel"},
+}
 # What an importable name is called in the registry, where the two differ.
 REGISTRY_NAMES = {"PIL": "pillow", "openslide": "openslide-python"}
 
@@ -208,7 +211,8 @@ for module in pkgutil.walk_packages(darcnn.runtime.__path__, "darcnn.runtime."):
 
 
 def test_runtime_imports_without_torch():
-    blocked = sorted(TORCH | {"onnx", "onnxscript", "safetensors", "tensorboard", "pycocotools", "tqdm"})
+    others = {"onnx", "onnxscript", "safetensors", "tensorboard", "pycocotools", "tqdm"}
+    blocked = sorted(TORCH.union(others, *EXTRAS_OF_RUNTIME.values()))
     skipped = [f"darcnn/{name.removesuffix('.py')}" for name in EXTRAS_OF_RUNTIME]
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", WITHOUT_TORCH.format(blocked=blocked, skipped=skipped)],
