@@ -34,6 +34,7 @@ _FOURIER_MODES = (3, 4)  # complex numbers: a transform, not an image
 _IMOD_STAMP = 1146047817  # IMOD's mark: the flags behind it say whether bytes have a sign
 _IMOD_STAMP_AT, _IMOD_FLAGS_AT = 152, 156  # bytes from the start of the header
 _IMOD_SIGNED = 1
+_EXTENSION_AT, _MAP_AT, _STAMP_AT = 92, 208, 212  # size of the extended header, "MAP", byte order
 # What mrcfile raises on files that are no MRC or end early; the others come from sizes that cannot be.
 _UNREADABLE = (ValueError, OSError, ArithmeticError, TypeError, MemoryError, struct.error)
 
@@ -111,12 +112,13 @@ def _read_header(path: Path) -> _Header:
     except ModuleNotFoundError as err:
         raise needs_package("mrcfile", path) from err
     try:
+        n_bytes = path.stat().st_size
+        _check_extension(path, utils, n_bytes)
         # mrcfile's own mapping warns, through a filter of the whole process, of a file with a tail
         with MrcFile(path, header_only=True) as file:
             header = file.header
         _check_mode(int(header.mode), path)
         dtype = utils.data_dtype_from_header(header)
-        n_bytes = path.stat().st_size
     except _UNREADABLE as err:
         raise InputError(
             f"cannot be read as MRC ({err})", where=path, fix="copy it again, or export it as MRC2014"
@@ -134,6 +136,17 @@ def _read_header(path: Path) -> _Header:
     is_measured = min(n_x, n_y) > 0
     mpp = _mpp(float(header.cella.x) / n_x, float(header.cella.y) / n_y) if is_measured else None
     return _Header(dtype, offset, shape, mpp)
+
+
+def _check_extension(path: Path, utils: Any, n_bytes: int) -> None:
+    """Refuse an extended header larger than the file: mrcfile would find the memory for it first."""
+    with path.open("rb") as stream:
+        head = stream.read(_STAMP_AT + 4)
+    if len(head) == _STAMP_AT + 4 and head[_MAP_AT:].startswith(b"MAP"):  # else mrcfile says what is wrong
+        byte_order = utils.byte_order_from_machine_stamp(head[_STAMP_AT:])
+        (extension,) = struct.unpack_from(f"{byte_order}i", head, _EXTENSION_AT)
+        if not 0 <= extension <= n_bytes:
+            raise ValueError(f"extended header of {extension} bytes")
 
 
 def _check_mode(mode: int, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from darcnn.runtime.batch import list_slides
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.readers import Planes, count_planes, open_source
@@ -300,3 +301,14 @@ def test_a_real_tomogram_is_read(shared: Path) -> None:
     with mrcfile.open(volumes[0]) as file:
         np.testing.assert_array_equal(plane[:, :, 0], file.data[31])
     assert plane.std() > 1
+
+
+def test_volumes_in_a_folder_are_found_and_named_without_their_endings(tmp_path: Path) -> None:
+    mrc(tmp_path / "a.rec")
+    nifti(tmp_path / "b.nii.gz", VOLUME.T)
+    (tmp_path / "c.gz").write_bytes(gzip.compress(b"no volume"))
+    found = list_slides([str(tmp_path)])
+    assert [path.name for path in found] == ["a.rec", "b.nii.gz"]
+    nifti(tmp_path / "a.nii.gz", VOLUME.T)
+    with pytest.raises(UsageError, match="would both be written"):
+        list_slides([str(tmp_path)])
