@@ -148,7 +148,7 @@ def _require_export() -> None:
 def _sources(recipe: Recipe, data: Path | None) -> list[TileSource]:
     """Return the images to verify on: those in the folder `data`, else the recipe's own."""
     from darcnn.export.parity import TileSource
-    from darcnn.runtime.readers.open import SUFFIXES
+    from darcnn.runtime.readers.open import is_readable
 
     if data is None:
         found = [
@@ -157,7 +157,7 @@ def _sources(recipe: Recipe, data: Path | None) -> list[TileSource]:
             for path in sorted(Path(recipe.data).glob(group.images))
         ]
     else:
-        found = [TileSource(path) for path in sorted(data.rglob("*")) if path.suffix.lower() in SUFFIXES]
+        found = [TileSource(path) for path in sorted(data.rglob("*")) if is_readable(path)]
     if not found:
         raise UsageError(
             f"no image in {recipe.data if data is None else data}",

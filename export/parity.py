@@ -20,7 +20,8 @@ from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from darcnn.runtime.engines.protocol import Engine
 from darcnn.runtime.errors import UsageError
-from darcnn.runtime.readers import open_source
+from darcnn.runtime.intensity import sees_separate_channels
+from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.training.model.network import Darcnn
 
@@ -139,7 +140,7 @@ def find_with_torch(network: Darcnn, tile: NDArray[np.uint8]) -> Objects:
     size = tile.shape[:2]
     with torch.no_grad():
         image = torch.tensor(tile).float().permute(2, 0, 1)[None]
-        c2 = network.trunk(image.expand(-1, 3, -1, -1))
+        c2 = network.trunk(image)
         proposals, _, _ = network.proposer.propose(network.rpn_levels(network.shared_encoder(c2)), size)
         pyramid = network.target_encoder(c2)
         boxes, scores = network.target_heads.detect(pyramid, proposals, size)
@@ -202,6 +203,7 @@ def read_tiles(
 ) -> dict[str, NDArray[np.uint8]]:
     """Return up to `limit` tiles (S, S, C), spread evenly over the images and over each image.
 
+    A volume is represented by its middle plane, at the middle of its time.
     Pixels come as in a run: same scale, same intensity rule, same reflection at the edges.
 
     Raises:
@@ -216,18 +218,33 @@ def read_tiles(
     tiles: dict[str, NDArray[np.uint8]] = {}
     with Segmenter(OnnxRuntimeEngine(bundle, device="cpu"), bundle.manifest) as segmenter:
         for source in chosen:
-            with open_source(source.path) as reader:
+            with _open_middle(source.path) as reader:
                 facts = reader.info
                 plan = segmenter.plan(
                     facts,
                     diameter_px=source.diameter_px,
                     pixels=facts.mpp is None,
-                    channel=0 if len(facts.channel_names) > 1 and not facts.is_rgb else None,
+                    channel=_channel_for(bundle.manifest.input.channels, facts),
                 )
                 sampler = segmenter.sampler(reader, plan, segmenter.measure(reader, plan))
                 for tile in _spread(plan.tiles, max(1, limit // len(chosen))):
                     tiles[f"{facts.name} {tile.index}"] = sampler.read(tile)
     return tiles
+
+
+def _open_middle(path: Path) -> Reader:
+    planes = count_planes(path)
+    z, t = (n // 2 if n > 1 else None for n in (planes.n_z, planes.n_t))
+    return open_source(path, z=z, t=t)
+
+
+def _channel_for(channels: int, facts: SlideInfo) -> int | None:
+    """Return the first channel for a model that sees one of several, None where nothing is to be chosen."""
+    available = len(facts.channel_names)
+    if facts.is_rgb or available == 1 or channels not in (1, 3):
+        return None
+    sees_all = sees_separate_channels(available=available, is_rgb=False, channels=channels, channel=None)
+    return None if sees_all else 0
 
 
 def _spread(items: Sequence[T], limit: int) -> list[T]:

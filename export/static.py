@@ -39,7 +39,7 @@ _MIN_DETECTION_PX = 0.01  # torchvision drops detections that are smaller
 class ExportOptions:
     """The static sizes of the two graphs."""
 
-    channels: int  # 1 or 3
+    channels: int  # 1 to 4
     tile_px: int = 512
     batch: int = 1  # tiles per `detect`
     proposals_per_level: int = 400  # before suppression
@@ -59,8 +59,8 @@ class ExportOptions:
             raise UsageError(f"{self.tile_px} px", where="--tile", fix=f"give a multiple of {stride}")
         if self.batch < 1:
             raise UsageError(f"{self.batch} tiles", where="--batch", fix="give 1 or more")
-        if self.channels not in (1, 3):
-            raise UsageError(f"{self.channels} channels", where="target.channels", fix="use 1 or 3")
+        if not 1 <= self.channels <= 4:
+            raise UsageError(f"{self.channels} channels", where="target.channels", fix="use 1, 2, 3 or 4")
         candidates = self.proposals_per_level * len(network.preset.strides_px)
         if not 0 < self.detections <= self.proposals <= candidates or self.mask_batch < 1:
             raise UsageError(
@@ -148,10 +148,7 @@ class DetectGraph(nn.Module):
 
     def forward(self, tile: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return `boxes` (B, D, 4) px, `scores` (B, D), `atlas` (B, P, C), `converged` (B,) of `tile`."""
-        images = tile.float().permute(0, 3, 1, 2)  # (B, C, S, S)
-        if self.options.channels == 1:
-            images = images.expand(-1, 3, -1, -1)
-        c2 = self.network.trunk(images)
+        c2 = self.network.trunk(tile.float().permute(0, 3, 1, 2))  # of (B, C, S, S)
         proposals, valid, is_final = self._propose(self.network.rpn_levels(self.network.shared_encoder(c2)))
         atlas = pack_atlas(self.network.target_encoder(c2))
         boxes, scores, is_final_too = self._detect(atlas, proposals, valid)

@@ -19,7 +19,7 @@ from darcnn.runtime.errors import (
 )
 from darcnn.runtime.pipeline import RunOptions, RunSummary, run_slide
 from darcnn.runtime.readers.base import make_slide_name
-from darcnn.runtime.readers.open import SUFFIXES, open_source
+from darcnn.runtime.readers.open import is_readable, open_source
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import output_error
 from darcnn.runtime.sinks.result_folder import make_folder_name
@@ -95,11 +95,13 @@ def list_slides(inputs: Sequence[str]) -> tuple[Path, ...]:
 def _expand(text: str) -> list[Path]:
     path = Path(text)
     if path.is_dir() and path.suffix.lower() != ".zarr":
-        wanted = set(SUFFIXES) - {_ONE_OF_MANY}
         files = sorted(
             entry
             for entry in path.iterdir()
-            if entry.suffix.lower() in wanted and not entry.name.startswith(".") and entry.is_file()
+            if is_readable(entry)
+            and entry.suffix.lower() != _ONE_OF_MANY
+            and not entry.name.startswith(".")
+            and entry.is_file()
         )
         if not files:
             raise InputError("holds no images", where=path, fix="name the files themselves")

@@ -23,7 +23,7 @@ class ModelInput:
     halo_px: int  # a tile's core is tile_px - 2 * halo_px
     stride_px: int  # the coarsest stride of the network
     batch: int  # tiles per `detect`
-    channels: int  # 1 or 3
+    channels: int  # 1 to 4
     intensity: IntensityRule
     nominal_diameter_px: float  # typical object, network pixels
     mpp: float | None  # micrometres per network pixel; None where the model knows no scale

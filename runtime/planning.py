@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.geometry import Level, choose_level
+from darcnn.runtime.intensity import sees_separate_channels
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.readers.protocol import SlideInfo
 from darcnn.runtime.tiling import Tile, plan_tiles
@@ -43,7 +44,7 @@ def plan_slide(
 ) -> SlidePlan:
     """Return how a model reads a slide; `Segmenter.plan` says what the arguments mean and what is raised."""
     where = info.name if info.path is None else str(info.path)
-    channel = _choose_channel(info, channel, where)
+    channel = _choose_channel(model, info, channel, where)
     for option, value in (("--mpp", mpp), ("--diameter", diameter_px)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{value} is not a size", where=option, fix="give a number above 0")
@@ -89,8 +90,23 @@ def plan_slide(
     )
 
 
-def _choose_channel(info: SlideInfo, channel: int | None, where: str) -> int | None:
+def _choose_channel(model: ModelInput, info: SlideInfo, channel: int | None, where: str) -> int | None:
     n_channels = len(info.channel_names)
+    if sees_separate_channels(
+        available=n_channels, is_rgb=info.is_rgb, channels=model.channels, channel=channel
+    ):
+        return None
+    if model.channels not in (1, 3):  # it is made for several: neither colours nor one of them will do
+        if channel is not None:
+            raise UsageError(
+                f"the model sees {model.channels} channels at once", where="--channel", fix="leave it out"
+            )
+        kind = "colours" if info.is_rgb else f"{n_channels} channel{'' if n_channels == 1 else 's'}"
+        raise InputError(
+            f"has {kind}, the model sees {model.channels} separate channels",
+            where=where,
+            fix=f"give an image with {model.channels} channels, or choose another model",
+        )
     if channel is not None and not 0 <= channel < n_channels:
         raise UsageError(
             f"no channel {channel} in {where}", where="--channel", fix=f"choose from 0 to {n_channels - 1}"

@@ -11,12 +11,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from darcnn.runtime.geometry import Level, Region
-from darcnn.runtime.intensity import IntensityRule, Window, apply_window, measure_window, select_channels
+from darcnn.runtime.intensity import (
+    IntensityRule,
+    Window,
+    apply_window,
+    measure_window,
+    sees_separate_channels,
+    select_channels,
+)
 from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.tiling import Tile
 
-__all__ = ["TileSampler", "measure_slide"]
+__all__ = ["MAX_SAMPLE_PX", "TileSampler", "measure_slide", "sample_slide"]
 
 MIN_SAMPLE_PX = 1 << 18  # 0.25 Mpx say enough of the brightness of a slide
 MAX_SAMPLE_PX = 1 << 24  # 16 Mpx at most are held to measure it
@@ -101,26 +108,44 @@ class TileSampler:
 
 
 def measure_slide(reader: Reader, plan: SlidePlan, rule: IntensityRule, *, channels: int) -> Window:
-    """Return the window of `rule` for the slide, the same for every tile.
+    """Return the window of `rule` for the slide, the same for every tile; read only if the rule needs it."""
+    info = reader.info
+    sample = np.empty((0, channels), info.dtype)
+    if rule.needs_statistics:
+        sample = sample_slide(reader, scale=plan.scale, channels=channels, channel=plan.channel)
+    by_channel = sees_separate_channels(
+        available=len(info.channel_names), is_rgb=info.is_rgb, channels=channels, channel=plan.channel
+    )
+    return measure_window(rule, sample, by_channel=by_channel)
 
-    Percentiles are taken of the coarsest level that has 0.25 Mpx and is at most 4 times coarser than
-    the model's pixels; of the whole level if it has up to 16 Mpx, else of 64 regions spread evenly.
+
+def sample_slide(reader: Reader, *, scale: float, channels: int, channel: int | None = None) -> NDArray[Any]:
+    """Return raw values (N, `channels`) that stand for the brightness of the whole slide.
+
+    They come from the coarsest level that has 0.25 Mpx and is at most 4 times coarser than the model's
+    pixels; from the whole level if it has up to 16 Mpx, else from 64 regions spread evenly.
+
+    Args:
+        reader: the open slide; stays open.
+        scale: network pixels per level-0 pixel.
+        channels: of the model.
+        channel: the chosen one, None for colours, the only one or several.
+    Raises:
+        ShapeError: the channels do not serve (`select_channels`).
     """
     info = reader.info
-    if not rule.needs_statistics:
-        return measure_window(rule, np.empty(0, info.dtype))
     serving = [
         level
         for level in info.levels
-        if level.width_px * level.height_px >= MIN_SAMPLE_PX and level.downsample * plan.scale <= MAX_COARSER
+        if level.width_px * level.height_px >= MIN_SAMPLE_PX and level.downsample * scale <= MAX_COARSER
     ]
     level = max(serving, key=lambda level: level.downsample, default=info.levels[0])
     samples: list[NDArray[Any]] = []
     for region in _sample_regions(level):
         pixels = reader.read(region, level=level.index)
-        chosen = select_channels(pixels, is_rgb=info.is_rgb, channels=channels, channel=plan.channel)
-        samples.append(chosen.reshape(-1))
-    return measure_window(rule, np.concatenate(samples))
+        chosen = select_channels(pixels, is_rgb=info.is_rgb, channels=channels, channel=channel)
+        samples.append(chosen.reshape(-1, channels))
+    return np.concatenate(samples)
 
 
 def _sample_regions(level: Level) -> list[Region]:

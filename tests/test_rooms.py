@@ -34,7 +34,10 @@ PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "she
 READS_PICKLES = "training/model/tensor_file.py"
 UNPICKLER = {"pickle.Unpickler", "pickle.UnpicklingError"}
 # Modules of the runtime that may import an extra, and which; nothing else there leaves the base install.
-EXTRAS_OF_RUNTIME: dict[str, set[str]] = {}
+EXTRAS_OF_RUNTIME: dict[str, set[str]] = {
+    "runtime/readers/mrc.py": {"mrcfile"},
+    "runtime/readers/nifti.py": {"nibabel"},
+}
 # What an importable name is called in the registry, where the two differ.
 REGISTRY_NAMES = {"PIL": "pillow", "openslide": "openslide-python"}
 
@@ -228,7 +231,8 @@ for module in pkgutil.walk_packages(darcnn.runtime.__path__, "darcnn.runtime."):
 
 
 def test_runtime_imports_without_torch():
-    blocked = sorted(TORCH | {"onnx", "onnxscript", "safetensors", "tensorboard", "pycocotools", "tqdm"})
+    others = {"onnx", "onnxscript", "safetensors", "tensorboard", "pycocotools", "tqdm"}
+    blocked = sorted(TORCH.union(others, *EXTRAS_OF_RUNTIME.values()))
     skipped = [f"darcnn/{name.removesuffix('.py')}" for name in EXTRAS_OF_RUNTIME]
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", WITHOUT_TORCH.format(blocked=blocked, skipped=skipped)],

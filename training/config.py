@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -211,8 +212,7 @@ def _problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "no target images", "give at least one [[target.sets]]"
     if not refine.scales or min(refine.scales) <= 0:
         yield "refine_stage.scales are not above 0", "use [1.0], say"
-    if target.channels not in (1, 3):
-        yield "target.channels is neither 1 nor 3", "use 1 (grey) or 3 (colour)"
+    yield from _target_problems(target)
     if recipe.tile_px < 64 or recipe.tile_px % 64:
         yield "tile_px is no multiple of 64", "use 256, say"
     if not 1 <= refine.max_objects <= _MAX_LABEL:
@@ -256,6 +256,24 @@ def _source_problems(source: Source) -> Iterator[tuple[str, str]]:
     for name in ("scene_fraction", "grey_fraction", "synthetic_fraction"):
         if not 0.0 <= getattr(source, name) <= 1.0:
             yield f"source.{name} = {getattr(source, name)} is no share", "give a number from 0 to 1"
+
+
+def _target_problems(target: Target) -> Iterator[tuple[str, str]]:
+    if not 1 <= target.channels <= 4:
+        yield "target.channels is not from 1 to 4", "use 1 (grey), 3 (colour), or 2 or 4 (separate channels)"
+    rule = target.intensity
+    if rule.kind == "percentile" and not 0.0 <= rule.low < rule.high <= 100.0:
+        yield (
+            f"target.intensity: percentiles {rule.low:g} and {rule.high:g} are not in order",
+            "use low = 0.5 and high = 99.5, say",
+        )
+    if rule.kind == "range" and not (math.isfinite(rule.high - rule.low) and rule.low < rule.high):
+        yield (
+            f"target.intensity: the range from {rule.low:g} to {rule.high:g} is empty",
+            "give the raw values that become black (low) and white (high)",
+        )
+    if not target.jitter >= 1.0:
+        yield f"target.jitter = {target.jitter:g} is below 1", "use 1.4, say, or 1 for no jitter"
 
 
 def recipe_to_table(recipe: Recipe) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class TorchEngine:
         """Find objects on `tiles`, (B, S, S, C) uint8."""
         network, heads = self._network, self._heads
         images = torch.from_numpy(tiles).to(self._device).permute(0, 3, 1, 2).float()  # (B, C, S, S)
-        c2 = network.trunk(images.expand(-1, 3, -1, -1))
+        c2 = network.trunk(images)
         shared = network.shared_encoder(c2)
         private = shared if self._source_branch else network.target_encoder(c2)
         size = (images.shape[2], images.shape[3])

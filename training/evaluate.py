@@ -15,7 +15,7 @@ from darcnn.runtime.errors import InputError
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.metrics import Scores, aggregate_scores, mean_scores, score_labels
 from darcnn.runtime.readers import Reader, open_source
-from darcnn.runtime.readers.open import SUFFIXES
+from darcnn.runtime.readers.open import is_readable
 
 __all__ = ["Evaluation", "evaluate_folder", "kinds", "labelled_images"]
 
@@ -50,7 +50,7 @@ def labelled_images(folder: Path) -> list[tuple[Path, Path]]:
         InputError: there is none, or an image has no labels.
     """
     pairs = []
-    for image in sorted(p for p in (folder / "images").glob("*") if p.suffix.lower() in SUFFIXES):
+    for image in sorted(p for p in (folder / "images").glob("*") if is_readable(p)):
         label = folder / "labels" / f"{image.stem}.png"
         if not label.is_file():
             raise InputError(

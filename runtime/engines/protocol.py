@@ -18,7 +18,7 @@ class EngineSpec:
     name: str  # "onnxruntime 1.26.0 CPUExecutionProvider", for run.json
     batch: int  # tiles per `detect`
     tile_px: int  # a tile is tile_px x tile_px
-    channels: int  # 1 or 3
+    channels: int  # 1 to 4
     detections: int  # slots per tile
     mask_batch: int  # boxes per `masks`
     mask_px: int  # a mask is mask_px x mask_px

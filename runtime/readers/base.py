@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError, ShapeError, UsageError
 from darcnn.runtime.geometry import Level, Region
-from darcnn.runtime.readers.protocol import Pixels, SlideInfo
+from darcnn.runtime.readers.protocol import Pixels, Planes, SlideInfo
 
 __all__ = [
     "RGB_NAMES",
@@ -24,9 +24,11 @@ __all__ = [
     "exact_downsample",
     "make_channel_names",
     "make_slide_name",
+    "needs_package",
     "pixel_type",
     "plausible_mpp",
     "settle_mpp",
+    "suffix_of",
     "to_pixels",
 ]
 
@@ -45,6 +47,15 @@ class PlaneReader(ABC):
         self._gate = threading.Condition()
         self._n_reading = 0
         self._is_closed = False
+
+    @classmethod
+    def count_planes(cls, path: Path) -> Planes:
+        """Return how many planes the file holds, one unless the format knows stacks.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        return Planes()
 
     @property
     def info(self) -> SlideInfo:
@@ -144,7 +155,8 @@ def to_pixels(values: NDArray[Any]) -> Pixels:
     kind = pixel_type(values.dtype)
     if kind is None:
         raise ShapeError(f"pixels of type {values.dtype} are not real numbers")
-    pixels: Pixels = np.array(values, dtype=kind, order="C")
+    with np.errstate(over="ignore"):  # beyond the range of float32 a number is infinite
+        pixels: Pixels = np.array(values, dtype=kind, order="C")
     return pixels * np.uint8(255) if values.dtype.kind == "b" else pixels
 
 
@@ -177,6 +189,15 @@ def settle_mpp(
     return (given, "--mpp")
 
 
+def needs_package(package: str, path: Path) -> InputError:
+    """Return the error for a volume whose format `package`, of the extra `volumes`, reads.
+
+    >>> str(needs_package("mrcfile", Path("a.mrc")))
+    "a.mrc: needs the package mrcfile; run pip install 'darcnn[volumes]'"
+    """
+    return InputError(f"needs the package {package}", where=path, fix="run pip install 'darcnn[volumes]'")
+
+
 def make_channel_names(given: Sequence[str | None], count: int, *, is_rgb: bool) -> tuple[str, ...]:
     """Return `count` different channel names, those `given` in the file where they can be told apart.
 
@@ -200,11 +221,22 @@ def make_channel_names(given: Sequence[str | None], count: int, *, is_rgb: bool)
 def make_slide_name(path: Path) -> str:
     """Return the name of a slide: that of its file without the ending.
 
-    >>> make_slide_name(Path("a/b.1.ome.tif")), make_slide_name(Path("c.svs"))
-    ('b.1', 'c')
+    >>> [make_slide_name(Path(name)) for name in ("a/b.1.ome.tif", "c.svs", "d.nii.gz")]
+    ['b.1', 'c', 'd']
     """
     stem = path.stem
-    return stem[: -len(".ome")] if stem.lower().endswith(".ome") and len(stem) > len(".ome") else stem
+    inner = ".nii" if suffix_of(path) == ".nii.gz" else ".ome"
+    return stem[: -len(inner)] if stem.lower().endswith(inner) and len(stem) > len(inner) else stem
+
+
+def suffix_of(path: Path) -> str:
+    """Return the ending that tells the format of a file, in lower case.
+
+    >>> suffix_of(Path("a/b.1.nii.gz")), suffix_of(Path("c.SVS"))
+    ('.nii.gz', '.svs')
+    """
+    name = path.name.lower()
+    return ".nii.gz" if name.endswith(".nii.gz") else path.suffix.lower()
 
 
 def exact_downsample(full: tuple[int, int], reduced: tuple[int, int]) -> float:

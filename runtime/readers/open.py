@@ -4,24 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from darcnn.runtime.errors import InputError
+from darcnn.runtime.readers.base import suffix_of
+from darcnn.runtime.readers.mrc import MrcReader
+from darcnn.runtime.readers.nifti import NiftiReader
 from darcnn.runtime.readers.picture import PictureReader, is_picture
-from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.readers.protocol import Planes, Reader
 from darcnn.runtime.readers.slide import SlideReader, detect_vendor
 from darcnn.runtime.readers.tiff import TiffReader, is_tiff
 
-__all__ = ["SUFFIXES", "open_source"]
+__all__ = ["SUFFIXES", "count_planes", "is_readable", "open_source"]
 
 _HEAD_BYTES = 16  # enough for the magic bytes of every format
 
-Opener = Callable[[Path, bytes], Callable[..., Reader]]
+
+class _Format(Protocol):
+    """What the class of a reader offers before there is a reader."""
+
+    def __call__(self, path: Path, *, z: int | None, t: int | None, mpp: float | None) -> Reader: ...
+
+    def count_planes(self, path: Path) -> Planes: ...
 
 
 def open_source(
     path: str | Path, *, z: int | None = None, t: int | None = None, mpp: float | None = None
 ) -> Reader:
-    """Open a slide, TIFF or picture for reading; a context manager.
+    """Open a slide, TIFF, picture or volume for reading; a context manager.
 
     Args:
         path: the file; of a slide of several files, the one that opens it (.mrxs, .vms, one .dcm).
@@ -29,14 +39,37 @@ def open_source(
         t: which moment of a series, likewise.
         mpp: micrometres per pixel of level 0, in place of what the file says.
     Raises:
-        InputError: no such file, a folder, empty, no permission, an unknown or damaged format, or
-            `z` or `t` is needed or out of range. The message names the file and the fix.
+        InputError: no such file, a folder, empty, no permission, an unknown or damaged format,
+            `z` or `t` is needed or out of range, or the format needs a package that is not installed.
+            The message names the file and the fix.
         UsageError: `mpp` is no pixel size.
     """
     source = Path(path)
-    head = _read_head(source)
-    choose = _BY_SUFFIX.get(source.suffix.lower(), _by_content)
-    return choose(source, head)(source, z=z, t=t, mpp=mpp)
+    return _format_of(source)(source, z=z, t=t, mpp=mpp)
+
+
+def count_planes(path: str | Path) -> Planes:
+    """Return how many planes along z and t a file holds: what `open_source` may be asked for.
+
+    Raises:
+        InputError: as `open_source`.
+    """
+    source = Path(path)
+    return _format_of(source).count_planes(source)
+
+
+def is_readable(path: Path) -> bool:
+    """Tell by its ending whether a file is one that `open_source` opens; nothing is read.
+
+    >>> is_readable(Path("a.NII.gz")), is_readable(Path("a.csv"))
+    (True, False)
+    """
+    return suffix_of(path) in _BY_SUFFIX
+
+
+def _format_of(path: Path) -> _Format:
+    head = _read_head(path)
+    return _BY_SUFFIX.get(suffix_of(path), _by_content)(path, head)
 
 
 def _read_head(path: Path) -> bytes:
@@ -56,15 +89,23 @@ def _read_head(path: Path) -> bytes:
     return head
 
 
-def _slide(path: Path, head: bytes) -> type[SlideReader]:
+def _slide(path: Path, head: bytes) -> _Format:
     return SlideReader
 
 
-def _picture(path: Path, head: bytes) -> type[PictureReader]:
+def _picture(path: Path, head: bytes) -> _Format:
     return PictureReader
 
 
-def _tiff(path: Path, head: bytes) -> type[SlideReader] | type[TiffReader]:
+def _mrc(path: Path, head: bytes) -> _Format:
+    return MrcReader
+
+
+def _nifti(path: Path, head: bytes) -> _Format:
+    return NiftiReader
+
+
+def _tiff(path: Path, head: bytes) -> _Format:
     """Scanners and microscopes share the ending: OpenSlide reads what a scanner's vendor marked."""
     if detect_vendor(path) not in (None, "generic-tiff"):
         return SlideReader
@@ -77,7 +118,7 @@ def _tiff(path: Path, head: bytes) -> type[SlideReader] | type[TiffReader]:
     )
 
 
-def _by_content(path: Path, head: bytes) -> Callable[..., Reader]:
+def _by_content(path: Path, head: bytes) -> _Format:
     if is_tiff(head):
         return _tiff(path, head)
     if detect_vendor(path) is not None:
@@ -87,7 +128,7 @@ def _by_content(path: Path, head: bytes) -> Callable[..., Reader]:
     raise InputError("has an unknown format", where=path, fix=f"pass one of {' '.join(SUFFIXES)}")
 
 
-_BY_SUFFIX: dict[str, Opener] = {
+_BY_SUFFIX: dict[str, Callable[[Path, bytes], _Format]] = {
     ".tif": _tiff,
     ".tiff": _tiff,
     ".btf": _tiff,  # BigTIFF
@@ -105,6 +146,12 @@ _BY_SUFFIX: dict[str, Opener] = {
     ".jpg": _picture,
     ".jpeg": _picture,
     ".bmp": _picture,
+    ".mrc": _mrc,
+    ".rec": _mrc,  # tomograms of IMOD
+    ".map": _mrc,  # CCP4
+    ".st": _mrc,  # stacks of SerialEM
+    ".nii": _nifti,
+    ".nii.gz": _nifti,
 }
 
 SUFFIXES = tuple(_BY_SUFFIX)  # what a command may look for in a folder

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.geometry import Level, Region
 
-__all__ = ["Pixels", "Reader", "SlideInfo"]
+__all__ = ["Pixels", "Planes", "Reader", "SlideInfo"]
 
 Pixels = NDArray[Any]  # (H, W, C), uint8, uint16 or float32, never transposed after the reader
 
@@ -45,6 +45,14 @@ class SlideInfo:
     def height_px0(self) -> int:
         """Height of level 0, pixels."""
         return self.levels[0].height_px
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """How many planes a file holds along z and t; a reader reads one of them."""
+
+    n_z: int = 1
+    n_t: int = 1
 
 
 @runtime_checkable

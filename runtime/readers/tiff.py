@@ -24,7 +24,7 @@ from darcnn.runtime.readers.base import (
     settle_mpp,
     to_pixels,
 )
-from darcnn.runtime.readers.protocol import Pixels, SlideInfo
+from darcnn.runtime.readers.protocol import Pixels, Planes, SlideInfo
 from darcnn.runtime.readers.tiff_metadata import (
     Axes,
     PixelSize,
@@ -83,14 +83,20 @@ class TiffReader(PlaneReader):
                 info, stored = _describe(tiff, path, z=z, t=t, mpp=mpp)
             files = PageFiles({page.path for level in stored.levels for page, _ in level})
         except _UNREADABLE as err:
-            raise InputError(
-                f"cannot be read as a TIFF ({err})",
-                where=path,
-                fix="copy it again, or export it as OME-TIFF",
-            ) from err
+            raise _unreadable(path, err) from err
         super().__init__(info)
         self._stored = stored
         self._files = files
+
+    @classmethod
+    def count_planes(cls, path: Path) -> Planes:
+        """Return how many planes the first image of the file holds."""
+        try:
+            with tifffile.TiffFile(path) as tiff:
+                _, axes = _first_image(tiff, path)
+        except _UNREADABLE as err:
+            raise _unreadable(path, err) from err
+        return Planes(axes.count("Z"), axes.count("T"))
 
     def _read(self, region: Region, level: Level) -> Pixels:
         parts = [self._files.read(page, region, depth) for page, depth in self._stored.levels[level.index]]
@@ -112,12 +118,7 @@ def _describe(
     tiff: tifffile.TiffFile, path: Path, *, z: int | None, t: int | None, mpp: float | None
 ) -> tuple[SlideInfo, _Stored]:
     """Return the facts and the pages of one plane of an open file."""
-    if len(tiff.pages):
-        _check_chain(tiff, path)
-    series = next((s for s in tiff.series if _axes_of(s) is not None), None)
-    axes = None if series is None else _axes_of(series)
-    if series is None or axes is None:
-        raise InputError("holds no image", where=path, fix="export it as OME-TIFF")
+    series, axes = _first_image(tiff, path)
     dtype = pixel_type(series.dtype)
     if dtype is None:
         raise InputError(f"has pixels of type {series.dtype}", where=path, fix="export real numbers")
@@ -141,6 +142,23 @@ def _describe(
         mpp_source=source,
     )
     return info, stored
+
+
+def _first_image(tiff: tifffile.TiffFile, path: Path) -> tuple[tifffile.TiffPageSeries, Axes]:
+    """Return the first series that is an image, and its axes."""
+    if len(tiff.pages):
+        _check_chain(tiff, path)
+    for series in tiff.series:
+        axes = _axes_of(series)
+        if axes is not None:
+            return series, axes
+    raise InputError("holds no image", where=path, fix="export it as OME-TIFF")
+
+
+def _unreadable(path: Path, err: Exception) -> InputError:
+    return InputError(
+        f"cannot be read as a TIFF ({err})", where=path, fix="copy it again, or export it as OME-TIFF"
+    )
 
 
 def _axes_of(series: tifffile.TiffPageSeries) -> Axes | None:

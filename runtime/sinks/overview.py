@@ -51,7 +51,7 @@ def write_overview(
         path: PNG to write.
         objects: table of objects, level-0 pixels.
         reader: open slide; stays open.
-        window: raw values that become black and white.
+        window: raw values that become black and white, for each channel where the model sees several.
         channel: which channel is shown, None for colours or the only one.
         model_name: for the legend.
         mpp: micrometres per level-0 pixel (x, y), or None.
@@ -86,12 +86,16 @@ def _shrink(
     info = reader.info
     level = choose_level(info.levels, reduction)
     channels = 3 if info.is_rgb and channel is None else 1
+    if isinstance(window.low, tuple):
+        channels = len(window.low)  # separate channels, each with its own window: as many as the model sees
     picture = Image.new("RGB", size)
     for top, bottom, strip, box in _strips(level, size, _strip_rows(reader, level, size)):
         pixels = reader.read(strip, level=level.index)
         chosen = select_channels(pixels, is_rgb=info.is_rgb, channels=channels, channel=channel)
-        grey = apply_window(chosen, window)  # (h, w, channels)
-        shown = Image.fromarray(grey if channels == 3 else grey[:, :, 0]).convert("RGB")
+        seen = apply_window(chosen, window)  # (h, w, channels)
+        # of separate channels the brightest is shown at each pixel
+        is_colour = channels == 3 and info.is_rgb
+        shown = Image.fromarray(seen if is_colour else seen.max(axis=2)).convert("RGB")
         picture.paste(shown.resize((size[0], bottom - top), Image.Resampling.BOX, box=box), (0, top))
     return picture
 

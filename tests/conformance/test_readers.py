@@ -104,6 +104,28 @@ def slide_pyramid_case(folder: Path) -> Case:
     return Case(lambda: SlideReader(path), [values[::s, ::s] for s in (1, 2, 4)], is_rgb=True)
 
 
+def mrc_case(folder: Path) -> Case:
+    mrcfile = pytest.importorskip("mrcfile", reason="the extra `volumes` is not installed")
+    volume = noise((3, 61, 83), np.int16) - np.int16(100)  # Z, Y, X
+    with mrcfile.new(folder / "volume.mrc", volume) as file:
+        file.voxel_size = (5000.0, 2500.0, 1.0)  # Angstrom
+    return Case(
+        lambda: open_source(folder / "volume.mrc", z=1),
+        [volume[1, :, :, None].astype(np.float32)],
+        mpp=(0.5, 0.25),
+    )
+
+
+def nifti_case(folder: Path) -> Case:
+    nibabel = pytest.importorskip("nibabel", reason="the extra `volumes` is not installed")
+    volume = noise((83, 61, 3), np.uint16) * 200  # X, Y, Z
+    image = nibabel.Nifti1Image(volume, np.diag([0.5, 0.25, 2.0, 1.0]))
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, folder / "volume.nii.gz")
+    plane = volume[:, :, 2].T[:, :, None]
+    return Case(lambda: open_source(folder / "volume.nii.gz", z=2), [plane], mpp=(500.0, 250.0))
+
+
 CASES = {
     "array": array_case,
     "picture": picture_case,
@@ -114,6 +136,8 @@ CASES = {
     "OME pyramid": ome_pyramid_case,
     "slide": slide_case,
     "slide pyramid": slide_pyramid_case,
+    "MRC volume": mrc_case,
+    "NIfTI volume": nifti_case,
 }
 
 

@@ -314,6 +314,15 @@ def test_overview_draws_outlines_on_the_slide_through_the_window(tmp_path):
     assert (picture[400:] < 100).any()  # the legend
 
 
+def test_overview_shows_the_brightest_of_separate_channels(tmp_path):
+    pixels = np.zeros((40, 50, 3), np.uint16)
+    pixels[:20, :, 0], pixels[20:, :, 1], pixels[:, :, 2] = 1000, 10, 60_000  # the model sees two of them
+    window = Window((0.0, 0.0), (4000.0, 10.0))
+    picture = draw_overview(tmp_path, Instances.empty((40, 50)), pixels, window=window)
+    assert picture[5, 5].tolist() == [64, 64, 64]
+    assert picture[30, 5].tolist() == [255, 255, 255]
+
+
 def test_overview_is_at_most_2048_px_and_the_same_in_strips(tmp_path, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 255, (2500, 2100, 3)).astype(np.uint8)
     nothing = Instances.empty((2500, 2100))

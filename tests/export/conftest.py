@@ -76,6 +76,11 @@ def make_picture(seed, size=192):
     return np.clip(picture + rng.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
 
 
+@pytest.fixture(scope="session", name="make_picture")
+def _make_picture():
+    return make_picture
+
+
 @pytest.fixture(scope="session")
 def make_network():
     return untrained

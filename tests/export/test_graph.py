@@ -8,12 +8,14 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from darcnn.export.graph import OPSET, STANDARD_OPS, check_graph, freeze_network
+from darcnn.export.graph import OPSET, STANDARD_OPS, _to_onnx, check_graph, freeze_network
 from darcnn.runtime.errors import InputError
+from darcnn.training.model.backbone import to_three_channels
 
 GRAPHS = ["detect", "mask"]
 FORBIDDEN = {"RoiAlign", "NonMaxSuppression", "If", "Loop", "Scan", "NonZero", "ScatterND", "Shape"}
@@ -104,6 +106,20 @@ def test_folding_keeps_the_features_and_leaves_no_batch_normalisation(make_netwo
             theirs = frozen.target_encoder(frozen.trunk(image))
         for a, b in zip(ours, theirs, strict=True):
             assert (a - b).abs().max() < 5e-3 * a.abs().max()  # float16 keeps 11 bits
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_channels_become_the_same_three_in_a_graph(channels):
+    class Inputs(torch.nn.Module):
+        def forward(self, tile):
+            return to_three_channels(tile.float().permute(0, 3, 1, 2))
+
+    tile = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 8, 9, channels), dtype=np.uint8))
+    content = _to_onnx(Inputs().eval(), (torch.zeros_like(tile),), ("tile",), ("inputs",))
+    check_graph(content)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (inputs,) = session.run(None, {"tile": tile.numpy()})
+    np.testing.assert_array_equal(inputs, Inputs()(tile).numpy())
 
 
 def test_freezing_a_frozen_network_changes_nothing(network):

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
+from darcnn.export.pack import make_manifest, write_model_bundle
 from darcnn.export.parity import (
     Objects,
     Parity,
@@ -18,8 +20,11 @@ from darcnn.export.parity import (
     read_tiles,
     verify_bundle,
 )
+from darcnn.export.static import ExportOptions
+from darcnn.runtime.bundle import open_bundle
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
 from darcnn.runtime.errors import UsageError
+from darcnn.runtime.intensity import IntensityRule, apply_window, measure_window
 
 
 def some_objects():
@@ -45,6 +50,38 @@ def test_the_bundle_of_another_network_disagrees(bundle, make_network, real_tile
         network.target_heads.box_predictor.cls_score.weight.mul_(1.1)
     complaints = verify_bundle(bundle, network, {"slide": real_tile}).complaints
     assert any("score" in complaint for complaint in complaints)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [2, 4])
+def test_the_bundle_of_separate_channels_agrees_on_the_middle_of_a_stack(
+    network, make_picture, tmp_path, channels
+):
+    stack = np.stack([make_picture(seed, 160)[..., seed % 3] for seed in range(channels * 3)])
+    stack = stack.reshape(channels, 3, 160, 160).astype(np.uint16) * 9  # C, Z, Y, X
+    stack[-1] //= 50  # a dim channel
+    tifffile.imwrite(tmp_path / "stack.ome.tif", stack, metadata={"axes": "CZYX"})
+    rule = IntensityRule("percentile", 0.5, 99.5)
+    manifest = make_manifest(
+        network,
+        ExportOptions(channels=channels, tile_px=128, halo_px=32),
+        name="separate",
+        intensity=rule,
+        nominal_diameter_px=16.0,
+        mpp=None,
+        min_score=0.3,
+    )
+    write_model_bundle(tmp_path / "m.darcnn", network, manifest, {}, "CC0")
+    bundle = open_bundle(tmp_path / "m.darcnn")
+    tiles = read_tiles([TileSource(tmp_path / "stack.ome.tif")], bundle, limit=2)
+    for number in range(channels):
+        plane = stack[number, 1]
+        seen = apply_window(plane, measure_window(rule, plane))
+        assert {tile.shape for tile in tiles.values()} == {(128, 128, channels)}
+        assert np.isin(np.concatenate([t[..., number].ravel() for t in tiles.values()]), seen).all()
+    parity = verify_bundle(bundle, network, tiles)
+    assert parity.n_objects >= 20
+    assert parity.agrees, parity.complaints
 
 
 def test_equal_objects_agree():

@@ -194,6 +194,24 @@ def test_a_one_channel_graph_sees_grey_as_three_equal_channels(network, real_til
     np.testing.assert_allclose(alone.scores, thrice.scores, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("channels", "weights"),
+    [
+        (2, [[1, 0], [0, 1], [0.5, 0.5]]),
+        (4, [[0.75, 0, 0, 0.25], [0, 0.75, 0, 0.25], [0, 0, 0.75, 0.25]]),
+    ],
+)
+def test_a_graph_of_separate_channels_sees_their_three_mixtures(network, real_tile, channels, weights):
+    tile = np.concatenate([real_tile, real_tile[::-1, :, :1]], axis=2)[..., :channels]
+    tile = tile // 4 * 4  # so that the mixtures are whole numbers
+    mixed = (tile @ np.array(weights).T).astype(np.uint8)
+    ours = run_eagerly(network, ExportOptions(channels=channels, tile_px=TILE_PX), tile)
+    theirs = run_eagerly(network, OPTIONS, mixed)
+    assert len(ours.scores) >= 20
+    np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=1e-2)
+    np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-4)
+
+
 def test_anchors_are_the_numbers_of_training(network):
     frozen = freeze_network(network)
     graph = DetectGraph(frozen, OPTIONS)
@@ -213,7 +231,8 @@ def test_anchors_are_the_numbers_of_training(network):
         ({"tile_px": 100}, "multiple of 32"),
         ({"tile_px": 0}, "multiple of 32"),
         ({"batch": 0}, "1 or more"),
-        ({"channels": 2}, "1 or 3"),
+        ({"channels": 0}, "1, 2, 3 or 4"),
+        ({"channels": 5}, "1, 2, 3 or 4"),
         ({"detections": 500}, "chosen from"),
         ({"proposals": 2000}, "chosen from"),
         ({"mask_batch": 0}, "chosen from"),

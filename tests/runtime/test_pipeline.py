@@ -160,6 +160,26 @@ def test_a_channel_goes_by_its_name(tmp_path):
             run_slide(segmenter, reader, tmp_path, options=RunOptions(channel="GFP"))
 
 
+@pytest.mark.parametrize(("channels", "in_file"), [(2, 2), (2, 3), (4, 4)])
+def test_a_model_of_several_channels_sees_the_first_of_the_file(channels, in_file, tmp_path):
+    labels = disk_labels((100, 120), 5)
+    engine = OracleEngine(tile_px=128, channels=channels)
+    pixels = encode_labels(labels, channels=channels)
+    pixels = np.concatenate([pixels, np.full((100, 120, in_file - channels), 7, np.uint8)], axis=2)
+    with (
+        Segmenter(engine, make_oracle_manifest(engine, halo_px=32)) as segmenter,
+        ArrayReader(pixels, mpp=1.0, is_rgb=False) as reader,
+    ):
+        summary = run_slide(segmenter, reader, tmp_path)
+    assert summary.n_objects == 5
+    found = geopandas.read_parquet(summary.folder / "objects.parquet")
+    assert [name for name in found if name.startswith("mean_intensity")] == [
+        f"mean_intensity_channel_{index}" for index in range(in_file)
+    ]
+    with Image.open(summary.overview) as picture:
+        assert picture.mode == "RGB"
+
+
 def test_progress_counts_every_tile(segmenter, reader, tmp_path):
     calls = []
     run_slide(segmenter, reader, tmp_path, progress=lambda done, total: calls.append((done, total)))

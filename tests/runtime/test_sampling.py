@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from darcnn.runtime import sampling
 from darcnn.runtime.geometry import Level, Region
-from darcnn.runtime.intensity import IntensityRule, Window
+from darcnn.runtime.intensity import IntensityRule, Window, apply_window
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.sampling import SlidePlan, TileSampler, measure_slide
 from darcnn.runtime.tiling import plan_tiles
@@ -122,6 +122,20 @@ def test_rules_without_statistics_read_nothing() -> None:
         info_only = type("Blind", (), {"info": reader.info})()
         assert measure_slide(info_only, plan, IntensityRule("full_range"), channels=1) == Window(0, 65535)
         assert measure_slide(info_only, plan, IntensityRule("range", 3, 9), channels=1) == Window(3, 9)
+
+
+def test_separate_channels_are_measured_one_by_one_and_colours_together() -> None:
+    image = noise(40, 30, 3).astype(np.uint16) * np.array([1, 20, 200], np.uint16)
+    rule = IntensityRule("percentile", 0, 100)
+    windows = {}
+    for is_rgb in (True, False):
+        with ArrayReader(image, is_rgb=is_rgb) as reader:
+            plan = make_plan(reader.info.levels[0], 30, 40)
+            windows[is_rgb] = measure_slide(reader, plan, rule, channels=3)
+            pixels = TileSampler(reader, plan, windows[is_rgb], channels=3).read(plan.tiles[0])
+            assert np.array_equal(pixels[4:, 4:], apply_window(image, windows[is_rgb])[:20, :20])
+    assert windows[True] == Window(float(image.min()), float(image.max()))
+    assert windows[False].high == tuple(float(image[..., channel].max()) for channel in range(3))
 
 
 def test_a_small_image_is_measured_whole() -> None:

@@ -268,6 +268,32 @@ def test_a_channel_can_be_chosen() -> None:
         segmenter(blob_box)(image)
 
 
+@pytest.mark.parametrize(
+    ("info", "options", "message"),
+    [
+        (slide(channels=1), {}, "has 1 channel, the model sees 2 separate channels; give an image with 2"),
+        (slide(channels=3, is_rgb=True), {}, "has colours, the model sees 2 separate channels"),
+        (slide(channels=2), {"channel": 1}, "--channel: the model sees 2 channels at once; leave it out"),
+    ],
+)
+def test_a_model_of_two_channels_wants_two(info: SlideInfo, options: Any, message: str) -> None:
+    engine = OracleEngine(tile_px=TILE_PX, channels=2)
+    two = Segmenter(engine, make_oracle_manifest(engine, halo_px=HALO_PX))
+    assert two.plan(slide(channels=2)).channel is None
+    assert two.plan(slide(channels=5)).channel is None
+    with pytest.raises((InputError, UsageError), match=message):
+        two.plan(info, **options)
+
+
+def test_a_model_of_three_channels_takes_three_but_does_not_choose_among_more() -> None:
+    engine = OracleEngine(tile_px=TILE_PX, channels=3)
+    three = Segmenter(engine, make_oracle_manifest(engine, halo_px=HALO_PX))
+    assert three.plan(slide(channels=3)).channel is None
+    for channels in (2, 4):
+        with pytest.raises(InputError, match="several channels; choose one with --channel"):
+            three.plan(slide(channels=channels))
+
+
 def test_a_reader_counts_by_its_own_pixel_size_and_stays_open() -> None:
     image = np.zeros((80, 80), np.uint8)
     with ArrayReader(image, mpp=0.25) as reader:

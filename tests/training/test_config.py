@@ -166,7 +166,13 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(table: dict[str, Any], pat
     ("path", "value", "hint"),
     [
         ("target.sets", [], "at least one"),
-        ("target.channels", 2, "1 nor 3"),
+        ("target.channels", 0, "from 1 to 4"),
+        ("target.channels", 5, "from 1 to 4"),
+        ("target.intensity", {"kind": "percentile", "low": 99.0, "high": 1.0}, "not in order"),
+        ("target.intensity", {"kind": "percentile", "low": 1.0, "high": 100.5}, "not in order"),
+        ("target.intensity", {"kind": "range", "low": 4.0, "high": 4.0}, "is empty"),
+        ("target.intensity", {"kind": "range"}, "is empty"),
+        ("target.jitter", 0.9, "below 1"),
         ("tile_px", 100, "64"),
         ("source.labels", "labels", "source.annotations"),  # one of the two
         ("source.intensity", {"kind": "range", "low": 0, "high": 9}, "source.labels"),

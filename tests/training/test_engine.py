@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from darcnn.runtime.manifest import manifest_from_json, manifest_to_json
 from darcnn.runtime.readers import open_source
 from darcnn.training.config import Recipe
 from darcnn.training.engine import TorchEngine, halo_for, make_manifest, make_segmenter
+from darcnn.training.model.backbone import to_three_channels
 from darcnn.training.model.network import Darcnn
 
 TILE_PX = 128
@@ -129,6 +131,30 @@ def test_one_channel_is_seen_like_grey_in_three(network: Darcnn, crop: np.ndarra
     np.testing.assert_allclose(grey.scores, colour.scores, atol=1e-3)
     for level, other in zip(grey.atlas, colour.atlas, strict=True):
         torch.testing.assert_close(level, other, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_separate_channels_are_seen_as_their_mixtures(
+    network: Darcnn, crop: np.ndarray, channels: int
+) -> None:
+    tile = np.stack([np.rot90(crop, k) for k in range(channels)], axis=2)[None] // 4 * 4  # exact mixtures
+    inputs = to_three_channels(torch.from_numpy(tile.copy()).permute(0, 3, 1, 2).float())
+    mixed = inputs.byte().permute(0, 2, 3, 1).numpy()
+    found = TorchEngine(network, tile_px=TILE_PX, channels=channels).detect(tile)
+    expected = TorchEngine(network, tile_px=TILE_PX, channels=3).detect(mixed)
+    assert found.scores.max() > 0
+    assert np.array_equal(found.scores, expected.scores)
+    assert np.array_equal(found.boxes, expected.boxes)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_an_array_of_separate_channels_is_segmented(
+    network: Darcnn, recipe: Recipe, crop: np.ndarray, channels: int
+) -> None:
+    target = replace(recipe.target, channels=channels)
+    image = np.stack([np.rot90(crop, k) for k in range(channels)], axis=2)
+    with make_segmenter(network, target, min_score=0.0, tile_px=TILE_PX) as segmenter:
+        check_instances(segmenter(image), crop.shape)
 
 
 def test_a_network_of_the_source_stage_runs_the_branch_that_was_trained(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from darcnn.runtime.engines.protocol import Detections
@@ -300,3 +301,27 @@ def test_the_intensity_rule_is_applied_once(
     tile = script.tiles[0]
     y, x = _origin(tile)
     assert np.array_equal(tile[y : y + SIDE, x : x + SIDE], images.images[0].pixels)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_of_separate_channels_are_labelled_by_all_means(
+    network: Darcnn, script: Script, targets: tuple[Recipe, TargetImages], tmp_path: Path, channels: int
+) -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 60, (channels, SIDE, SIDE)).astype(np.uint8)
+    pixels[-1, 18:48, 8:42] = 200  # shows in the last channel only, larger than it is found
+    pixels[:, 0, 0] = 255
+    tifffile.imwrite(tmp_path / "a.ome.tif", pixels, metadata={"axes": "CYX"}, photometric="minisblack")
+    recipe = targets[0]
+    target = replace(recipe.target, channels=channels, sets=(TargetSet("*.tif"),))
+    images = TargetImages(tmp_path, target, recipe.seed)
+    script.boxes = [(10, 20, 40, 46, 0.9)]
+    changed = (replace(recipe, target=target), images)
+    options = {"fit_masks": True, "one_polarity": True, "scales": (1.0, 2.0)}
+    (labels,) = label(network, changed, tmp_path / "labels", **options).values()
+    assert {tile.shape[2] for tile in script.tiles} == {channels}
+    y, x = _origin(script.tiles[0])
+    assert np.array_equal(script.tiles[0][y : y + SIDE, x : x + SIDE], images.images[0].pixels)
+    shown, found = pixels[-1] > 100, labels > 0
+    shown[0, 0] = False
+    assert (shown & found).sum() / (shown | found).sum() > 0.9

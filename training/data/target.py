@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from darcnn.runtime.errors import InputError, ShapeError
-from darcnn.runtime.geometry import Region
-from darcnn.runtime.intensity import apply_window, measure_window, select_channels
-from darcnn.runtime.readers import Reader, open_source
+from darcnn.runtime.geometry import Level, Region, choose_level
+from darcnn.runtime.intensity import (
+    Window,
+    apply_window,
+    measure_window,
+    sees_separate_channels,
+    select_channels,
+)
+from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
+from darcnn.runtime.readers.base import make_slide_name
+from darcnn.runtime.sampling import MAX_SAMPLE_PX, sample_slide
 from darcnn.training.config import Target, TargetSet
 from darcnn.training.data.source import LabelledTile
+from darcnn.training.model.backbone import to_three_channels
 
 __all__ = ["TargetImage", "TargetImages"]
 
-_CROP_PX = 512  # a slide larger than _WHOLE_PX is represented by crops of this side, level-0 pixels
+_LOG = logging.getLogger(__name__)
+
+_CROP_PX = 512  # a slide larger than _WHOLE_PX is represented by crops of this side, pixels of its level
 _WHOLE_PX = 4_000_000
 _CROPS = 12
 _PLAIN = 6.0  # a crop whose grey levels deviate less than this is glass, not tissue
+_PLANES = 16  # of a volume: neighbouring planes show the same objects, and one file is not to outweigh all
+_MIN_SIDE_PX = 64  # network pixels, the smallest tile of a recipe: below it an image would only be blown up
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +51,27 @@ class TargetImage:
     scale: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Plane:
+    """One plane of a file as it is loaded: an open reader, what its images' names end in, one level."""
+
+    reader: Reader
+    suffix: str
+    level: Level
+    scale: float  # network pixels per pixel of the level
+
+
 class TargetImages:
-    """All unlabelled images of a recipe, in a fixed order."""
+    """All unlabelled images of a recipe, in a fixed order.
+
+    A file is an image; of a slide that is too large to hold, crops; of a volume or a series, planes drawn
+    at even steps. All that comes of one file is seen through one intensity window, measured as a run does.
+    What has no contrast (or no finite value) is left out with a warning.
+
+    Raises:
+        InputError: a pattern matches nothing; a file cannot be read, is too small at the network's scale, or
+            has other channels; or no image is left.
+    """
 
     def __init__(self, data: Path, target: Target, seed: int) -> None:
         self.target = target
@@ -50,33 +86,113 @@ class TargetImages:
                     fix="correct target.sets.images in the recipe",
                 )
             for path in paths:
-                self.images.extend(self._load(path, group, seed))
+                self._add(path, group, seed)
+        if not self.images:
+            raise InputError(
+                "no target image has any contrast", where=data, fix="correct target.intensity in the recipe"
+            )
 
-    def _load(self, path: Path, group: TargetSet, seed: int) -> list[TargetImage]:
-        with open_source(path) as reader:
-            scale = self._scale(reader, group)
-            regions = _regions(reader, np.random.default_rng(seed))
-            raw = []
-            for region in regions:
-                pixels = reader.read(region, level=0)
-                try:
-                    chosen = select_channels(pixels, is_rgb=reader.info.is_rgb, channels=self.target.channels)
-                except ShapeError as err:
-                    raise InputError(str(err), where=path, fix="give images with one channel or RGB") from err
-                raw.append(chosen)
-        window = measure_window(self.target.intensity, np.concatenate([r.reshape(-1) for r in raw]))
-        stem = path.stem
-        while any(image.name == stem or image.name.startswith(stem + "_x") for image in self.images):
+    def _add(self, path: Path, group: TargetSet, seed: int) -> None:
+        with ExitStack() as stack:
+            planes = [
+                self._plane(stack.enter_context(open_source(path, z=z, t=t)), suffix, path, group)
+                for suffix, z, t in _draw_planes(path)
+            ]
+            window = self._window(planes)
+            rng = np.random.default_rng(seed)
+            found = [image for plane in planes for image in self._images(plane, window, rng)]
+        kept = [(suffix, pixels, scale) for suffix, pixels, scale in found if _has_contrast(pixels)]
+        if len(kept) < len(found):
+            which = "no contrast" if len(found) == 1 else f"{len(found) - len(kept)} parts without contrast"
+            _LOG.warning("%s: %s; left out of the training", path, which)
+        stem, taken = make_slide_name(path), {image.name for image in self.images}
+        while any(stem + suffix in taken for suffix, _, _ in kept):
             stem += "_"  # the same name in another set
-        names = [stem] if len(raw) == 1 else [f"{stem}_x{r.x0}_y{r.y0}" for r in regions]
-        return [TargetImage(n, apply_window(r, window), scale) for n, r in zip(names, raw, strict=True)]
+        self.images.extend(TargetImage(stem + suffix, pixels, scale) for suffix, pixels, scale in kept)
 
-    def _scale(self, reader: Reader, group: TargetSet) -> float:
+    def _plane(self, reader: Reader, suffix: str, path: Path, group: TargetSet) -> _Plane:
+        info, channels = reader.info, self.target.channels
+        try:
+            select_channels(
+                np.zeros((1, 1, len(info.channel_names)), info.dtype), is_rgb=info.is_rgb, channels=channels
+            )
+        except ShapeError as err:
+            serving = {1: "one channel or RGB", 3: "RGB, or one or three channels"}
+            wanted = serving.get(channels, f"at least {channels} separate channels")
+            raise InputError(
+                str(err), where=path, fix=f"give images with {wanted}, or correct target.channels"
+            ) from err
+        scale0 = self._scale(info, group)
+        level = choose_level(info.levels, 1.0 / scale0)  # the one that a run reads
+        scale = scale0 * level.downsample
+        side = min(level.width_px, level.height_px)
+        if side * scale < _MIN_SIDE_PX:
+            raise InputError(
+                f"is too small: its shorter side, {side} px, is {side * scale:.0f} px at the network's scale",
+                where=path,
+                fix=f"leave out what is below {_MIN_SIDE_PX} px there, or correct target.sets.diameter_px",
+            )
+        return _Plane(reader, suffix, level, scale)
+
+    def _scale(self, info: SlideInfo, group: TargetSet) -> float:
         if group.diameter_px is not None:
             return self.target.nominal_diameter_px / group.diameter_px
-        if self.target.mpp is not None and reader.info.mpp is not None:
-            return reader.info.mpp[0] / self.target.mpp
+        if self.target.mpp is not None and info.mpp is not None:
+            return info.mpp[0] / self.target.mpp
         return 1.0
+
+    def _window(self, planes: Sequence[_Plane]) -> Window:
+        """Return the raw values that become 0 and 255 on all `planes` of a file, as a run measures them."""
+        rule, channels = self.target.intensity, self.target.channels
+        info = planes[0].reader.info
+        sample = np.empty((0, channels), info.dtype)
+        if rule.needs_statistics:
+            parts = [
+                sample_slide(plane.reader, scale=plane.scale / plane.level.downsample, channels=channels)
+                for plane in planes
+            ]
+            step = math.ceil(sum(len(part) for part in parts) / MAX_SAMPLE_PX)
+            sample = np.concatenate([part[::step] for part in parts])
+        by_channel = sees_separate_channels(
+            available=len(info.channel_names), is_rgb=info.is_rgb, channels=channels, channel=None
+        )
+        return measure_window(rule, sample, by_channel=by_channel)
+
+    def _images(
+        self, plane: _Plane, window: Window, rng: np.random.Generator
+    ) -> Iterator[tuple[str, NDArray[np.uint8], float]]:
+        """Yield the plane, or crops of one that is too large to hold: end of the name, pixels, scale."""
+        width, height = plane.level.width_px, plane.level.height_px
+        if width * height <= _WHOLE_PX:
+            yield plane.suffix, self._read(plane, Region(0, 0, width, height), window), plane.scale
+            return
+        for region, pixels in self._crops(plane, window, rng):
+            x, y = (round(n * plane.level.downsample) for n in (region.x0, region.y0))
+            yield f"{plane.suffix}_x{x}_y{y}", pixels, plane.scale
+
+    def _crops(
+        self, plane: _Plane, window: Window, rng: np.random.Generator
+    ) -> list[tuple[Region, NDArray[np.uint8]]]:
+        """Return crops at random places, apart from one another, that show more than glass; at least one."""
+        width, height = plane.level.width_px, plane.level.height_px
+        across, down = min(width, _CROP_PX), min(height, _CROP_PX)
+        found: list[tuple[Region, NDArray[np.uint8]]] = []
+        for _ in range(50 * _CROPS):
+            x, y = int(rng.integers(width - across + 1)), int(rng.integers(height - down + 1))
+            if all(abs(x - r.x0) >= _CROP_PX or abs(y - r.y0) >= _CROP_PX for r, _ in found):
+                region = Region(x, y, x + across, y + down)
+                pixels = self._read(plane, region, window)
+                if pixels.mean(axis=2).std() > _PLAIN:
+                    found.append((region, pixels))
+            if len(found) == _CROPS:
+                break
+        corner = Region(0, 0, across, down)
+        return found or [(corner, self._read(plane, corner, window))]
+
+    def _read(self, plane: _Plane, region: Region, window: Window) -> NDArray[np.uint8]:
+        pixels = plane.reader.read(region, level=plane.level.index)
+        chosen = select_channels(pixels, is_rgb=plane.reader.info.is_rgb, channels=self.target.channels)
+        return apply_window(chosen, window)
 
     def tile(
         self,
@@ -98,8 +214,7 @@ class TargetImages:
             x, y = _towards_object(labels[image.name], side, x, y, rng)
         box = (x, y, x + side, y + side)
         size = (tile_px, tile_px)
-        pixels = image.pixels if image.pixels.shape[2] == 3 else np.repeat(image.pixels, 3, axis=2)
-        crop = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, box=box))
+        crop = _as_inputs(_resize(image.pixels, box, tile_px))
         if labels is None:
             return LabelledTile(crop, np.zeros((0, *size), bool))
         drawn = Image.fromarray(labels[image.name]).resize(size, Image.Resampling.NEAREST, box=box)
@@ -107,6 +222,53 @@ class TargetImages:
         present, areas = np.unique(numbers[numbers > 0], return_counts=True)
         present = present[areas >= 12]
         return LabelledTile(crop, numbers[None] == present[:, None, None])
+
+
+def _draw_planes(path: Path) -> list[tuple[str, int | None, int | None]]:
+    """Return which planes of a file are loaded: end of the name, z and t (None where there is one only)."""
+    planes = count_planes(path)
+    n_t = min(planes.n_t, _PLANES // min(planes.n_z, round(math.sqrt(_PLANES))))
+    drawn: list[tuple[str, int | None, int | None]] = []
+    for t in _even_steps(planes.n_t, n_t):
+        for z in _even_steps(planes.n_z, _PLANES // n_t):
+            ends = (f"_t{t:03d}" if planes.n_t > 1 else "") + (f"_z{z:03d}" if planes.n_z > 1 else "")
+            drawn.append((ends, z if planes.n_z > 1 else None, t if planes.n_t > 1 else None))
+    return drawn
+
+
+def _even_steps(count: int, limit: int) -> list[int]:
+    """Return at most `limit` of 0..count-1 at even steps; the ends, where volumes are empty, are spared.
+
+    >>> _even_steps(3, 16), _even_steps(64, 4)
+    ([0, 1, 2], [8, 24, 40, 56])
+    """
+    n = min(count, limit)
+    return [(2 * k + 1) * count // (2 * n) for k in range(n)]
+
+
+def _has_contrast(pixels: NDArray[np.uint8]) -> bool:
+    """Tell whether any channel of (H, W, C) has more than one value."""
+    return bool((pixels.max(axis=(0, 1)) > pixels.min(axis=(0, 1))).any())
+
+
+def _resize(
+    pixels: NDArray[np.uint8], box: tuple[float, float, float, float], side: int
+) -> NDArray[np.uint8]:
+    """Return `box` of (H, W, C) at (side, side, C); Pillow knows pictures of one and of three channels."""
+    n_channels = pixels.shape[2]
+    parts = [pixels] if n_channels == 3 else [pixels[:, :, band] for band in range(n_channels)]
+    return np.dstack(
+        [
+            np.asarray(Image.fromarray(part).resize((side, side), Image.Resampling.BILINEAR, box=box))
+            for part in parts
+        ]
+    )
+
+
+def _as_inputs(crop: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return (S, S, 3), what the network sees of (S, S, C); a tile holds bytes, so means are rounded."""
+    inputs = to_three_channels(torch.from_numpy(crop).permute(2, 0, 1)[None].float())[0]  # (3, S, S)
+    return np.ascontiguousarray(inputs.round().byte().permute(1, 2, 0).numpy())  # (S, S, 3)
 
 
 def _towards_object(
@@ -121,21 +283,3 @@ def _towards_object(
     x = float(np.clip(columns[chosen] - side * rng.uniform(0.1, 0.9), 0, width - side))
     y = float(np.clip(rows[chosen] - side * rng.uniform(0.1, 0.9), 0, height - side))
     return x, y
-
-
-def _regions(reader: Reader, rng: np.random.Generator) -> list[Region]:
-    """Return the whole image, or crops of a slide that is too large to hold."""
-    width, height = reader.info.width_px0, reader.info.height_px0
-    if width * height <= _WHOLE_PX:
-        return [Region(0, 0, width, height)]
-    found: list[Region] = []
-    across, down = min(width, _CROP_PX), min(height, _CROP_PX)
-    for _ in range(50 * _CROPS):
-        x, y = int(rng.integers(width - across + 1)), int(rng.integers(height - down + 1))
-        region = Region(x, y, x + across, y + down)
-        apart = all(abs(x - r.x0) >= _CROP_PX or abs(y - r.y0) >= _CROP_PX for r in found)
-        if apart and reader.read(region, level=0).mean(axis=2).std() > _PLAIN:
-            found.append(region)
-        if len(found) == _CROPS:
-            break
-    return found or [Region(0, 0, across, down)]

@@ -12,15 +12,18 @@ from torch.nn import functional as F
 from torchvision.models import resnet50
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
+from darcnn.runtime.errors import ShapeError
 from darcnn.training.model.presets import Preset
 
-__all__ = ["Encoder", "Trunk", "make_trunk_and_stages"]
+__all__ = ["Encoder", "Trunk", "make_trunk_and_stages", "to_three_channels"]
+
+_LAST_SHARE = 0.25  # of the fourth channel in each of the three inputs
 
 
 class Trunk(nn.Module):
-    """Normalisation, stem and first stage: frozen, hence the same in all three encoders and computed once.
+    """Channels, normalisation, stem and first stage: frozen, hence the same in all three encoders.
 
-    detectron2 calls this FREEZE_AT = 2.
+    They are computed once; detectron2 calls this FREEZE_AT = 2.
     """
 
     mean: Tensor
@@ -35,9 +38,35 @@ class Trunk(nn.Module):
             parameter.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return C2, (B, C, H / 4, W / 4), of `images` (B, 3, H, W) float32 in 0..255."""
-        c2: Tensor = self.layers((images - self.mean) / self.std)
+        """Return C2, (B, C, H / 4, W / 4), of `images` (B, 1 to 4, H, W) float32 in 0..255."""
+        c2: Tensor = self.layers((to_three_channels(images) - self.mean) / self.std)
         return c2
+
+
+def to_three_channels(images: Tensor) -> Tensor:
+    """Return (B, 3, H, W), what the stem sees of `images` (B, C, H, W) with one to four channels.
+
+    The stem is frozen and was made for photographs. The map is linear, fixed, and keeps the range 0..255:
+    one channel goes to all three inputs; two are the first two inputs, their mean is the third; three stay
+    as they are; of four, the first three are an input each, and the fourth has a quarter of every input,
+    so that each channel has the same share in all (three quarters of an input). What is lost of four is a
+    change in the fourth that the three others undo.
+
+    >>> to_three_channels(torch.tensor([[40.0, 80.0]]).reshape(1, 2, 1, 1)).flatten().tolist()
+    [40.0, 80.0, 60.0]
+    >>> to_three_channels(torch.tensor([[0.0, 0.0, 80.0, 40.0]]).reshape(1, 4, 1, 1)).flatten().tolist()
+    [10.0, 10.0, 70.0]
+    """
+    n_channels = images.shape[1]
+    if n_channels == 3:
+        return images
+    if n_channels == 1:
+        return images.expand(-1, 3, -1, -1)
+    if n_channels == 2:
+        return torch.cat([images, 0.5 * (images[:, :1] + images[:, 1:])], dim=1)
+    if n_channels == 4:
+        return (1.0 - _LAST_SHARE) * images[:, :3] + _LAST_SHARE * images[:, 3:]
+    raise ShapeError(f"images with {n_channels} channels; the network sees one to four")
 
 
 class Encoder(nn.Module):
