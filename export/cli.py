@@ -187,6 +187,7 @@ def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, bat
         nominal_diameter_px=target.nominal_diameter_px,
         mpp=target.mpp,
         min_score=recipe.export.min_score,
+        finds_diameter=target.finds_diameter,
     )
 
 

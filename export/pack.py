@@ -37,6 +37,7 @@ def make_manifest(
     nominal_diameter_px: float,
     mpp: float | None,
     min_score: float,
+    finds_diameter: bool = False,
 ) -> Manifest:
     """Return the manifest of a bundle that is not yet written: `files` is empty.
 
@@ -48,6 +49,7 @@ def make_manifest(
         nominal_diameter_px: a typical object, network pixels.
         mpp: micrometres per network pixel, None where the model knows no scale.
         min_score: what a run keeps unless told otherwise.
+        finds_diameter: without a given size, a run measures the objects of an image first.
     Raises:
         UsageError: the tile is too small for its halo or does not fit the network.
     """
@@ -72,6 +74,7 @@ def make_manifest(
             intensity=intensity,
             nominal_diameter_px=nominal_diameter_px,
             mpp=mpp,
+            finds_diameter=finds_diameter,
         ),
         anchors=Anchors(preset.anchor_sizes_px, preset.anchor_ratios, preset.strides_px),
         limits=_limits(network, options, min_score),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -14,11 +16,26 @@ from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError
 from darcnn.runtime.pipeline import RunOptions, RunSummary
 from darcnn.runtime.record import installed_version
 
-__all__ = ["main"]
+__all__ = ["main", "read_diameter"]
 
 _REDRAW_SECONDS = 0.2
 _CLEAR_LINE = "\r\x1b[K"
 _NAME_WIDTH = 40  # so that the progress line fits a terminal
+
+
+def read_diameter(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> float | Literal["auto"] | None:
+    """Return what --diameter says: a size above 0, auto, or None where it is not given."""
+    if text is None or text == "auto":
+        return None if text is None else "auto"
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise click.BadParameter(f"{text!r} is neither a number above 0 nor auto")
+    return value
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,8 +65,9 @@ _NAME_WIDTH = 40  # so that the progress line fits a terminal
 @click.option("--pixels", is_flag=True, help="Take the pixels as they are, whatever their size.")
 @click.option(
     "--diameter",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Diameter of a typical object in pixels of the image; decides the scale.",
+    metavar="PX|auto",
+    callback=read_diameter,
+    help="Diameter of a typical object in pixels of the image, or auto to estimate it; decides the scale.",
 )
 @click.option("--channel", metavar="N|NAME", help="Which of several channels, by number (from 0) or name.")
 @click.option("--z", type=click.IntRange(min=0), help="Which plane of a stack, from 0.")
@@ -68,7 +86,7 @@ def main(
     device: str,
     mpp: float | None,
     pixels: bool,
-    diameter: float | None,
+    diameter: float | Literal["auto"] | None,
     channel: str | None,
     z: int | None,
     t: int | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +14,14 @@ from darcnn.runtime.tiling import Tile
 if TYPE_CHECKING:
     from darcnn.runtime.segmenter import Segmenter
 
-__all__ = ["estimate_diameter"]
+__all__ = ["choose_diameter", "estimate_diameter"]
 
 _SCALES = (0.5, 1.0, 2.0)  # network pixels per pixel of the image in the first look
 _TILES = 2  # looked at per scale, spread over the image
 _TRUST = 0.7  # a finding whose size is off the nominal one by this factor's exponential counts 0.6
-_MIN_FINDINGS = 5.0  # total weight below which the model does not know
-_LOOKS = 1  # after the first ones, at the scale that they suggest
-_EDGE_PX = 2.0  # a box this close to the edge of its tile is cut
+_MIN_FINDINGS = 1.5  # total weight below which the model does not know
+_EDGE_PX = 2.0  # a box this close to an edge is cut
+_MIN_SCORE = 1e-6  # of a slot that is not empty
 
 
 def estimate_diameter(segmenter: Segmenter, reader: Reader, *, channel: int | None = None) -> float | None:
@@ -43,11 +43,35 @@ def estimate_diameter(segmenter: Segmenter, reader: Reader, *, channel: int | No
     seen = [_look(segmenter, reader, scale, channel) for scale in _SCALES]
     sizes, weights = (np.concatenate(parts) for parts in zip(*seen, strict=True))
     diameter = _weighted_median(sizes, weights)
-    for _ in range(_LOOKS if diameter is not None else 0):
-        assert diameter is not None
-        closer = _weighted_median(*_look(segmenter, reader, nominal / diameter, channel))
-        diameter = diameter if closer is None else closer
-    return diameter
+    if diameter is None:
+        return None
+    closer = _weighted_median(*_look(segmenter, reader, nominal / diameter, channel))
+    return diameter if closer is None else closer
+
+
+def choose_diameter(
+    segmenter: Segmenter,
+    reader: Reader,
+    *,
+    diameter_px: float | Literal["auto"] | None,
+    is_scale_given: bool,
+    channel: int | None = None,
+) -> float | None:
+    """Return the diameter to plan with, level-0 pixels; None leaves the scale to the pixel size.
+
+    Args:
+        segmenter: the model.
+        reader: the open image; stays open.
+        diameter_px: what the user gave; "auto" asks for an estimate.
+        is_scale_given: the user gave a pixel size, or wants the pixels as they are. Otherwise a model that is
+            made for it estimates unasked.
+        channel: which of several channels.
+    """
+    if diameter_px is not None and diameter_px != "auto":
+        return diameter_px
+    if diameter_px == "auto" or (segmenter.manifest.input.finds_diameter and not is_scale_given):
+        return estimate_diameter(segmenter, reader, channel=channel)
+    return None
 
 
 def _look(
@@ -69,15 +93,21 @@ def _look(
         batch = np.zeros((engine.spec.batch, model.tile_px, model.tile_px, model.channels), np.uint8)
         batch[: len(group)] = np.stack([sampler.read(tile) for tile in group])
         found = engine.detect(batch)
-        for index in range(len(group)):
-            good = found.scores[index] >= max(segmenter.min_score, 1e-6)
-            boxes.append(found.boxes[index, good])
-            scores.append(found.scores[index, good])
-    box, score = np.concatenate(boxes).astype(np.float64), np.concatenate(scores).astype(np.float64)
-    whole = (box[:, :2] > _EDGE_PX).all(axis=1) & (box[:, 2:] < model.tile_px - _EDGE_PX).all(axis=1)
-    size = np.sqrt(np.prod(np.maximum(box[whole, 2:] - box[whole, :2], 1e-3), axis=1))  # network px
+        for index, tile in enumerate(group):
+            box, score = found.boxes[index].astype(np.float64), found.scores[index].astype(np.float64)
+            # cut by its tile, or by the edge of the image, beyond which lies its mirror image
+            low = np.maximum([0, 0], [-tile.read.x0, -tile.read.y0]) + _EDGE_PX
+            high = (
+                np.minimum(model.tile_px, [plan.width - tile.read.x0, plan.height - tile.read.y0]) - _EDGE_PX
+            )
+            good = score >= max(segmenter.min_score, _MIN_SCORE)
+            good &= (box[:, :2] > low).all(axis=1) & (box[:, 2:] < high).all(axis=1)
+            boxes.append(box[good])
+            scores.append(score[good])
+    box, score = np.concatenate(boxes), np.concatenate(scores)
+    size = np.sqrt(np.prod(np.maximum(box[:, 2:] - box[:, :2], 1e-3), axis=1))  # network px
     off = np.log(size / model.nominal_diameter_px) / _TRUST
-    return size / plan.scale, score[whole] ** 2 * np.exp(-0.5 * off**2)
+    return size / plan.scale, score**2 * np.exp(-0.5 * off**2)
 
 
 def _spread(tiles: tuple[Tile, ...]) -> list[Tile]:

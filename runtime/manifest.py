@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from darcnn.runtime.intensity import IntensityRule
@@ -27,6 +27,7 @@ class ModelInput:
     intensity: IntensityRule
     nominal_diameter_px: float  # typical object, network pixels
     mpp: float | None  # micrometres per network pixel; None where the model knows no scale
+    finds_diameter: bool = False  # without a given size, the model measures the objects of an image first
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,10 @@ def _parse(kind: type[T], content: Any, where: str) -> T:
     if unknown := sorted(set(content) - set(names)):
         raise ValueError(f"{where} has an unknown field {unknown[0]}")
     values: dict[str, Any] = {}
+    optional = {field.name for field in fields(kind) if field.default is not MISSING}  # type: ignore[arg-type]
     for name in names:
+        if name not in content and name in optional:
+            continue
         if name not in content:
             raise ValueError(f"{where} lacks {name}")
         value, hint = content[name], hints[name]
@@ -104,7 +108,9 @@ def _parse(kind: type[T], content: Any, where: str) -> T:
             value = _parse(hint, value, f"{where}.{name}")
         elif isinstance(value, list):
             value = tuple(value)
-        elif hint in (int, float, str) and not isinstance(value, (int, float) if hint is float else hint):
+        elif hint in (bool, int, float, str) and not isinstance(
+            value, (int, float) if hint is float else hint
+        ):
             raise ValueError(f"{where}.{name} is not of type {hint.__name__}")
         values[name] = value
     return kind(**values)

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from darcnn.runtime.diameter import choose_diameter
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.instances import Instances
@@ -52,7 +54,7 @@ class RunOptions:
 
     mpp: float | None = None  # micrometres per level-0 pixel, in place of what the file says
     pixels: bool = False  # take the pixels as they are, whatever their size
-    diameter_px: float | None = None  # of a typical object, level-0 pixels
+    diameter_px: float | Literal["auto"] | None = None  # of a typical object, level-0 pixels; auto: estimated
     channel: int | str | None = None  # number or name
     z: int | None = None  # the plane that the reader was opened at; recorded
     t: int | None = None  # the moment, likewise
@@ -117,12 +119,17 @@ def run_slide(
     """
     chosen, info, tally = options or RunOptions(), reader.info, _Tally()
     start = time.perf_counter()
+    channel = _find_channel(info, chosen.channel)
+    with tally.stage("diameter"):
+        diameter_px = choose_diameter(
+            segmenter,
+            reader,
+            diameter_px=chosen.diameter_px,
+            is_scale_given=chosen.pixels or chosen.mpp is not None,
+            channel=channel,
+        )
     plan = segmenter.plan(
-        info,
-        mpp=chosen.mpp,
-        diameter_px=chosen.diameter_px,
-        pixels=chosen.pixels,
-        channel=_find_channel(info, chosen.channel),
+        info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel
     )
     mpp = info.mpp if chosen.mpp is None else (chosen.mpp, chosen.mpp)
     folder = out_dir / make_folder_name(info.name)
@@ -138,6 +145,7 @@ def run_slide(
             info,
             plan,
             options=asdict(chosen),
+            diameter_px=diameter_px,
             counts={
                 "objects": tally.n_objects,
                 "truncated": tally.n_truncated,

@@ -39,6 +39,7 @@ def make_record(
     plan: SlidePlan,
     *,
     options: Mapping[str, Any],
+    diameter_px: float | None,
     counts: Mapping[str, int],
     seconds: Mapping[str, float],
     warnings: Sequence[str],
@@ -70,6 +71,7 @@ def make_record(
         "network": {
             "level": plan.level.index,
             "scale": plan.scale,
+            "diameter_px": diameter_px,  # of a typical object, given or estimated; level-0 pixels
             "width_px": plan.width,
             "height_px": plan.height,
             "channel": plan.channel,

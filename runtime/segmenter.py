@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.boxes import clip_boxes, non_maximum_suppression
+from darcnn.runtime.diameter import choose_diameter
 from darcnn.runtime.engines.protocol import Detections, Engine
 from darcnn.runtime.errors import ShapeError
 from darcnn.runtime.instances import Instances
@@ -71,27 +72,49 @@ class Segmenter:
         image: NDArray[Any] | Reader,
         *,
         mpp: float | None = None,
-        diameter_px: float | None = None,
+        diameter_px: float | Literal["auto"] | None = None,
+        pixels: bool = False,
         channel: int | None = None,
     ) -> Instances:
         """Return the objects of a whole image.
 
         An array is taken to be at the model's pixel size already, unless `mpp` (micrometres per
         pixel) or `diameter_px` (of a typical object) says otherwise; a reader's own pixel size counts.
+        A model whose manifest says `finds_diameter` estimates the diameter where nothing is given.
 
         Args:
             image: (H, W) or (H, W, C), any type, or an open reader, which stays open.
+            mpp: micrometres per pixel of the image.
+            diameter_px: of a typical object, pixels of the image; "auto" estimates it.
+            pixels: take the pixels as they are.
+            channel: which of several channels.
         Raises:
             InputError: the pixel size or the channels do not serve.
         """
-        if isinstance(image, Reader):
-            plan = self.plan(image.info, mpp=mpp, diameter_px=diameter_px, channel=channel)
-            return self.segment(image, plan)
-        with ArrayReader(image) as reader:
-            plan = self.plan(
-                reader.info, mpp=mpp, diameter_px=diameter_px, pixels=mpp is None, channel=channel
-            )
-            return self.segment(reader, plan)
+        if not isinstance(image, Reader):
+            with ArrayReader(image) as reader:
+                return self._find(reader, mpp, diameter_px, channel, pixels=mpp is None, estimates=not pixels)
+        return self._find(image, mpp, diameter_px, channel, pixels=pixels, estimates=not pixels)
+
+    def _find(
+        self,
+        reader: Reader,
+        mpp: float | None,
+        diameter_px: float | Literal["auto"] | None,
+        channel: int | None,
+        *,
+        pixels: bool,
+        estimates: bool,
+    ) -> Instances:
+        size = choose_diameter(
+            self,
+            reader,
+            diameter_px=diameter_px,
+            is_scale_given=mpp is not None or not estimates,
+            channel=channel,
+        )
+        plan = self.plan(reader.info, mpp=mpp, diameter_px=size, pixels=pixels, channel=channel)
+        return self.segment(reader, plan)
 
     def plan(
         self,

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from darcnn.runtime.cli import read_diameter
 from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
 
 if TYPE_CHECKING:  # torch is imported inside the commands: --help is quick and works without it
@@ -198,7 +199,12 @@ def ablation(recipe: Path, out: Path | None, data: Path | None, resume: bool, de
 @click.argument("model")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--mpp", type=float, help="Micrometres per pixel of the images.")
-@click.option("--diameter", type=float, help="Diameter of a typical object, pixels of the images.")
+@click.option(
+    "--diameter",
+    metavar="PX|auto",
+    callback=read_diameter,
+    help="Diameter of a typical object, pixels of the images; auto estimates it in each.",
+)
 @click.option("--pixels", is_flag=True, help="Take the pixels as they are.")
 @click.option("--min-score", type=float, help="Objects below this score do not count.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here as well.")
@@ -207,7 +213,7 @@ def evaluate(
     model: str,
     folder: Path,
     mpp: float | None,
-    diameter: float | None,
+    diameter: float | Literal["auto"] | None,
     pixels: bool,
     min_score: float | None,
     json_path: Path | None,
@@ -223,8 +229,7 @@ def evaluate(
     with _open_model(model, min_score) as segmenter:
 
         def segment(reader: Any) -> Any:
-            plan = segmenter.plan(reader.info, mpp=mpp, diameter_px=diameter, pixels=pixels)
-            return segmenter.segment(reader, plan)
+            return segmenter(reader, mpp=mpp, diameter_px=diameter, pixels=pixels)
 
         result = evaluate_folder(folder, segment)
     table = _table(result)

@@ -71,6 +71,8 @@ class Target:
     intensity: IntensityRule
     nominal_diameter_px: float  # typical object in network pixels
     mpp: float | None = None  # micrometres per network pixel
+    # the size of the objects is estimated in each image, in training (where a set gives none) and in a run
+    finds_diameter: bool = False
     jitter: float = 1.4  # training crops are scaled at random by up to this factor either way
 
 

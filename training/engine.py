@@ -111,6 +111,7 @@ def make_manifest(
             intensity=target.intensity,
             nominal_diameter_px=target.nominal_diameter_px,
             mpp=target.mpp,
+            finds_diameter=target.finds_diameter,
         ),
         anchors=Anchors(preset.anchor_sizes_px, preset.anchor_ratios, preset.strides_px),
         limits=Limits(

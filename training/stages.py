@@ -13,6 +13,7 @@ from torch import Tensor
 
 from darcnn.runtime.errors import OutputError
 from darcnn.training import parallel
+from darcnn.training.adapt.diameters import match_scales
 from darcnn.training.adapt.pseudo_labels import label_images, read_labels
 from darcnn.training.checkpoint import CheckpointInfo, is_complete, load_network
 from darcnn.training.config import Recipe
@@ -136,6 +137,7 @@ def run_adapt(run: Run, start: Path) -> Darcnn:
     network = run.start_from(start)
     network.start_adaptation()
     targets = TargetImages(run.data, recipe.target, recipe.seed)
+    _match_scales(run, network, targets, folder)
     tiles = _SourceTiles(run, targets)
     observed: dict[str, float] = {}
     plan = LoopPlan(
@@ -180,6 +182,8 @@ def run_refine(run: Run, start: Path) -> Darcnn:
     recipe, stage = run.recipe, run.recipe.refine_stage
     network = run.start_from(start)
     targets = TargetImages(run.data, recipe.target, recipe.seed)
+    first = run.folder("refine" if stage.rounds == 1 else "refine-1")
+    _match_scales(run, network, targets, first)
     tiles = _SourceTiles(run, targets)
     sheet = ContactSheet(recipe, targets)
     for number in range(1, stage.rounds + 1):
@@ -215,6 +219,15 @@ def run_refine(run: Run, start: Path) -> Darcnn:
 
         network = train(network, plan, batch_of, _refine_losses_of(network, run.device))
     return network
+
+
+def _match_scales(run: Run, network: Darcnn, targets: TargetImages, folder: Path) -> None:
+    """Bring the images to the network's scale, by what it finds on them; one process looks, all read."""
+    if parallel.is_first():
+        match_scales(network, run.recipe, targets, folder)
+    parallel.wait_for_all()
+    if not parallel.is_first():
+        match_scales(network, run.recipe, targets, folder)
 
 
 def _refine_losses_of(network: Darcnn, device: torch.device) -> Callable[[Batch, int], dict[str, Tensor]]:

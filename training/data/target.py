@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ class TargetImage:
     name: str
     pixels: NDArray[np.uint8]
     scale: float
+    is_scale_open: bool = False  # nobody gave it: 1 until the objects have been measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class TargetImages:
             window = self._window(planes)
             rng = np.random.default_rng(seed)
             found = [image for plane in planes for image in self._images(plane, window, rng)]
+            has_mpp = self.target.mpp is not None and planes[0].reader.info.mpp is not None
         kept = [(suffix, pixels, scale) for suffix, pixels, scale in found if _has_contrast(pixels)]
         if len(kept) < len(found):
             which = "no contrast" if len(found) == 1 else f"{len(found) - len(kept)} parts without contrast"
@@ -108,7 +110,10 @@ class TargetImages:
         stem, taken = make_slide_name(path), {image.name for image in self.images}
         while any(stem + suffix in taken for suffix, _, _ in kept):
             stem += "_"  # the same name in another set
-        self.images.extend(TargetImage(stem + suffix, pixels, scale) for suffix, pixels, scale in kept)
+        is_open = group.diameter_px is None and not has_mpp
+        self.images.extend(
+            TargetImage(stem + suffix, pixels, scale, is_open) for suffix, pixels, scale in kept
+        )
 
     def _plane(self, reader: Reader, suffix: str, path: Path, group: TargetSet) -> _Plane:
         info, channels = reader.info, self.target.channels
@@ -193,6 +198,14 @@ class TargetImages:
         pixels = plane.reader.read(region, level=plane.level.index)
         chosen = select_channels(pixels, is_rgb=plane.reader.info.is_rgb, channels=self.target.channels)
         return apply_window(chosen, window)
+
+    def match(self, diameters_px: Mapping[str, float]) -> None:
+        """Scale the images named so that objects of these sizes, pixels of the image, become nominal."""
+        nominal = self.target.nominal_diameter_px
+        self.images = [
+            replace(image, scale=nominal / diameters_px[image.name]) if image.name in diameters_px else image
+            for image in self.images
+        ]
 
     def tile(
         self,

@@ -1,0 +1,80 @@
+"""How large the objects are: told by the model, and asked for only where nobody says it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import darcnn.runtime
+from darcnn.runtime import Segmenter
+from darcnn.runtime.diameter import choose_diameter, estimate_diameter
+from darcnn.runtime.readers.array import ArrayReader
+
+NAMES = ("u2os_212b858a66", "dim_1f00080601")
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    if "nuclei-fluorescence" not in darcnn.runtime.shipped_models():
+        pytest.skip("the model is not in this checkout")
+    with darcnn.runtime.load("nuclei-fluorescence", device="cpu") as segmenter:
+        yield segmenter
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def picture(request: pytest.FixtureRequest, root: Path):
+    """A real image, enlarged so that the model sees enough objects whole, and the diameter in it."""
+    folder = root / "tests" / "data" / "evaluate"
+    image = Image.open(folder / "images" / f"{request.param}.png")
+    labels = np.asarray(Image.open(folder / "labels" / f"{request.param}.png"))
+    areas = np.bincount(labels.ravel())[1:]
+    return image, float(np.median(2 * np.sqrt(areas[areas > 0] / np.pi)))
+
+
+def estimate(segmenter: Segmenter, image: Image.Image, enlarged: float) -> float | None:
+    size = (round(image.width * enlarged), round(image.height * enlarged))
+    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    with ArrayReader(pixels) as reader:
+        return estimate_diameter(segmenter, reader)
+
+
+@pytest.mark.parametrize("enlarged", [1.0, 2.0])
+def test_the_estimate_is_near_the_truth_and_grows_with_the_image(segmenter, picture, enlarged) -> None:
+    image, truth = picture
+    found = estimate(segmenter, image, enlarged)
+    assert found is not None
+    assert 1 / 1.7 < found / (enlarged * truth) < 1.7  # of a dozen nuclei between 13 and 42 px, half of them cut
+
+
+def test_an_image_without_objects_has_no_diameter(segmenter) -> None:
+    with ArrayReader(np.zeros((300, 200), np.uint8)) as reader:
+        assert estimate_diameter(segmenter, reader) is None
+
+
+def test_a_given_size_is_taken_as_it_is(segmenter) -> None:
+    with ArrayReader(np.zeros((64, 64), np.uint8)) as reader:
+        given = choose_diameter(segmenter, reader, diameter_px=17.0, is_scale_given=False)
+        nothing = choose_diameter(segmenter, reader, diameter_px=None, is_scale_given=True)
+    assert given == 17.0
+    assert nothing is None
+
+
+def test_auto_is_what_a_call_without_a_size_does_where_the_model_is_made_for_it(segmenter, picture) -> None:
+    image = np.asarray(picture[0])
+    unasked, asked = segmenter(image), segmenter(image, diameter_px="auto")
+    assert segmenter.manifest.input.finds_diameter
+    assert np.array_equal(unasked.labels(), asked.labels())
+    with ArrayReader(image) as reader:
+        size = estimate_diameter(segmenter, reader)
+    assert np.array_equal(unasked.labels(), segmenter(image, diameter_px=size).labels())
+
+
+def test_pixels_are_taken_as_they_are_when_told(segmenter, picture) -> None:
+    image = np.asarray(picture[0])
+    nominal = segmenter.manifest.input.nominal_diameter_px
+    assert np.array_equal(
+        segmenter(image, pixels=True).labels(), segmenter(image, diameter_px=nominal).labels()
+    )

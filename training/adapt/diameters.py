@@ -1,0 +1,52 @@
+"""Scale matching: the size of the objects of each unlabelled image, estimated by the network itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from darcnn.runtime.diameter import estimate_diameter
+from darcnn.runtime.intensity import IntensityRule
+from darcnn.runtime.readers.array import ArrayReader
+from darcnn.training.config import Recipe
+from darcnn.training.data.target import TargetImages
+from darcnn.training.engine import make_segmenter
+from darcnn.training.model.network import Darcnn
+
+__all__ = ["match_scales"]
+
+_TILE_PX = 320  # small tiles: a size is told by a few objects
+
+
+def match_scales(network: Darcnn, recipe: Recipe, targets: TargetImages, folder: Path) -> None:
+    """Scale the images of `targets` whose size nobody gave, so that their objects have the nominal diameter.
+
+    Not in the paper. An image on which the network finds too little gets the median of the others. The
+    diameters are kept in `folder`/diameters.json (image name -> level-0 pixels) and read back from there.
+    """
+    unknown = [image for image in targets.images if image.is_scale_open]
+    if not recipe.target.finds_diameter or not unknown:
+        return
+    path = folder / "diameters.json"
+    if path.is_file():
+        diameters: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        # the images have been through the target's intensity rule already
+        as_they_are = replace(recipe.target, intensity=IntensityRule("full_range"))
+        min_score = recipe.refine_stage.min_score
+        found: dict[str, float | None] = {}
+        with make_segmenter(network, as_they_are, min_score=min_score, tile_px=_TILE_PX) as segmenter:
+            for image in tqdm(unknown, desc="diameters", unit="image"):
+                with ArrayReader(image.pixels) as reader:
+                    found[image.name] = estimate_diameter(segmenter, reader)
+        known = [value for value in found.values() if value is not None]
+        typical = float(np.median(known)) if known else recipe.target.nominal_diameter_px
+        diameters = {name: typical if value is None else value for name, value in found.items()}
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(diameters, indent=1), encoding="utf-8")
+        temporary.replace(path)
+    targets.match(diameters)
