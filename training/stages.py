@@ -30,7 +30,7 @@ from darcnn.training.model.pretrained import load_weights
 from darcnn.training.schedule import similarity_weight
 from darcnn.training.steps import adapt_losses, refine_losses, source_losses
 
-__all__ = ["Run", "run_adapt", "run_all", "run_refine", "run_source"]
+__all__ = ["Run", "SourceTiles", "run_adapt", "run_all", "run_refine", "run_source"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Run:
         return load_network(folder)[0].to(self.device)
 
 
-class _SourceTiles:
+class SourceTiles:
     """Labelled images, scenes and synthesized tiles of a recipe, by seed, stage, step and index."""
 
     def __init__(self, run: Run, targets: TargetImages) -> None:
@@ -110,7 +110,7 @@ def run_source(run: Run) -> Darcnn:
         load_weights(network, recipe.weights, run.data)
     network.to(run.device)
     targets = TargetImages(run.data, recipe.target, recipe.seed)
-    tiles = _SourceTiles(run, targets)
+    tiles = SourceTiles(run, targets)
     plan = LoopPlan(
         stage="source",
         steps=stage.steps,
@@ -138,7 +138,7 @@ def run_adapt(run: Run, start: Path) -> Darcnn:
     network.start_adaptation()
     targets = TargetImages(run.data, recipe.target, recipe.seed)
     _match_scales(run, network, targets, folder)
-    tiles = _SourceTiles(run, targets)
+    tiles = SourceTiles(run, targets)
     observed: dict[str, float] = {}
     plan = LoopPlan(
         stage="adapt",
@@ -184,7 +184,7 @@ def run_refine(run: Run, start: Path) -> Darcnn:
     targets = TargetImages(run.data, recipe.target, recipe.seed)
     first = run.folder("refine" if stage.rounds == 1 else "refine-1")
     _match_scales(run, network, targets, first)
-    tiles = _SourceTiles(run, targets)
+    tiles = SourceTiles(run, targets)
     sheet = ContactSheet(recipe, targets)
     for number in range(1, stage.rounds + 1):
         name = "refine" if number == stage.rounds else f"refine-{number}"

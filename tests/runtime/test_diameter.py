@@ -46,7 +46,9 @@ def test_the_estimate_is_near_the_truth_and_grows_with_the_image(segmenter, pict
     image, truth = picture
     found = estimate(segmenter, image, enlarged)
     assert found is not None
-    assert 1 / 1.7 < found / (enlarged * truth) < 1.7  # of a dozen nuclei between 13 and 42 px, half of them cut
+    assert (
+        1 / 1.7 < found / (enlarged * truth) < 1.7
+    )  # of a dozen nuclei between 13 and 42 px, half of them cut
 
 
 def test_an_image_without_objects_has_no_diameter(segmenter) -> None:
