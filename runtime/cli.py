@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
 from pathlib import Path
@@ -13,29 +12,15 @@ import click
 
 from darcnn.runtime.batch import list_slides, run_batch
 from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError
+from darcnn.runtime.options import read_diameter
 from darcnn.runtime.pipeline import RunOptions, RunSummary
 from darcnn.runtime.record import installed_version
 
-__all__ = ["main", "read_diameter"]
+__all__ = ["main"]
 
 _REDRAW_SECONDS = 0.2
 _CLEAR_LINE = "\r\x1b[K"
 _NAME_WIDTH = 40  # so that the progress line fits a terminal
-
-
-def read_diameter(
-    context: click.Context, parameter: click.Parameter, text: str | None
-) -> float | Literal["auto"] | None:
-    """Return what --diameter says: a size above 0, auto, or None where it is not given."""
-    if text is None or text == "auto":
-        return None if text is None else "auto"
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise click.BadParameter(f"{text!r} is neither a number above 0 nor auto")
-    return value
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from darcnn.runtime.cli import read_diameter
 from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
+from darcnn.runtime.options import read_diameter
 
 if TYPE_CHECKING:  # torch is imported inside the commands: --help is quick and works without it
     import torch

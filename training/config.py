@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import IntensityRule
-from darcnn.training.model.presets import PRESETS, is_detectron2_file
+from darcnn.training.config_checks import problems_of
 
 __all__ = [
     "Ablation",
@@ -32,7 +31,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-_MAX_LABEL = 65535  # pseudo-labels are 16-bit pictures
 _FULL_RANGE = IntensityRule("full_range")
 
 
@@ -192,90 +190,9 @@ def recipe_from_table(table: Mapping[str, Any], *, where: str) -> Recipe:
         UsageError: a key is unknown (the error names the nearest valid one), missing or of the wrong type.
     """
     recipe = _parse(Recipe, table, where, "")
-    for problem, fix in _problems(recipe):
+    for problem, fix in problems_of(recipe):
         raise UsageError(problem, where=where, fix=fix)
     return recipe
-
-
-def _problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yield what no run could make sense of, each with the fix."""
-    target, refine = recipe.target, recipe.refine_stage
-    yield from _source_problems(recipe.source)
-    if recipe.preset not in PRESETS:
-        yield f"preset = {recipe.preset!r} is unknown", f"use one of {', '.join(PRESETS)}"
-    if recipe.weights not in ("imagenet", "coco") and not is_detectron2_file(recipe.weights):
-        yield (
-            f"weights = {recipe.weights!r} is unknown",
-            "use imagenet, coco or the path of a .pkl or .pth",
-        )
-    elif recipe.weights != "imagenet" and recipe.preset != "resnet50":
-        yield f"weights = {recipe.weights!r} does not fit preset {recipe.preset}", "use preset resnet50"
-    if not target.sets:
-        yield "no target images", "give at least one [[target.sets]]"
-    if not refine.scales or min(refine.scales) <= 0:
-        yield "refine_stage.scales are not above 0", "use [1.0], say"
-    yield from _target_problems(target)
-    if recipe.tile_px < 64 or recipe.tile_px % 64:
-        yield "tile_px is no multiple of 64", "use 256, say"
-    if not 1 <= refine.max_objects <= _MAX_LABEL:
-        yield f"refine_stage.max_objects is not from 1 to {_MAX_LABEL}", "use 300, say"
-    sizes = {f"target.sets[{i}].diameter_px": one.diameter_px for i, one in enumerate(target.sets)}
-    positive = {
-        "target.nominal_diameter_px": target.nominal_diameter_px,
-        "target.mpp": target.mpp,
-        "target.jitter": target.jitter,
-        "ablation.diameter_px": recipe.ablation.diameter_px if recipe.ablation else None,
-        "source_stage.accumulate": recipe.source_stage.accumulate,
-        "adapt_stage.accumulate": recipe.adapt_stage.accumulate,
-        "refine_stage.accumulate": refine.accumulate,
-        "source_stage.batch": recipe.source_stage.batch,
-        "adapt_stage.source_batch": recipe.adapt_stage.source_batch,
-        "adapt_stage.target_batch": recipe.adapt_stage.target_batch,
-        "refine_stage.batch": refine.batch,
-        "refine_stage.rounds": refine.rounds,
-        "source_stage.steps": recipe.source_stage.steps,
-        "adapt_stage.steps": recipe.adapt_stage.steps,
-        "refine_stage.steps": refine.steps,
-        **sizes,
-    }
-    for name, value in positive.items():
-        if value is not None and not value > 0:
-            yield f"{name} = {value} is not above 0", "give a number above 0"
-    for name, score in (("refine_stage", refine.min_score), ("export", recipe.export.min_score)):
-        if not 0.0 <= score <= 1.0:
-            yield f"{name}.min_score = {score} is no score", "give a number from 0 to 1"
-
-
-def _source_problems(source: Source) -> Iterator[tuple[str, str]]:
-    if source.annotations is None and source.labels is None:
-        yield "lacks the key source.annotations or source.labels", "add one of them"
-    if source.annotations is not None and source.labels is not None:
-        yield "source.annotations and source.labels are both given", "remove one of them"
-    if source.labels is None and source.intensity.kind != "full_range":
-        yield "source.intensity is for images with label maps", "remove it, or give source.labels"
-    if not 0.0 < source.diameter_px[0] <= source.diameter_px[1]:
-        yield f"source.diameter_px = {source.diameter_px} is no range", "give two numbers above 0, in order"
-    for name in ("scene_fraction", "grey_fraction", "synthetic_fraction"):
-        if not 0.0 <= getattr(source, name) <= 1.0:
-            yield f"source.{name} = {getattr(source, name)} is no share", "give a number from 0 to 1"
-
-
-def _target_problems(target: Target) -> Iterator[tuple[str, str]]:
-    if not 1 <= target.channels <= 4:
-        yield "target.channels is not from 1 to 4", "use 1 (grey), 3 (colour), or 2 or 4 (separate channels)"
-    rule = target.intensity
-    if rule.kind == "percentile" and not 0.0 <= rule.low < rule.high <= 100.0:
-        yield (
-            f"target.intensity: percentiles {rule.low:g} and {rule.high:g} are not in order",
-            "use low = 0.5 and high = 99.5, say",
-        )
-    if rule.kind == "range" and not (math.isfinite(rule.high - rule.low) and rule.low < rule.high):
-        yield (
-            f"target.intensity: the range from {rule.low:g} to {rule.high:g} is empty",
-            "give the raw values that become black (low) and white (high)",
-        )
-    if not target.jitter >= 1.0:
-        yield f"target.jitter = {target.jitter:g} is below 1", "use 1.4, say, or 1 for no jitter"
 
 
 def recipe_to_table(recipe: Recipe) -> dict[str, Any]:
