@@ -116,6 +116,8 @@ class RefineStage:
     warm_up: int = 20
     augment: bool = True  # the paper's augmentation of pseudo-labelled tiles; False only crops them
     min_score: float = 0.5  # z
+    # findings between this score and z teach neither "object" nor "background"; None: they are background
+    doubt_score: float | None = None
     max_objects: int = 300  # pseudo-labels an image keeps, best first
     scales: tuple[float, ...] = (1.0,)  # the images are labelled at each of these scales, results merged
     one_polarity: bool = (

@@ -60,6 +60,11 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name, value in positive.items():
         if value is not None and not value > 0:
             yield f"{name} = {value} is not above 0", "give a number above 0"
+    if refine.doubt_score is not None and not 0.0 <= refine.doubt_score <= refine.min_score:
+        yield (
+            "refine_stage.doubt_score is not from 0 to refine_stage.min_score",
+            "use 0.2, say, or leave it out",
+        )
     for name, score in (("refine_stage", refine.min_score), ("export", recipe.export.min_score)):
         if not 0.0 <= score <= 1.0:
             yield f"{name}.min_score = {score} is no score", "give a number from 0 to 1"

@@ -8,8 +8,9 @@ import torch
 
 from darcnn.runtime.masks import outline_mask
 from darcnn.training.data.batches import Batch
-from darcnn.training.model.heads import MASK_POOL, crop_masks
+from darcnn.training.model.heads import MASK_POOL
 from darcnn.training.model.network import Darcnn
+from darcnn.training.model.targets import crop_masks, draw_balanced, leave_doubtful
 from darcnn.training.steps import source_losses
 
 CELLS = 2 * MASK_POOL
@@ -51,9 +52,26 @@ def test_the_mask_head_sees_as_many_regions_at_every_step(network: Darcnn, small
     with torch.no_grad():
         for n_objects in (0, 1, None):
             targets = [
-                {k: v if k == "seed" else v[:n_objects] for k, v in t.items()} for t in small_batch.targets
+                {k: v if k in ("seed", "doubtful") else v[:n_objects] for k, v in t.items()}
+                for t in small_batch.targets
             ]
             losses = source_losses(network, Batch(small_batch.images, targets))
             assert (losses["head_mask"] > 0) == (n_objects != 0)
     assert len(seen) == 3
     assert len(set(seen)) == 1
+
+
+def test_background_on_something_doubtful_is_left_out_and_objects_stay() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [8, 8, 18, 18], [8, 0, 18, 10], [40, 40, 50, 50], [0, 0, 10, 10]])
+    labels = torch.tensor([0.0, 0, 0, 0, 1])
+    target = {"doubtful": torch.tensor([[0.0, 0.0, 12.0, 12.0]])}
+    assert leave_doubtful(labels, boxes, target).tolist() == [-1.0, 0.0, -1.0, 0.0, 1.0]
+    assert leave_doubtful(labels, boxes, {"doubtful": torch.zeros(0, 4)}).tolist() == labels.tolist()
+
+
+def test_what_is_neither_object_nor_background_is_never_drawn() -> None:
+    labels = torch.tensor([1.0] * 3 + [0.0] * 50 + [-1.0] * 50)
+    rows = draw_balanced(labels, 20, 0.5, torch.Generator().manual_seed(1))
+    assert len(set(rows.tolist())) == 20
+    assert labels[rows].tolist().count(1.0) == 3
+    assert (labels[rows] >= 0).all()

@@ -22,6 +22,7 @@ from darcnn.training.adapt.pseudo_labels import (
     read_labels,
 )
 from darcnn.training.config import Recipe, TargetSet
+from darcnn.training.data.augment import turn
 from darcnn.training.data.target import TargetImages
 from darcnn.training.engine import TorchEngine, make_segmenter
 from darcnn.training.model.network import Darcnn
@@ -325,3 +326,29 @@ def test_images_of_separate_channels_are_labelled_by_all_means(
     shown, found = pixels[-1] > 100, labels > 0
     shown[0, 0] = False
     assert (shown & found).sum() / (shown | found).sum() > 0.9
+
+
+def test_findings_between_doubt_and_z_are_kept_apart(
+    network: Darcnn, script: Script, targets: tuple[Recipe, TargetImages], tmp_path: Path
+) -> None:
+    script.boxes = [(10, 20, 40, 50, 0.9), (60, 70, 90, 100, 0.3), (60, 10, 90, 40, 0.1)]
+    labels = label(network, targets, tmp_path / "labels", doubt_score=0.2)
+    for found in labels.values():
+        assert found[35, 25] > 0
+        assert found[85, 75] < 0
+        assert found[25, 75] == 0
+    assert not (label(network, targets, tmp_path / "plain")["first"] < 0).any()
+
+
+def test_a_tile_carries_its_doubtful_parts_along_when_it_turns(
+    network: Darcnn, script: Script, targets: tuple[Recipe, TargetImages], tmp_path: Path
+) -> None:
+    script.boxes = [(10, 20, 40, 50, 0.9), (60, 70, 90, 100, 0.3)]
+    labels = label(network, targets, tmp_path / "labels", doubt_score=0.2)
+    for seed in range(4):
+        tile = targets[1].tile(np.random.default_rng(seed), 64, labels)
+        marked = replace(
+            tile, image=np.repeat((tile.doubtful.any(axis=0) * 255)[..., None], 3, 2).astype("u1")
+        )
+        turned = turn(marked, np.random.default_rng(seed))
+        assert np.array_equal(turned.image[..., 0] > 0, turned.doubtful.any(axis=0))

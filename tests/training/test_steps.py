@@ -299,6 +299,7 @@ def test_a_tile_without_objects_teaches_background(network: Darcnn, small_batch:
         "boxes": torch.zeros(0, 4),
         "labels": torch.zeros(0, dtype=torch.int64),
         "masks": torch.zeros(0, 64, 64, dtype=torch.uint8),
+        "doubtful": torch.zeros(0, 4),
         "seed": torch.tensor(0),
     }
     batch = Batch(small_batch.images, [empty, small_batch.targets[1]])

@@ -25,6 +25,7 @@ from darcnn.training.model.network import Darcnn
 
 __all__ = ["keep_one_polarity", "label_images", "merge_scales", "read_labels"]
 
+_DOUBTFUL = "doubtful"  # folder of findings that are neither labels nor background
 _FAINT = 0.25  # a finding with less than this share of its image's median contrast is dropped
 _SCORE_BINS = 20  # of the histogram that is kept
 _SAME_IOU = 0.3  # two findings whose boxes overlap more are one object, seen at two scales
@@ -37,7 +38,7 @@ def label_images(
 
     DARCNN, section 3.3: predictions of the stage-1 model on the clean image whose final score is above
     z become labels. Deviation: images without one are left out rather than taught as empty, and
-    masks may be fitted to the image.
+    masks may be fitted to the image, and weaker findings may be kept apart as doubtful.
     """
     stage = recipe.refine_stage
     finished = folder / "complete.json"
@@ -48,14 +49,15 @@ def label_images(
     folder.mkdir(parents=True)
     # the images have been through the target's intensity rule already
     as_they_are = replace(recipe.target, intensity=IntensityRule("full_range"))
-    with make_segmenter(network, as_they_are, min_score=stage.min_score) as segmenter:
+    least = stage.min_score if stage.doubt_score is None else stage.doubt_score
+    with make_segmenter(network, as_they_are, min_score=least) as segmenter:
         found = [
             _find(segmenter, image, recipe.target.nominal_diameter_px, stage)
             for image in tqdm(targets.images, desc="pseudo-labels", unit="image")
         ]
     if stage.one_polarity:
         found = keep_one_polarity([image.pixels for image in targets.images], found)
-    n_objects = sum(len(instances) for instances in found)
+    n_objects = sum(int((instances.scores >= stage.min_score).sum()) for instances in found)
     if n_objects == 0:
         raise InputError(
             "the model found no object on any target image",
@@ -63,9 +65,14 @@ def label_images(
             fix="lower refine_stage.min_score, correct target.sets.diameter_px, or train the source longer",
         )
     for image, instances in zip(targets.images, found, strict=True):
-        if len(instances):
+        is_sure = instances.scores >= stage.min_score
+        if is_sure.any():
             labels = fit_masks(image.pixels, instances) if stage.fit_masks else instances.labels()
-            _write(labels, folder / f"{image.name}.png")
+            sure = np.isin(labels, 1 + np.flatnonzero(is_sure))
+            _write(labels * sure, folder / f"{image.name}.png")
+            if not is_sure.all():
+                (folder / _DOUBTFUL).mkdir(exist_ok=True)
+                _write(labels * ~sure, folder / _DOUBTFUL / f"{image.name}.png")
     scores = np.concatenate([instances.scores for instances in found])
     histogram, _ = np.histogram(scores, bins=_SCORE_BINS, range=(0.0, 1.0))
     summary = {"objects": n_objects, "scores": histogram.tolist(), "recipe": depends_on}
@@ -92,12 +99,18 @@ def keep_one_polarity(images: list[NDArray[np.uint8]], found: list[Instances]) -
 
 
 def read_labels(folder: Path) -> dict[str, NDArray[np.int32]]:
-    """Return the pseudo-labels of `folder`, (H, W) int32 by image name."""
+    """Return the pseudo-labels of `folder`, (H, W) int32 by image name; negative numbers are doubtful."""
     labels = {}
     for path in sorted(folder.glob("*.png")):
-        with Image.open(path) as picture:
-            labels[path.stem] = np.asarray(picture).astype(np.int32)
+        labels[path.stem] = _read(path)
+        if (doubtful := folder / _DOUBTFUL / path.name).is_file():
+            labels[path.stem] -= _read(doubtful)
     return labels
+
+
+def _read(path: Path) -> NDArray[np.int32]:
+    with Image.open(path) as picture:
+        return np.asarray(picture).astype(np.int32)
 
 
 def merge_scales(parts: list[Instances]) -> Instances:

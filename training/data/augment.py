@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
@@ -18,11 +21,17 @@ _SHIFT = 150.0
 def turn(tile: LabelledTile, rng: np.random.Generator) -> LabelledTile:
     """Return the tile mirrored and turned by quarters at random, image and masks alike."""
     quarters, mirrored = int(rng.integers(4)), bool(rng.integers(2))
-    image = np.rot90(tile.image, quarters, axes=(0, 1))
-    masks = np.rot90(tile.masks, quarters, axes=(1, 2))
-    if mirrored:
-        image, masks = image[:, ::-1], masks[:, :, ::-1]
-    return LabelledTile(np.ascontiguousarray(image), np.ascontiguousarray(masks))
+
+    def turned(stack: NDArray[Any]) -> NDArray[Any]:
+        """Turn (N, S, S, ...) in its second and third axis."""
+        quartered = np.rot90(stack, quarters, axes=(1, 2))
+        return np.ascontiguousarray(quartered[:, :, ::-1] if mirrored else quartered)
+
+    return LabelledTile(
+        turned(tile.image[None])[0],
+        turned(tile.masks),
+        None if tile.doubtful is None else turned(tile.doubtful),
+    )
 
 
 def randomise_source(
@@ -75,7 +84,7 @@ def augment_target(tile: LabelledTile, rng: np.random.Generator) -> LabelledTile
     tile = turn(tile, rng)
     image = _blur(tile.image.astype(np.float32), sigma=float(rng.uniform(0.0, _BLUR_SIGMA)))
     strength = float(rng.uniform(-1.0, 1.0))
-    return LabelledTile(adjust_contrast(image, strength), tile.masks)
+    return replace(tile, image=adjust_contrast(image, strength))
 
 
 def adjust_contrast(image: NDArray[np.float32], strength: float) -> NDArray[np.uint8]:

@@ -10,13 +10,14 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from darcnn.runtime.errors import InputError
 from darcnn.training.data.augment import randomise_source
 from darcnn.training.data.scenes import make_scene
 from darcnn.training.data.source import Cutout, LabelledSource, LabelledTile
-from darcnn.training.model.heads import Target
+from darcnn.training.model.targets import Target
 
 T = TypeVar("T")
 
@@ -106,9 +107,20 @@ def collate(tiles: Sequence[LabelledTile], seeds: Sequence[int]) -> Batch:
 
 
 def _target(tile: LabelledTile, seed: int) -> Target:
-    rows = np.asarray(tile.masks.any(axis=2))  # (N, S)
-    columns = np.asarray(tile.masks.any(axis=1))
-    size = tile.masks.shape[1]
+    return {
+        "boxes": torch.from_numpy(_boxes_of(tile.masks)),
+        "labels": torch.ones(len(tile.masks), dtype=torch.int64),
+        "masks": torch.from_numpy(tile.masks.astype(np.uint8)),
+        "doubtful": torch.from_numpy(_boxes_of(tile.masks[:0] if tile.doubtful is None else tile.doubtful)),
+        "seed": torch.tensor(seed, dtype=torch.int64),
+    }
+
+
+def _boxes_of(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return the boxes (N, 4) that enclose `masks` (N, S, S)."""
+    rows = np.asarray(masks.any(axis=2))  # (N, S)
+    columns = np.asarray(masks.any(axis=1))
+    size = masks.shape[1]
     boxes = np.stack(
         [
             columns.argmax(axis=1),
@@ -118,12 +130,7 @@ def _target(tile: LabelledTile, seed: int) -> Target:
         ],
         axis=1,
     ).astype(np.float32)
-    return {
-        "boxes": torch.from_numpy(boxes.reshape(-1, 4)),
-        "labels": torch.ones(len(tile.masks), dtype=torch.int64),
-        "masks": torch.from_numpy(tile.masks.astype(np.uint8)),
-        "seed": torch.tensor(seed, dtype=torch.int64),
-    }
+    return boxes.reshape(-1, 4)
 
 
 def prefetch(make: Callable[[int], T], steps: range) -> Iterator[T]:

@@ -37,10 +37,14 @@ _MIN_CUTOUT_FILL = 0.5  # and fill their box, as cells and particles do
 
 @dataclass(frozen=True, slots=True)
 class LabelledTile:
-    """A training example: `image` (S, S, 3) uint8 and `masks` (N, S, S) bool, one an object."""
+    """A training example: `image` (S, S, 3) uint8 and `masks` (N, S, S) bool, one an object.
+
+    `doubtful` (K, S, S) bool are what may be objects: neither they nor their background is taught.
+    """
 
     image: Picture
     masks: NDArray[np.bool_]
+    doubtful: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True, slots=True)

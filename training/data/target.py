@@ -39,6 +39,7 @@ _WHOLE_PX = 4_000_000
 _CROPS = 12
 _PLAIN = 6.0  # a crop whose grey levels deviate less than this is glass, not tissue
 _PLANES = 16  # of a volume: neighbouring planes show the same objects, and one file is not to outweigh all
+_MIN_AREA_PX = 12  # network pixels: less of a pseudo-label is left out
 _MIN_SIDE_PX = 64  # network pixels, the smallest tile of a recipe: below it an image would only be blown up
 
 
@@ -213,8 +214,11 @@ class TargetImages:
         tile_px: int,
         labels: dict[str, NDArray[np.int32]] | None = None,
     ) -> LabelledTile:
-        """Return a random crop at the network's scale, jittered; with `labels` (pseudo-labels by image
-        name), only labelled images are drawn and the masks are cropped along."""
+        """Return a random crop at the network's scale, jittered.
+
+        With `labels` (pseudo-labels by image name, negative where doubtful), only labelled images are drawn
+        and the masks are cropped along.
+        """
         images = self.images if labels is None else [i for i in self.images if i.name in labels]
         image = images[rng.integers(len(images))]
         height, width = image.pixels.shape[:2]
@@ -232,9 +236,12 @@ class TargetImages:
             return LabelledTile(crop, np.zeros((0, *size), bool))
         drawn = Image.fromarray(labels[image.name]).resize(size, Image.Resampling.NEAREST, box=box)
         numbers = np.asarray(drawn)
-        present, areas = np.unique(numbers[numbers > 0], return_counts=True)
-        present = present[areas >= 12]
-        return LabelledTile(crop, numbers[None] == present[:, None, None])
+        present, areas = np.unique(numbers, return_counts=True)
+        present = present[areas >= _MIN_AREA_PX]
+        sure, doubtful = present[present > 0], present[present < 0]
+        return LabelledTile(
+            crop, numbers[None] == sure[:, None, None], numbers[None] == doubtful[:, None, None]
+        )
 
 
 def _draw_planes(path: Path) -> list[tuple[str, int | None, int | None]]:
@@ -289,7 +296,7 @@ def _towards_object(
 ) -> tuple[float, float]:
     """Return the crop's corner, moved so that the crop holds a labelled pixel drawn at random."""
     height, width = labels.shape
-    rows, columns = np.nonzero(labels)
+    rows, columns = np.nonzero(labels > 0)
     if len(rows) == 0:
         return x, y
     chosen = rng.integers(len(rows))

@@ -21,6 +21,7 @@ from torchvision.models.detection.rpn import (
 from torchvision.ops import roi_align
 
 from darcnn.training.model.presets import Preset
+from darcnn.training.model.targets import Target, crop_masks, draw_balanced, generator_of, leave_doubtful
 from darcnn.training.parallel import mean_over_processes
 
 __all__ = [
@@ -29,9 +30,6 @@ __all__ = [
     "Heads",
     "Proposer",
     "RoiPool",
-    "crop_masks",
-    "draw_balanced",
-    "generator_of",
     "make_heads",
     "make_proposer",
 ]
@@ -48,9 +46,6 @@ _SCORE_THRESHOLD = 0.05  # below it a detection is not even looked at
 _ANCHORS, _POSITIVE_ANCHORS = 256, 0.5  # drawn of each image for the RPN, Faster R-CNN, section 3.1.2
 _PROPOSALS, _POSITIVE_PROPOSALS = 96, 1 / 3  # drawn of each image for the heads
 _BETA = 1 / 9  # where the box loss turns from square to linear, detectron2's and torchvision's
-
-# boxes (N, 4) px, labels (N,) int64 of ones, masks (N, H, W) uint8, seed () int64: what is drawn at random
-Target = dict[str, Tensor]
 
 
 class RoiPool(nn.Module):
@@ -135,6 +130,7 @@ class Proposer(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is u
         if targets is None:
             return boxes, scores, {}
         labels, matched = self.assign_targets_to_anchors(anchors, targets)
+        labels = [leave_doubtful(*parts) for parts in zip(labels, anchors, targets, strict=True)]
         wanted = self.box_coder.encode(matched, anchors)
         return boxes, scores, self._losses(objectness, deltas, labels, wanted, targets)
 
@@ -199,6 +195,7 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         boxes = [target["boxes"] for target in targets]
         every = self.add_gt_proposals(proposals, boxes)
         matched, labels = self.assign_targets_to_proposals(every, boxes, [t["labels"] for t in targets])
+        labels = [leave_doubtful(*parts) for parts in zip(labels, every, targets, strict=True)]
         drawn = [
             draw_balanced(label, _PROPOSALS, _POSITIVE_PROPOSALS, generator_of(target, 1))
             for label, target in zip(labels, targets, strict=True)
@@ -257,44 +254,6 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         features = self.mask_roi_pool(pyramid, boxes)
         logits = cast(Tensor, self.mask_predictor(self.mask_head(features)))
         return logits[:, 1].sigmoid()
-
-
-def generator_of(target: Target, use: int) -> torch.Generator:
-    """Return the random generator of one image for one `use`: the same in whatever batch or process it is."""
-    return torch.Generator().manual_seed(int(target["seed"]) * 8 + use)
-
-
-def draw_balanced(labels: Tensor, n: int, positive_fraction: float, generator: torch.Generator) -> Tensor:
-    """Return up to `n` indices into `labels` (N,), drawn at random: at most that fraction positive (>= 1).
-
-    The rest is negative (0); what is neither is ignored.
-    """
-    positive, negative = torch.where(labels >= 1)[0], torch.where(labels == 0)[0]
-    n_positive = min(len(positive), int(n * positive_fraction))
-    n_negative = min(len(negative), n - n_positive)
-    drawn = [
-        rows[torch.randperm(len(rows), generator=generator)[:k].to(rows.device)]
-        for rows, k in ((positive, n_positive), (negative, n_negative))
-    ]
-    return torch.cat(drawn)
-
-
-def crop_masks(masks: Tensor, boxes: Tensor, matched: Tensor, cells: int) -> Tensor:
-    """Return what the mask head should say of `boxes`, (N, cells, cells) in 0..1.
-
-    Deviation from torchvision, whose `project_masks_on_boxes` takes the centre of pixel i to lie at i and so
-    shifts every mask by half a pixel: an object of ten pixels then loses a tenth of its overlap.
-
-    Args:
-        masks: (M, H, W) uint8.
-        boxes: (N, 4) px; x1 and y1 exclusive.
-        matched: (N,) int64, the object of each box.
-        cells: side of the result.
-    """
-    if len(masks) == 0:
-        return boxes.new_zeros((len(boxes), cells, cells))
-    rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)
-    return cast(Tensor, roi_align(masks[:, None].to(boxes.dtype), rois, cells, aligned=True)[:, 0])
 
 
 def make_proposer(preset: Preset) -> Proposer:
