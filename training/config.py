@@ -125,6 +125,7 @@ class RefineStage:
     )
     fit_masks: bool = False  # fit each pseudo-mask to its image by a threshold between inside and outside
     source_every: int = 0  # every n-th step learns from the photographs again; 0 never
+    synthetic_every: int = 0  # every n-th other step learns from synthesized tiles; 0 never
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,7 +184,7 @@ def run_refine(run: Run, start: Path) -> Darcnn:
     targets = TargetImages(run.data, recipe.target, recipe.seed)
     first = run.folder("refine" if stage.rounds == 1 else "refine-1")
     _match_scales(run, network, targets, first)
-    tiles = SourceTiles(run, targets)
+    tiles, synthesized = SourceTiles(run, targets), SynthesizedSource(targets)
     sheet = ContactSheet(recipe, targets)
     for number in range(1, stage.rounds + 1):
         name = "refine" if number == stage.rounds else f"refine-{number}"
@@ -210,8 +210,11 @@ def run_refine(run: Run, start: Path) -> Darcnn:
         def batch_of(number: int, name: str = name, labels: dict[str, NDArray[np.int32]] = labels) -> Batch:
             if stage.source_every and number % stage.source_every == 0:
                 return tiles.batch(name, number, stage.batch)
+            is_synthetic = stage.synthetic_every and number % stage.synthetic_every == 0
 
             def draw(rng: np.random.Generator) -> LabelledTile:
+                if is_synthetic:
+                    return vary_synthesized(synthesized.tile(rng, recipe.tile_px), rng)
                 tile = targets.tile(rng, recipe.tile_px, labels)
                 return augment_target(tile, rng) if stage.augment else tile
 
