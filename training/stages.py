@@ -13,7 +13,7 @@ from torch import Tensor
 
 from darcnn.runtime.errors import OutputError
 from darcnn.training import parallel
-from darcnn.training.adapt.diameters import match_scales
+from darcnn.training.adapt.diameters import DIAMETERS_FILE, match_scales
 from darcnn.training.adapt.pseudo_labels import label_images, read_labels
 from darcnn.training.checkpoint import CheckpointInfo, is_complete, load_network
 from darcnn.training.config import Recipe
@@ -183,7 +183,8 @@ def run_refine(run: Run, start: Path) -> Darcnn:
     network = run.start_from(start)
     targets = TargetImages(run.data, recipe.target, recipe.seed)
     first = run.folder("refine" if stage.rounds == 1 else "refine-1")
-    _match_scales(run, network, targets, first)
+    known = start / DIAMETERS_FILE  # what stage 1 measured holds for stage 2
+    _match_scales(run, network, targets, known.parent if known.is_file() else first)
     tiles, synthesized = SourceTiles(run, targets), SynthesizedSource(targets)
     sheet = ContactSheet(recipe, targets)
     for number in range(1, stage.rounds + 1):

@@ -17,7 +17,9 @@ from darcnn.training.data.target import TargetImages
 from darcnn.training.engine import make_segmenter
 from darcnn.training.model.network import Darcnn
 
-__all__ = ["match_scales"]
+__all__ = ["DIAMETERS_FILE", "match_scales"]
+
+DIAMETERS_FILE = "diameters.json"
 
 _TILE_PX = 320  # small tiles: a size is told by a few objects
 
@@ -31,7 +33,7 @@ def match_scales(network: Darcnn, recipe: Recipe, targets: TargetImages, folder:
     unknown = [image for image in targets.images if image.is_scale_open]
     if not recipe.target.finds_diameter or not unknown:
         return
-    path = folder / "diameters.json"
+    path = folder / DIAMETERS_FILE
     if path.is_file():
         diameters: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
     else:
