@@ -89,13 +89,16 @@ def _stage(folder: Path) -> Iterator[str]:
     yield f"<h2>{folder.name}</h2>"
     history = read_history(folder)
     if history:
-        yield _picture(_draw_curves(history))
+        yield _picture(_draw_curves(history), f"losses of {folder.name}")
     scores = folder / "pseudo_labels" / "complete.json"
     if scores.is_file():
-        yield _picture(_draw_scores(json.loads(scores.read_text(encoding="utf-8"))["scores"]))
+        yield _picture(
+            _draw_scores(json.loads(scores.read_text(encoding="utf-8"))["scores"]),
+            "scores of the pseudo-labels",
+        )
     for step, picture in sheets_of(folder)[-1:]:
         yield f"<p>What it finds on unlabelled images after {step} steps:</p>"
-        yield _img(picture.read_bytes())
+        yield _img(picture.read_bytes(), f"outlines found after {folder.name}")
 
 
 def _draw_curves(history: Sequence[dict[str, float]]) -> Figure:
@@ -111,9 +114,10 @@ def _draw_curves(history: Sequence[dict[str, float]]) -> Figure:
     for axes, title in ((left, "sum of losses"), (right, "weighted losses")):
         axes.set_title(title)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     right.set_yscale("symlog", linthresh=1e-3)
-    right.legend(fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     return figure
 
 
@@ -139,11 +143,12 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return smooth
 
 
-def _picture(figure: Figure) -> str:
+def _picture(figure: Figure, words: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
-    return _img(buffer.getvalue())
+    return _img(buffer.getvalue(), words)
 
 
-def _img(png: bytes) -> str:
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def _img(png: bytes, words: str) -> str:
+    """Return a picture inside the page; `words` are for those who cannot see it."""
+    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
