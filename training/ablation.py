@@ -14,8 +14,9 @@ from darcnn.training import parallel
 from darcnn.training.checkpoint import load_network
 from darcnn.training.config import Ablation, Recipe
 from darcnn.training.engine import make_segmenter
-from darcnn.training.evaluate import evaluate_folder
-from darcnn.training.stages import Run, run_adapt, run_refine, run_source
+from darcnn.training.evaluate import evaluate_folder, labelled_images
+from darcnn.training.stages import Run, check_batches, run_adapt, run_refine, run_source
+from darcnn.training.writing import new_file
 
 __all__ = ["ARMS", "Arm", "run_ablation"]
 
@@ -113,6 +114,8 @@ def run_ablation(run: Run) -> None:
 
     Raises:
         UsageError: the recipe has no [ablation].
+        InputError: its images or their labels are missing.
+        OutputError: `run.out` holds an ablation and the run does not resume, or cannot be written.
     """
     options = run.recipe.ablation
     if options is None:
@@ -120,8 +123,10 @@ def run_ablation(run: Run) -> None:
             "the recipe has no [ablation]", where=run.recipe.name, fix='add [ablation] with folder = "..."'
         )
     folder = run.data / options.folder
-    if not (folder / "labels").is_dir():
-        raise UsageError("holds no labels/", where=folder, fix="correct ablation.folder in the recipe")
+    labelled_images(folder)  # raises what is wrong with them now rather than after the training
+    check_batches(run.recipe)
+    if not run.resume and any(run.out.glob("*/*/checkpoint.json")):
+        raise OutputError("holds checkpoints already", where=run.out, fix="pass --resume or another --out")
     rows: dict[str, dict[str, float]] = {}
     arms = [arm for arm in ARMS if arm.name != "synthesized" or run.recipe.target.channels == 3]
     for arm in arms:
@@ -160,7 +165,8 @@ def _figures_of(arm: Arm, run: Run, folder: Path, options: Ablation) -> dict[str
         mean = evaluate_folder(folder, segment).mean
     figures = {name: float(getattr(mean, name)) for name in _FIGURES}
     if parallel.is_first():
-        _write(path, json.dumps({"recipe": key, "figures": figures}, indent=1))
+        with new_file(path) as temporary:
+            temporary.write_text(json.dumps({"recipe": key, "figures": figures}, indent=1), encoding="utf-8")
     return figures
 
 
@@ -196,19 +202,19 @@ def _write_tables(
         ours = " | ".join(f"{rows[arm.name][name]:.3f}" for name in _FIGURES)
         theirs = ", ".join(f"{value:.4f}" for value in arm.paper.get(paper, ())) or "-"
         lines.append(f"| {arm.title} | {ours} | {theirs} |")
-    _write(out / "ablation.md", "\n".join(lines) + "\n")
-    temporary = out / "ablation.csv.tmp"
-    try:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["arm", *_FIGURES, "paper_aji", "paper_pixel_f1", "paper_object_f1"])
-            for arm in arms:
-                theirs_of = arm.paper.get(paper, ("", "", ""))
-                writer.writerow([arm.name, *(f"{rows[arm.name][f]:.4f}" for f in _FIGURES), *theirs_of])
-        temporary.replace(out / "ablation.csv")
-        _plot(out / "ablation.png", arms, rows, paper)
-    except OSError as err:
-        raise OutputError(err.strerror or str(err), where=out, fix="make room or give permission") from err
+    with new_file(out / "ablation.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with (
+        new_file(out / "ablation.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(["arm", *_FIGURES, "paper_aji", "paper_pixel_f1", "paper_object_f1"])
+        for arm in arms:
+            theirs_of = arm.paper.get(paper, ("", "", ""))
+            writer.writerow([arm.name, *(f"{rows[arm.name][f]:.4f}" for f in _FIGURES), *theirs_of])
+    with new_file(out / "ablation.png") as temporary:
+        _plot(temporary, arms, rows, paper)
 
 
 def _plot(path: Path, arms: Sequence[Arm], rows: Mapping[str, Mapping[str, float]], paper: str) -> None:
@@ -228,14 +234,4 @@ def _plot(path: Path, arms: Sequence[Arm], rows: Mapping[str, Mapping[str, float
     axes.set(xlabel="AJI, mean over images", xlim=(0, 1))
     axes.grid(axis="x", alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=100)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as err:
-        raise OutputError(err.strerror or str(err), where=path, fix="make room or give permission") from err
+    figure.savefig(path, format="png", dpi=100)

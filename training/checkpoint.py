@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from darcnn.runtime.errors import InputError, OutputError
+from darcnn.runtime.errors import InputError
 from darcnn.training.config import Recipe, recipe_from_table, recipe_to_table
 from darcnn.training.model.network import Darcnn
+from darcnn.training.writing import new_file
 
 __all__ = [
     "CheckpointInfo",
@@ -29,6 +30,7 @@ __all__ = [
 
 _WEIGHTS, _INFO = "checkpoint.safetensors", "checkpoint.json"
 _OPTIMIZER = "optimizer."
+_PROGRESS = "progress"  # in the metadata of the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,8 @@ def save_checkpoint(
 ) -> None:
     """Write the checkpoint of `folder`, each file under a temporary name and then renamed.
 
-    An interruption between the two renames leaves newer weights under an older step; a resumed stage
-    then repeats the steps between.
+    The weights say themselves of which step they are, so that an interruption between the two renames
+    does no harm.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -57,15 +59,8 @@ def save_checkpoint(
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     if optimizer is not None:
         tensors |= _optimizer_tensors(optimizer, network)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / (_WEIGHTS + ".tmp")
-        save_file(tensors, temporary, metadata={"stage": info.stage, "step": str(info.step)})
-        temporary.replace(folder / _WEIGHTS)
-    except OSError as err:
-        raise OutputError(
-            err.strerror or str(err), where=folder, fix="choose a folder with room and permission"
-        ) from err
+    with new_file(folder / _WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={_PROGRESS: json.dumps(_progress(info))})
     _write_info(folder, info)
 
 
@@ -77,7 +72,7 @@ def read_info(folder: Path) -> CheckpointInfo:
     """
     path = folder / _INFO
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) | _progress_of_weights(folder)
         recipe = recipe_from_table(content["recipe"], where=str(path))
         return CheckpointInfo(
             stage=content["stage"],
@@ -137,24 +132,33 @@ def load_optimizer(folder: Path, network: nn.Module, optimizer: torch.optim.Opti
         prefix = f"{_OPTIMIZER}{name}."
         moments = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         if moments:
-            optimizer.state[parameter] = moments
+            optimizer.state[parameter] = {
+                # a moment lies on its parameter's device and in its layout, the count of steps on the CPU
+                key: torch.empty_like(parameter).copy_(moment) if moment.ndim else moment
+                for key, moment in moments.items()
+            }
 
 
 def _write_info(folder: Path, info: CheckpointInfo) -> None:
-    content = {
-        "stage": info.stage,
-        "step": info.step,
-        "complete": info.complete,
-        "recipe": recipe_to_table(info.recipe),
-        "figures": info.figures,
-        "state": info.state,
-    }
-    temporary = folder / (_INFO + ".tmp")
-    try:
+    content = {**_progress(info), "recipe": recipe_to_table(info.recipe), "figures": info.figures}
+    with new_file(folder / _INFO) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        temporary.replace(folder / _INFO)
-    except OSError as err:
-        raise OutputError(err.strerror or str(err), where=folder, fix="make room or give permission") from err
+
+
+def _progress(info: CheckpointInfo) -> dict[str, Any]:
+    """Return what has to agree with the weights."""
+    return {"stage": info.stage, "step": info.step, "complete": info.complete, "state": info.state}
+
+
+def _progress_of_weights(folder: Path) -> dict[str, Any]:
+    """Return what the weights say of themselves; nothing if they cannot be read or say nothing."""
+    try:
+        with safe_open(folder / _WEIGHTS, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}  # who needs the weights is told
+    progress: dict[str, Any] = json.loads(metadata.get(_PROGRESS, "{}"))
+    return progress
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:

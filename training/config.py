@@ -142,9 +142,7 @@ class Ablation:
 
     folder: str  # holds images/ and labels/, relative to the data folder
     diameter_px: float | None = None  # typical object in these images; None: pixels as they are
-    paper: Literal["none", "bbbc", "tnbc"] = (
-        "none"  # whose column of the paper's Tables 3 and 4 stands beside
-    )
+    paper: Literal["none", "bbbc", "tnbc"] = "none"  # whose figures in Tables 3 and 4 stand beside
 
 
 @dataclass(frozen=True, slots=True)

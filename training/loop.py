@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +29,7 @@ from darcnn.training.history import History, Sheet
 from darcnn.training.model.network import Darcnn
 from darcnn.training.schedule import PlateauProgress, PlateauRule, learning_rate_factor
 from darcnn.training.steps import learning_parts
+from darcnn.training.writing import new_file
 
 __all__ = ["LoopPlan", "train"]
 
@@ -75,7 +77,8 @@ def train(
         after_step: called after each optimiser step.
 
     Raises:
-        UsageError: the stage to resume was begun with another recipe, or a loss is not finite.
+        UsageError: the stage to resume was begun with another recipe, or a loss or gradient is not finite.
+        OutputError: the folder cannot be written.
     """
     saved = _saved_progress(plan)
     if saved is not None and saved.complete:
@@ -113,7 +116,8 @@ def train(
                 part = _add_gradient(losses, plan, step)
                 values = {name: values.get(name, 0.0) + value for name, value in part.items()}
             parallel.average_gradients(parameters)
-            nn.utils.clip_grad_norm_(parameters, _CLIP_NORM)
+            norm = nn.utils.clip_grad_norm_(parameters, _CLIP_NORM)
+            _check_finite({"gradient": float(norm)}, plan, step)
             optimizer.step()
             after_step()
             history.add(step, values | plan.observed | {"learning_rate": rate})
@@ -129,6 +133,7 @@ def train(
                 history.show(step + 1, plan.sheet, network)
             if (step + 1) % _SAVE_EVERY == 0:
                 best.save()
+                history.flush()
                 info = replace(plan.info, step=step + 1, complete=False, state=asdict(rule.progress))
                 _save(plan.folder, network, info, optimizer)
         done = rule.best_step + 1 if plateaued else plan.steps
@@ -181,7 +186,8 @@ class _BestWeights:
 
     def save(self) -> None:
         if self.weights is not None and parallel.is_first():
-            save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, self.path)
+            with new_file(self.path) as temporary:
+                save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, temporary)
 
     def forget(self) -> None:
         if parallel.is_first():
@@ -204,12 +210,17 @@ def _add_gradient(losses: dict[str, Tensor], plan: LoopPlan, step: int) -> dict[
         UsageError: a loss is not finite.
     """
     values = parallel.mean_over_processes(torch.stack(list(losses.values()))) / plan.accumulate
-    for name, value in zip(losses, values.tolist(), strict=True):
-        if not torch.isfinite(torch.tensor(value)):
+    named = dict(zip(losses, values.tolist(), strict=True))
+    _check_finite({f"loss {name}": value for name, value in named.items()}, plan, step)
+    (torch.stack(list(losses.values())).sum() / plan.accumulate).backward()  # type: ignore[no-untyped-call]
+    return named | {"total": float(values.sum())}
+
+
+def _check_finite(values: dict[str, float], plan: LoopPlan, step: int) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
             raise UsageError(
-                f"the loss {name} of stage {plan.stage} is {value} at step {step}",
+                f"the {name} of stage {plan.stage} is {value} at step {step}",
                 where=plan.folder,
                 fix=f"lower {plan.stage}_stage.learning_rate; checkpoints before it are whole",
             )
-    (torch.stack(list(losses.values())).sum() / plan.accumulate).backward()  # type: ignore[no-untyped-call]
-    return dict(zip(losses, values.tolist(), strict=True)) | {"total": float(values.sum())}

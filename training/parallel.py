@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,11 +22,16 @@ __all__ = [
     "average_gradients",
     "gather",
     "is_first",
+    "mean_count",
     "mean_over_processes",
     "processes",
     "share_of",
     "wait_for_all",
 ]
+
+
+_PATIENCE = timedelta(days=1)  # the first process labels images and draws while the others wait for it
+_LEAST_COUNT = 1e-3  # below the mean over any number of processes of a count above 0
 
 
 @contextmanager
@@ -34,7 +40,7 @@ def processes(device: torch.device) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield
     finally:
@@ -83,6 +89,11 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return total / _count()
 
 
+def mean_count(n: Tensor) -> Tensor:
+    """Return the mean of the count `n` over the processes, to divide a sum by: never 0."""
+    return mean_over_processes(n.float()).clamp_min(_LEAST_COUNT)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -93,7 +104,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].contiguous()
+        total = gradients[0].clone(memory_format=torch.contiguous_format)  # others may hold the gradient
         distributed.all_reduce(total)
         return total[_rank() * ctx.rows : (_rank() + 1) * ctx.rows]
 

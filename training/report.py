@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from darcnn.runtime.errors import OutputError
 from darcnn.training.checkpoint import read_info
 from darcnn.training.config import Recipe, recipe_to_table
-from darcnn.training.history import SHEET_FOLDER, read_history
+from darcnn.training.history import read_history, sheets_of
+from darcnn.training.writing import new_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,20 +45,15 @@ def write_report(out: Path, recipe: Recipe) -> Path:
         parts.extend(_stage(folder))
     parts.append(f"<h2>Recipe</h2><pre>{html.escape(json.dumps(recipe_to_table(recipe), indent=1))}</pre>")
     path = out / "report.html"
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(
-            _PAGE.format(title=html.escape(recipe.name), body="\n".join(parts)), encoding="utf-8"
-        )
-        temporary.replace(path)
-    except OSError as err:
-        raise OutputError(err.strerror or str(err), where=path, fix="make room or give permission") from err
+    with new_file(path) as temporary:
+        page = _PAGE.format(title=html.escape(recipe.name), body="\n".join(parts))
+        temporary.write_text(page, encoding="utf-8")
     return path
 
 
 def _stage_folders(out: Path) -> Iterator[Path]:
-    """Yield the folders of finished stages in the order in which they ran."""
-    rounds = sorted(out.glob("refine-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    """Yield the folders of stages that left a checkpoint, in the order in which they ran."""
+    rounds = sorted(out.glob("refine-[0-9]*"), key=lambda folder: int(folder.name.split("-")[1]))
     for folder in (out / "source", out / "adapt", *rounds, out / "refine"):
         if (folder / "checkpoint.json").is_file():
             yield folder
@@ -94,14 +89,16 @@ def _stage(folder: Path) -> Iterator[str]:
     yield f"<h2>{folder.name}</h2>"
     history = read_history(folder)
     if history:
-        yield _picture(_draw_curves(history))
+        yield _picture(_draw_curves(history), f"losses of {folder.name}")
     scores = folder / "pseudo_labels" / "complete.json"
     if scores.is_file():
-        yield _picture(_draw_scores(json.loads(scores.read_text(encoding="utf-8"))["scores"]))
-    sheets = sorted((folder / SHEET_FOLDER).glob("*.png"))
-    if sheets:
-        yield f"<p>What it finds on unlabelled images after {int(sheets[-1].stem.split('_')[1])} steps:</p>"
-        yield _img(sheets[-1].read_bytes())
+        yield _picture(
+            _draw_scores(json.loads(scores.read_text(encoding="utf-8"))["scores"]),
+            "scores of the pseudo-labels",
+        )
+    for step, picture in sheets_of(folder)[-1:]:
+        yield f"<p>What it finds on unlabelled images after {step} steps:</p>"
+        yield _img(picture.read_bytes(), f"outlines found after {folder.name}")
 
 
 def _draw_curves(history: Sequence[dict[str, float]]) -> Figure:
@@ -117,9 +114,10 @@ def _draw_curves(history: Sequence[dict[str, float]]) -> Figure:
     for axes, title in ((left, "sum of losses"), (right, "weighted losses")):
         axes.set_title(title)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     right.set_yscale("symlog", linthresh=1e-3)
-    right.legend(fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     return figure
 
 
@@ -145,11 +143,12 @@ def _smooth(values: Sequence[float]) -> list[float]:
     return smooth
 
 
-def _picture(figure: Figure) -> str:
+def _picture(figure: Figure, words: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
-    return _img(buffer.getvalue())
+    return _img(buffer.getvalue(), words)
 
 
-def _img(png: bytes) -> str:
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def _img(png: bytes, words: str) -> str:
+    """Return a picture inside the page; `words` are for those who cannot see it."""
+    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

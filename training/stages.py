@@ -29,8 +29,11 @@ from darcnn.training.model.network import Darcnn
 from darcnn.training.model.pretrained import load_weights
 from darcnn.training.schedule import similarity_weight
 from darcnn.training.steps import adapt_losses, refine_losses, source_losses
+from darcnn.training.writing import disk_errors
 
-__all__ = ["Run", "SourceTiles", "run_adapt", "run_all", "run_refine", "run_source"]
+__all__ = ["Run", "SourceTiles", "check_batches", "run_adapt", "run_all", "run_refine", "run_source"]
+
+_MIN_SHEET_STEPS = 100  # between two pictures, which take as long as several steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +57,8 @@ class Run:
             raise OutputError(
                 "holds a checkpoint already", where=folder, fix="pass --resume or another --out"
             )
-        try:
+        with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as err:
-            raise OutputError(
-                err.strerror or str(err), where=folder, fix="choose a folder with permission"
-            ) from err
         return folder
 
     def is_done(self, folder: Path) -> bool:
@@ -105,7 +104,9 @@ def run_source(run: Run) -> Darcnn:
     """Train a Mask R-CNN on the labelled photographs, from the recipe's weights, into `run.out`/source."""
     recipe, stage = run.recipe, run.recipe.source_stage
     folder = run.folder("source")
-    network = Darcnn.from_name(recipe.preset, recipe.weights)
+    with torch.random.fork_rng(devices=[]):  # heads start at random, in every process the same
+        torch.manual_seed(recipe.seed)
+        network = Darcnn.from_name(recipe.preset, recipe.weights)
     if not run.is_done(folder):
         load_weights(network, recipe.weights, run.data)
     network.to(run.device)
@@ -187,8 +188,7 @@ def run_refine(run: Run, start: Path) -> Darcnn:
     _match_scales(run, network, targets, known.parent if known.is_file() else first)
     tiles, synthesized = SourceTiles(run, targets), SynthesizedSource(targets)
     sheet = ContactSheet(recipe, targets)
-    for number in range(1, stage.rounds + 1):
-        name = "refine" if number == stage.rounds else f"refine-{number}"
+    for name in _rounds(recipe):
         folder = run.folder(name)
         label_folder = folder / "pseudo_labels"
         if not run.is_done(folder) and parallel.is_first():
@@ -234,17 +234,40 @@ def _match_scales(run: Run, network: Darcnn, targets: TargetImages, folder: Path
         match_scales(network, run.recipe, targets, folder)
 
 
+def _rounds(recipe: Recipe) -> list[str]:
+    """Return the names of the rounds of stage 2."""
+    return [*(f"refine-{number}" for number in range(1, recipe.refine_stage.rounds)), "refine"]
+
+
 def _refine_losses_of(network: Darcnn, device: torch.device) -> Callable[[Batch, int], dict[str, Tensor]]:
     return lambda batch, step: refine_losses(network, batch.to(device))
 
 
 def _epoch(n_images: int, batch: int) -> int:
-    """Return the steps in which as many images are drawn as there are."""
-    return max(1, n_images // batch)
+    """Return the steps in which as many images are drawn as there are, but enough to be worth a picture."""
+    return max(_MIN_SHEET_STEPS, n_images // batch)
+
+
+def check_batches(recipe: Recipe) -> None:
+    """Raise a UsageError where a batch of any stage cannot be shared evenly by the processes."""
+    adapt = recipe.adapt_stage
+    for batch in (
+        recipe.source_stage.batch,
+        adapt.source_batch,
+        adapt.target_batch,
+        recipe.refine_stage.batch,
+    ):
+        parallel.share_of(batch)
 
 
 def run_all(run: Run) -> Darcnn:
-    """Run the three stages one after another; finished ones are skipped when resuming."""
+    """Run the three stages one after another; finished ones are skipped when resuming.
+
+    What would stop a later stage stops the run before it trains: the source stage reads all images.
+    """
+    check_batches(run.recipe)
+    for name in ("source", "adapt", *_rounds(run.recipe)):
+        run.folder(name)
     run_source(run)
     run_adapt(run, run.out / "source")
     return run_refine(run, run.out / "adapt")

@@ -14,6 +14,7 @@ from darcnn.training.adapt.similarity import project, similarity_loss
 from darcnn.training.data.batches import Batch
 from darcnn.training.model.heads import Heads
 from darcnn.training.model.network import Darcnn
+from darcnn.training.parallel import mean_over_processes
 
 __all__ = [
     "AdaptWeights",
@@ -128,7 +129,8 @@ def adapt_losses(
         regions = _confident_regions(network, shared_target)
         losses["consistency"] = weights.gamma * _consistency(network, private_target, regions)
     if observed is not None:
-        observed["regions"] = sum(len(boxes) for boxes in regions) / len(regions)
+        n_regions = torch.tensor([float(len(boxes)) for boxes in regions], device=c2.device)
+        observed["regions"] = float(mean_over_processes(n_regions.mean()))
     return losses
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
+import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +104,23 @@ def test_training_leaves_a_checkpoint_for_each_stage(folder: Path) -> None:
     for stage in ("source", "adapt", "refine"):
         assert json.loads((folder / "run" / stage / "checkpoint.json").read_text())["complete"]
     assert list((folder / "run" / "refine" / "pseudo_labels").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_training_leaves_a_report_on_all_stages_that_stands_alone(folder: Path) -> None:
+    text = (folder / "run" / "report.html").read_text(encoding="utf-8")
+    for stage in ("source", "adapt", "refine"):
+        assert f"<h2>{stage}</h2>" in text
+    sources = re.findall(r'src="([^"]*)"', text)
+    assert len(sources) == 3 * 2 + 1  # curves and findings of each stage, and the pseudo-labels' scores
+    for source in sources:
+        kind, _, encoded = source.partition(",")
+        assert kind == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(encoded, validate=True))) as picture:
+            picture.load()
+    labels = json.loads((folder / "run" / "refine" / "pseudo_labels" / "complete.json").read_text())
+    assert f"<td>{labels['objects']}</td>" in text
+    assert "http" not in text
 
 
 @pytest.mark.slow

@@ -170,3 +170,34 @@ def test_figures_are_added_to_what_the_checkpoint_says_of_itself(folder: Path, i
 def test_figures_of_no_checkpoint_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no readable checkpoint"):
         record_figures(tmp_path, "set/val", {})
+
+
+def test_an_interruption_between_the_two_files_does_not_take_new_weights_for_old_ones(
+    tmp_path: Path, network: Darcnn, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, network, CheckpointInfo("adapt", 100, False, recipe, state={"best": 2.0}))
+
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("darcnn.training.checkpoint._write_info", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, network, CheckpointInfo("adapt", 200, True, recipe, state={"best": 1.0}))
+    facts = read_info(tmp_path)
+    assert (facts.step, facts.complete, facts.state) == (200, True, {"best": 1.0})
+
+
+def test_moments_come_back_to_the_device_and_layout_of_their_parameters(
+    tmp_path: Path, network: Darcnn, info: CheckpointInfo
+) -> None:
+    save_checkpoint(tmp_path, network, info, stepped_optimizer(network))
+    for device in ("cpu", "meta"):  # meta stands for a GPU
+        loaded = load_network(tmp_path)[0].to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(loaded.select_trainable(*learning_parts(loaded, "source")), lr=1e-3)
+        load_optimizer(tmp_path, loaded, optimizer)
+        assert len(optimizer.state) > 0
+        for parameter, moments in optimizer.state.items():
+            assert moments["step"].device.type == "cpu"
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert moments[name].device == parameter.device
+                assert moments[name].stride() == parameter.stride()

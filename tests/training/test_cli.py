@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from darcnn.training.checkpoint import CheckpointInfo, read_info, save_checkpoint
 from darcnn.training.cli import commands, main
 from darcnn.training.config import Recipe
 from darcnn.training.model.network import Darcnn
 
-STAGES = ("source", "adapt", "refine", "run")
+STAGES = ("source", "adapt", "refine", "run", "ablation")
 
 RECIPE = """
 name = "tiny"
@@ -145,10 +146,39 @@ def test_what_is_not_toml_is_refused_in_one_line(
 
 
 def test_data_without_annotations_are_refused_in_one_line(
-    call: Callable[..., tuple[int, str, str]], recipe_path: Path, tmp_path: Path
+    call: Callable[..., tuple[int, str, str]], recipe_path: Path, data: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "a.png").write_bytes((data / "target" / "u2os_1f6b7cead1.png").read_bytes())
     result = call("source", recipe_path, "--data", tmp_path, "--out", tmp_path / "run")
     assert_refused(result, "instances.json")
+
+
+def test_a_gpu_that_is_not_there_is_refused_in_one_line(
+    call: Callable[..., tuple[int, str, str]], recipe_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert_refused(call("source", recipe_path, "--data", data, "--device", "cuda"), "no GPU", "--device cpu")
+
+
+def test_a_full_disk_is_said_in_one_line(
+    call: Callable[..., tuple[int, str, str]],
+    recipe_path: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr("darcnn.training.checkpoint.save_file", refuse)
+    code, out, err = call("source", recipe_path, "--data", data, "--out", tmp_path / "run")
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]  # after the progress
+    assert "No space left on device" in last
+    assert str(tmp_path / "run" / "source") in last
+    assert not list((tmp_path / "run" / "source").glob("checkpoint*"))
 
 
 def test_a_stage_without_the_one_before_is_refused_in_one_line(

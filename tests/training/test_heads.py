@@ -10,7 +10,7 @@ from darcnn.runtime.masks import outline_mask
 from darcnn.training.data.batches import Batch
 from darcnn.training.model.heads import MASK_POOL
 from darcnn.training.model.network import Darcnn
-from darcnn.training.model.targets import crop_masks, draw_balanced, leave_doubtful
+from darcnn.training.model.targets import crop_masks, draw_balanced, generator_of, leave_doubtful
 from darcnn.training.steps import source_losses
 
 CELLS = 2 * MASK_POOL
@@ -75,3 +75,68 @@ def test_what_is_neither_object_nor_background_is_never_drawn() -> None:
     assert len(set(rows.tolist())) == 20
     assert labels[rows].tolist().count(1.0) == 3
     assert (labels[rows] >= 0).all()
+
+
+def test_what_is_drawn_of_an_image_depends_on_its_seed_and_use_alone() -> None:
+    labels = torch.cat([torch.ones(50), torch.zeros(500), -torch.ones(20)])[torch.randperm(570)]
+
+    def draw(seed: int, use: int) -> list[int]:
+        torch.rand(3)  # the common generator does not matter
+        generator = generator_of({"seed": torch.tensor(seed)}, use)
+        return draw_balanced(labels, 60, 0.5, generator).tolist()
+
+    assert draw(5, 0) == draw(5, 0)
+    assert draw(5, 0) != draw(5, 1)
+    assert draw(5, 0) != draw(6, 0)
+
+
+@pytest.mark.parametrize(
+    ("n_positive", "n_negative", "drawn"),
+    [(50, 500, (30, 30)), (7, 500, (7, 53)), (50, 9, (30, 9)), (0, 0, (0, 0))],
+)
+def test_at_most_the_given_fraction_is_positive_and_nothing_is_drawn_twice(
+    n_positive: int, n_negative: int, drawn: tuple[int, int]
+) -> None:
+    labels = torch.cat([torch.ones(n_positive), torch.zeros(n_negative), -torch.ones(20)])
+    labels = labels[torch.randperm(len(labels))]
+    rows = draw_balanced(labels, 60, 0.5, torch.Generator().manual_seed(0))
+    assert len(set(rows.tolist())) == len(rows)
+    assert (int((labels[rows] == 1).sum()), int((labels[rows] == 0).sum())) == drawn
+    assert not (labels[rows] < 0).any()
+
+
+def test_losses_of_an_image_do_not_depend_on_its_place_in_the_batch(
+    network: Darcnn, small_batch: Batch
+) -> None:
+    turned = Batch(small_batch.images.flip(0), small_batch.targets[::-1])
+    with torch.no_grad():
+        one, other = source_losses(network, small_batch), source_losses(network, turned)
+    for name, loss in one.items():
+        torch.testing.assert_close(other[name], loss, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_sixteen_bits_round_features_but_neither_anchors_nor_boxes(
+    network: Darcnn, small_batch: Batch
+) -> None:
+    proposals: list[list[torch.Tensor]] = []
+    original = network.proposer.propose
+
+    def spy(*arguments: object) -> object:
+        result = original(*arguments)
+        proposals.append(result[0])
+        return result
+
+    network.proposer.propose = spy
+    with torch.no_grad():
+        exact = source_losses(network, small_batch)
+        anchors = [cell.clone() for cell in network.proposer.anchor_generator.cell_anchors]
+        with torch.autocast("cpu", torch.bfloat16):  # as the loop does on a GPU
+            rounded = source_losses(network, small_batch)
+    for name, loss in exact.items():
+        assert rounded[name].dtype == torch.float32
+        assert rounded[name].item() == pytest.approx(loss.item(), rel=0.1), name
+    for cell, before in zip(network.proposer.anchor_generator.cell_anchors, anchors, strict=True):
+        assert torch.equal(cell, before)
+    for boxes in proposals[1]:
+        assert boxes.dtype == torch.float32
+        assert not torch.equal(boxes, boxes.bfloat16().float())

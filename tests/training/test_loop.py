@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from darcnn.runtime.errors import UsageError
 from darcnn.training import loop
 from darcnn.training.checkpoint import CheckpointInfo, load_network, read_info
 from darcnn.training.config import Recipe
 from darcnn.training.data.batches import Batch
+from darcnn.training.history import read_history
 from darcnn.training.loop import LoopPlan, train
 from darcnn.training.model.network import Darcnn
-from darcnn.training.steps import adapt_losses, source_losses
+from darcnn.training.steps import adapt_losses, learning_parts, source_losses
 
 State = dict[str, Tensor]
 
@@ -188,17 +189,78 @@ def test_a_stage_without_a_plateau_keeps_its_last_weights(network: Darcnn, plate
     trained = train_script(script, replace(plateau_plan, steps=BEST + 1))
     assert len(script.weights) == BEST + 1
     assert torch.equal(moving_weight(trained), script.weights[-1])
-    assert {path.suffix for path in plateau_plan.folder.iterdir() if path.is_file()} == {
-        ".safetensors",
-        ".json",
-    }
+    files = {path.name for path in plateau_plan.folder.iterdir() if path.is_file()}
+    assert files == {"checkpoint.safetensors", "checkpoint.json", "history.csv"}
 
 
-def test_a_loss_that_is_no_number_stops_the_stage(network: Darcnn, plateau_plan: LoopPlan) -> None:
-    script = Scripted(network, [1.0, float("nan")])
-    with pytest.raises(FloatingPointError, match="scripted"):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_stage_and_leaves_the_checkpoint_before_it(
+    network: Darcnn, plateau_plan: LoopPlan, save_every: Callable[[int], None], value: float
+) -> None:
+    save_every(1)
+    script = Scripted(network, [1.0, value])
+    with pytest.raises(UsageError) as caught:
         train_script(script, replace(plateau_plan, steps=2))
+    assert f"the loss scripted of stage adapt is {value} at step 1" in str(caught.value)
+    assert "adapt_stage.learning_rate" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
     assert len(script.weights) == 1
+    loaded, info = load_network(plateau_plan.folder)
+    assert (info.step, info.complete) == (1, False)
+    assert torch.equal(moving_weight(loaded), script.weights[0])
+    assert [row["step"] for row in read_history(plateau_plan.folder)] == [0]
+
+
+def test_a_gradient_that_is_no_number_stops_the_stage_before_the_weights_take_it(
+    network: Darcnn, plateau_plan: LoopPlan
+) -> None:
+    def losses_of(batch: int, step: int) -> dict[str, Tensor]:
+        weight = moving_weight(network).sum()
+        return {"root": torch.sqrt(weight - weight.detach())}  # 0, and infinitely steep
+
+    before = state_of(network)
+    with pytest.raises(UsageError, match=r"the gradient of stage adapt is (nan|inf) at step 0"):
+        train(network, plateau_plan, lambda number: number, losses_of)
+    assert_equal(before, state_of(network))
+
+
+def test_accumulated_batches_give_the_mean_of_their_gradients(
+    network: Darcnn, plan: LoopPlan, batches: list[Batch], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    learning = learning_parts(network, "source")
+    parameters = list(network.select_trainable(*learning))
+    gradients: list[list[Tensor]] = []
+    for batch in batches[:2]:
+        total = torch.stack(list(source_losses(network, batch).values())).sum()
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+        gradients.append(
+            [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        )
+    seen: list[Tensor] = []
+    original = nn.utils.clip_grad_norm_
+
+    def spy(clipped: list[nn.Parameter], norm: float) -> Tensor:
+        seen.extend(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in clipped)
+        return original(clipped, norm)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy)
+    run_source(network, replace(plan, steps=1, accumulate=2), batches)
+    for one, other, accumulated in zip(*gradients, seen, strict=True):
+        torch.testing.assert_close(accumulated, (one + other) / 2, atol=1e-5, rtol=1e-4)
+    (row,) = read_history(plan.folder)
+    assert row["total"] == pytest.approx(sum(row[t] for t in row if t.split("_")[0] in ("rpn", "head")))
+
+
+def test_a_step_takes_its_own_batches_when_they_accumulate(network: Darcnn, plateau_plan: LoopPlan) -> None:
+    taken: list[tuple[int, int]] = []
+    script = Scripted(network, FALL_THEN_RISE)
+
+    def losses_of(batch: int, step: int) -> dict[str, Tensor]:
+        taken.append((step, batch))
+        return script.losses_of(batch, step)
+
+    train(network, replace(plateau_plan, steps=2, accumulate=3), lambda number: number, losses_of)
+    assert taken == [(0, 0), (0, 1), (0, 2), (1, 3), (1, 4), (1, 5)]
 
 
 def test_an_error_while_making_a_batch_reaches_the_caller(network: Darcnn, plateau_plan: LoopPlan) -> None:

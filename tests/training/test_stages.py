@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from darcnn.runtime.errors import InputError, OutputError, UsageError
+from darcnn.runtime.errors import DarcnnError, InputError, OutputError, UsageError
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.training.adapt.pseudo_labels import read_labels
 from darcnn.training.checkpoint import load_network, read_info
-from darcnn.training.config import Recipe, TargetSet
+from darcnn.training.config import Recipe, Source, TargetSet, recipe_to_table
 from darcnn.training.data.batches import Batch
 from darcnn.training.data.source import LabelledTile
 from darcnn.training.data.synthesis import SynthesizedSource
@@ -61,7 +67,7 @@ def test_a_finished_run_resumed_gives_the_same_and_trains_nothing(
 ) -> None:
     run = Run(replace(tiny, refine_stage=replace(tiny.refine_stage, rounds=1)), data, tmp_path)
     first = run_all(run)
-    monkeypatch.setattr("darcnn.training.loop._step", _forbidden)
+    monkeypatch.setattr("darcnn.training.loop._add_gradient", _forbidden)
     again = run_all(replace(run, resume=True))
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
@@ -172,3 +178,138 @@ def test_a_stage_without_its_start_is_refused(tiny: Recipe, data: Path, tmp_path
 def test_an_unknown_preset_is_refused(tiny: Recipe, data: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown preset"):
         run_source(Run(replace(tiny, preset="huge"), data, tmp_path))
+
+
+def _no_target(data: Path, recipe: Recipe) -> Recipe:
+    for path in (data / "target").iterdir():
+        path.unlink()
+    return recipe
+
+
+def _damaged_target(data: Path, recipe: Recipe) -> Recipe:
+    (data / "target" / "zz.png").write_bytes(b"no picture")
+    return recipe
+
+
+def _wrong_size(data: Path, recipe: Recipe) -> Recipe:
+    number = sorted((data / "source" / "images").iterdir())[0]
+    with Image.open(number) as picture:
+        smaller = picture.resize((picture.width // 2, picture.height // 2))
+    smaller.save(number)
+    return recipe
+
+
+def _wrong_label_map(data: Path, recipe: Recipe) -> Recipe:
+    (data / "maps").mkdir()
+    for path in (data / "target").iterdir():
+        Image.new("I;16", (9, 9), 1).save(data / "maps" / path.name)
+    return replace(recipe, source=Source("target", labels="maps"))
+
+
+def _no_weights(data: Path, recipe: Recipe) -> Recipe:
+    return replace(recipe, preset="resnet50", weights="none.pkl")
+
+
+def _taken(data: Path, recipe: Recipe) -> Recipe:
+    (data / "run" / "refine-1").mkdir(parents=True)
+    (data / "run" / "refine-1" / "checkpoint.json").write_text("{}")
+    return recipe
+
+
+def _uneven(data: Path, recipe: Recipe) -> Recipe:
+    return replace(recipe, refine_stage=replace(recipe.refine_stage, batch=3))
+
+
+OBSTACLES: dict[Callable[[Path, Recipe], Recipe], tuple[type[DarcnnError], str]] = {
+    _no_target: (InputError, "no target images"),
+    _damaged_target: (InputError, "zz.png"),
+    _wrong_size: (InputError, "its annotations are for"),
+    _wrong_label_map: (InputError, "its image"),
+    _no_weights: (InputError, "none.pkl"),
+    _taken: (OutputError, "refine-1"),
+    _uneven: (UsageError, "a batch of 3 cannot be shared by 2 processes"),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES, ids=lambda obstacle: obstacle.__name__)
+def test_what_would_stop_any_stage_stops_a_run_before_it_trains(
+    tiny: Recipe,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    obstacle: Callable[[Path, Recipe], Recipe],
+) -> None:
+    for name in ("source", "target"):
+        shutil.copytree(data / name, tmp_path / name)
+    recipe = obstacle(tmp_path, tiny)
+    if obstacle is _uneven:
+        monkeypatch.setattr("darcnn.training.parallel._count", lambda: 2)
+    monkeypatch.setattr("darcnn.training.stages.train", _forbidden)
+    kind, words = OBSTACLES[obstacle]
+    with pytest.raises(kind, match=words):
+        run_all(Run(recipe, tmp_path, tmp_path / "run"))
+
+
+def test_the_seed_of_a_recipe_decides_what_a_run_starts_from(
+    tiny: Recipe, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("darcnn.training.stages.train", lambda network, *rest: network)
+
+    def begin(name: str, seed: int) -> dict[str, torch.Tensor]:
+        torch.rand(5)  # what was drawn before does not matter
+        return run_source(Run(replace(tiny, seed=seed), data, tmp_path / name)).state_dict()
+
+    state = torch.random.get_rng_state()
+    one, again, other = begin("one", 1), begin("again", 1), begin("other", 2)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in one.items())
+    assert not torch.equal(one["proposer.head.conv.0.0.weight"], other["proposer.head.conv.0.0.weight"])
+    torch.random.set_rng_state(state)
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from darcnn.training import loop
+from darcnn.training.config import recipe_from_table
+from darcnn.training.stages import Run, run_source
+
+torch.set_num_threads(1)
+loop._SAVE_EVERY = 2
+note = loop.History.add
+
+def note_and_die(history, step, values):
+    note(history, step, values)
+    if step == 2:  # one step after the checkpoint
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loop.History.add = note_and_die
+recipe = recipe_from_table(json.loads(sys.argv[1]), where="test")
+run_source(Run(recipe, Path(sys.argv[2]), Path(sys.argv[3])))
+"""
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_killed_ends_with_the_same_bits_as_one_that_never_stopped(
+    tiny: Recipe, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(tiny, source_stage=replace(tiny.source_stage, steps=4))
+    table = json.dumps(recipe_to_table(recipe))
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, table, str(data), str(tmp_path / "killed")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = read_info(tmp_path / "killed" / "source")
+    assert (left.step, left.complete) == (2, False)
+    monkeypatch.setattr("darcnn.training.loop._SAVE_EVERY", 2)
+    resumed = run_source(Run(recipe, data, tmp_path / "killed", resume=True))
+    whole = run_source(Run(recipe, data, tmp_path / "whole"))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    for name in ("checkpoint.safetensors", "history.csv"):
+        one, other = (tmp_path / run / "source" / name for run in ("killed", "whole"))
+        assert one.read_bytes() == other.read_bytes(), name

@@ -22,6 +22,7 @@ from darcnn.training.config import Recipe, RefineStage, relevant_part
 from darcnn.training.data.target import TargetImage, TargetImages
 from darcnn.training.engine import make_segmenter
 from darcnn.training.model.network import Darcnn
+from darcnn.training.writing import disk_errors, new_file
 
 __all__ = ["keep_one_polarity", "label_images", "merge_scales", "read_labels"]
 
@@ -46,7 +47,8 @@ def label_images(
     if resume and finished.is_file() and json.loads(finished.read_text())["recipe"] == depends_on:
         return
     shutil.rmtree(folder, ignore_errors=True)  # labels of an earlier try would be learned from
-    folder.mkdir(parents=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True)
     # the images have been through the target's intensity rule already
     as_they_are = replace(recipe.target, intensity=IntensityRule("full_range"))
     least = stage.min_score if stage.doubt_score is None else stage.doubt_score
@@ -76,7 +78,8 @@ def label_images(
     scores = np.concatenate([instances.scores for instances in found])
     histogram, _ = np.histogram(scores, bins=_SCORE_BINS, range=(0.0, 1.0))
     summary = {"objects": n_objects, "scores": histogram.tolist(), "recipe": depends_on}
-    finished.write_text(json.dumps(summary), encoding="utf-8")
+    with new_file(finished) as temporary:
+        temporary.write_text(json.dumps(summary), encoding="utf-8")
 
 
 def keep_one_polarity(images: list[NDArray[np.uint8]], found: list[Instances]) -> list[Instances]:
@@ -130,6 +133,5 @@ def _find(
 
 
 def _write(labels: NDArray[np.int32], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    Image.fromarray(labels.astype(np.uint16)).save(temporary, format="PNG")
-    temporary.replace(path)
+    with new_file(path) as temporary:
+        Image.fromarray(labels.astype(np.uint16)).save(temporary, format="PNG")

@@ -22,7 +22,7 @@ from torchvision.ops import roi_align
 
 from darcnn.training.model.presets import Preset
 from darcnn.training.model.targets import Target, crop_masks, draw_balanced, generator_of, leave_doubtful
-from darcnn.training.parallel import mean_over_processes
+from darcnn.training.parallel import mean_count
 
 __all__ = [
     "BOX_POOL",
@@ -122,9 +122,10 @@ class Proposer(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is u
         objectness, deltas = self.head(pyramid)
         batch = pyramid[0].shape[0]
         images = ImageList(pyramid[0].new_empty((batch, 3, *image_size)), [image_size] * batch)
-        anchors = self.anchor_generator(images, pyramid)
+        # anchors take the type of what they are given, and autocast's 16 bits would round them
+        anchors = self.anchor_generator(images, [level[:1, :1].float() for level in pyramid])
         per_level = [o.shape[1] * o.shape[2] * o.shape[3] for o in objectness]
-        objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+        objectness, deltas = (t.float() for t in concat_box_prediction_layers(objectness, deltas))
         decoded = self.box_coder.decode(deltas.detach(), anchors).view(batch, -1, 4)
         boxes, scores = self.filter_proposals(decoded, objectness, images.image_sizes, per_level)
         if targets is None:
@@ -152,13 +153,11 @@ class Proposer(RegionProposalNetwork):  # type: ignore[misc]  # torchvision is u
         )
         label = torch.cat(labels)[chosen]
         positive = chosen[label >= 1]
-        count = mean_over_processes(torch.tensor(float(len(chosen)), device=deltas.device)).clamp_min(1.0)
+        count = mean_count(torch.tensor(len(chosen), device=deltas.device))
         is_object = F.binary_cross_entropy_with_logits(
-            objectness.flatten()[chosen].float(), label.float(), reduction="sum"
+            objectness.flatten()[chosen], label.float(), reduction="sum"
         )
-        box = F.smooth_l1_loss(
-            deltas[positive].float(), torch.cat(wanted)[positive], beta=_BETA, reduction="sum"
-        )
+        box = F.smooth_l1_loss(deltas[positive], torch.cat(wanted)[positive], beta=_BETA, reduction="sum")
         return {"rpn_objectness": is_object / count, "rpn_box": box / count}
 
 
@@ -179,7 +178,7 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(pyramid, proposals)))
         label = torch.cat(labels)
         positive = torch.where(label > 0)[0]
-        count = mean_over_processes(torch.tensor(float(len(label)), device=label.device)).clamp_min(1.0)
+        count = mean_count(torch.tensor(len(label), device=label.device))
         own_deltas = deltas.reshape(len(label), -1, 4)[positive, label[positive]]
         box = F.smooth_l1_loss(own_deltas.float(), torch.cat(wanted)[positive], beta=_BETA, reduction="sum")
         return {
@@ -236,7 +235,7 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         logits = self.mask_predictor(self.mask_head(features))[:, 1].float()  # (B * _MASK_ROIS, 28, 28)
         loss = F.binary_cross_entropy_with_logits(logits, torch.cat(truth), reduction="none").mean(dim=(1, 2))
         weight = torch.cat(weights)
-        return (loss * weight).sum() / mean_over_processes(weight.sum()).clamp_min(1.0)
+        return (loss * weight).sum() / mean_count(weight.sum())
 
     def detect(
         self, pyramid: list[Tensor], proposals: list[Tensor], image_size: tuple[int, int]

@@ -56,6 +56,7 @@ def draw_balanced(labels: Tensor, n: int, positive_fraction: float, generator: t
 def crop_masks(masks: Tensor, boxes: Tensor, matched: Tensor, cells: int) -> Tensor:
     """Return what the mask head should say of `boxes`, (N, cells, cells) in 0..1.
 
+    Mask R-CNN (arXiv:1703.06870), section 3: the part of its object's mask that a box encloses.
     Deviation from torchvision, whose `project_masks_on_boxes` takes the centre of pixel i to lie at i and so
     shifts every mask by half a pixel: an object of ten pixels then loses a tenth of its overlap.
 

@@ -1,0 +1,45 @@
+"""Files that appear whole or not at all, and what the disk refuses, said in one line."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from darcnn.runtime.errors import OutputError
+
+__all__ = ["disk_errors", "new_file"]
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn what the system or safetensors raise while the block writes into an OutputError at `where`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as err:
+        raise OutputError(
+            getattr(err, "strerror", None) or str(err),
+            where=where,
+            fix="make room, give permission or choose another --out",
+        ) from err
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield the name under which to write; the file is called `path` only if the block ends well.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                temporary.unlink(missing_ok=True)
+            raise
