@@ -99,6 +99,7 @@ def test_a_sheet_has_at_most_eight_images_evenly_spaced(small: Recipe, network: 
     assert shown == [10 * (3 * k + 1) for k in range(8)]
 
 
+@pytest.mark.slow
 def test_sheets_do_not_change_what_is_learned(
     small: Recipe, network: Darcnn, small_batch: Batch, data: Path, tmp_path: Path
 ) -> None:

@@ -23,7 +23,6 @@ from darcnn.training.history import read_history
 from darcnn.training.model.network import Darcnn
 from darcnn.training.stages import Run, run_adapt, run_source
 
-COMMAND = "from darcnn.training.cli import main; main()"
 LOSS_TOLERANCE, WAY_TOLERANCE = 1e-4, 0.02
 
 RECIPE = """
@@ -63,15 +62,18 @@ steps = 1
 batch = 2
 """
 
-# Each process writes what it saw as JSON; lines are indented as they stand.
-UNITS = """
-import json, pathlib, sys
+# What each process runs: it writes what the functions gave it as JSON, then runs the command for two stages.
+# One program, since starting it takes longer than all that it does.
+PROGRAM = """
+import contextlib, json, pathlib, sys
 import torch
 from torch import nn
 from darcnn.runtime.errors import UsageError
 from darcnn.training import parallel
+from darcnn.training.cli import main
 from darcnn.training.history import History
 
+torch.set_num_threads(1)
 out = pathlib.Path(sys.argv[1])
 with parallel.processes(torch.device("cpu")):
     rank = torch.distributed.get_rank()
@@ -103,38 +105,59 @@ with parallel.processes(torch.device("cpu")):
                      nn.Identity())
     parallel.wait_for_all()
     (out / f"{rank}.json").write_text(json.dumps(seen))
+    parallel.processes = lambda device: contextlib.nullcontext()  # the command finds them joined
+    for stage, start in (("source", []), ("adapt", ["--start", sys.argv[4]])):
+        where = ["--data", sys.argv[3], "--out", sys.argv[1], "--device", "cpu"]
+        arguments, sys.argv = sys.argv, ["darcnn-train", stage, sys.argv[2], *where, *start]
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, stage
+        sys.argv = arguments
 """
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Python with `arguments` in two processes, as torchrun does."""
+@pytest.fixture(scope="module")
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(recipe_path: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source and adapt stages of one process."""
+    run = Run(read_recipe(recipe_path), data, tmp_path_factory.mktemp("alone"))
+    run_source(run)
+    run_adapt(run, run.out / "source")
+    return run.out
+
+
+@pytest.fixture(scope="module")
+def together(alone: Path, recipe_path: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes that torchrun started left what they saw and learned."""
+    out = tmp_path_factory.mktemp("together")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "--"]
-    return subprocess.run(
-        [sys.executable, *torchrun, sys.executable, *map(str, arguments)],
+    result = subprocess.run(
+        [sys.executable, *torchrun, sys.executable, "-c", PROGRAM, out, recipe_path, data, alone / "source"],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
-
-
-@pytest.fixture(scope="module")
-def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two processes wrote what the functions of `parallel` gave them."""
-    out = tmp_path_factory.mktemp("units")
-    result = launch("-c", UNITS, out)
     assert result.returncode == 0, result.stderr
+    assert result.stdout == "".join(f"checkpoint: {out / stage}\n" for stage in ("source", "adapt"))  # once
     return out
 
 
 @pytest.fixture(scope="module")
-def first(units: Path) -> dict[str, Any]:
-    return dict(json.loads((units / "0.json").read_text()))
+def first(together: Path) -> dict[str, Any]:
+    return dict(json.loads((together / "0.json").read_text()))
 
 
 @pytest.fixture(scope="module")
-def second(units: Path) -> dict[str, Any]:
-    return dict(json.loads((units / "1.json").read_text()))
+def second(together: Path) -> dict[str, Any]:
+    return dict(json.loads((together / "1.json").read_text()))
 
 
 @pytest.mark.slow
@@ -186,10 +209,10 @@ def test_means_and_counts_are_those_of_all_processes_and_no_count_is_zero(
 
 
 @pytest.mark.slow
-def test_only_the_first_process_writes(units: Path, first: dict[str, Any]) -> None:
-    assert (units / "stage-0" / "history.csv").is_file()
-    assert (units / "stage-0" / "sheets" / "step_000001.png").is_file()
-    assert not (units / "stage-1").exists()
+def test_only_the_first_process_writes(together: Path, first: dict[str, Any]) -> None:
+    assert (together / "stage-0" / "history.csv").is_file()
+    assert (together / "stage-0" / "sheets" / "step_000001.png").is_file()
+    assert not (together / "stage-1").exists()
 
 
 def test_one_process_is_left_alone() -> None:
@@ -200,22 +223,6 @@ def test_one_process_is_left_alone() -> None:
         assert parallel.gather(value) is value
         assert not parallel.mean_over_processes(value).requires_grad
         parallel.wait_for_all()
-
-
-@pytest.fixture(scope="module")
-def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
-    path.write_text(RECIPE, encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def alone(recipe_path: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source and adapt stages of one process."""
-    run = Run(read_recipe(recipe_path), data, tmp_path_factory.mktemp("alone"))
-    run_source(run)
-    run_adapt(run, run.out / "source")
-    return run.out
 
 
 def start_of(stage: str, run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> Darcnn:
@@ -232,21 +239,22 @@ def distance(one: Darcnn, other: Darcnn) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["source", "adapt"])
 def test_two_processes_learn_what_one_learns(
-    stage: str, alone: Path, recipe_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    alone: Path,
+    together: Path,
+    recipe_path: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    start = ["--start", alone / "source"] if stage == "adapt" else []
-    where = ["--data", data, "--out", tmp_path, "--device", "cpu"]
-    result = launch("-c", COMMAND, stage, recipe_path, *where, *start)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"checkpoint: {tmp_path / stage}\n"  # said once
-    one, two = read_history(alone / stage), read_history(tmp_path / stage)
+    one, two = read_history(alone / stage), read_history(together / stage)
     assert len(one) == 3
     for ours, theirs in zip(one, two, strict=True):
         assert theirs == pytest.approx(ours, rel=LOSS_TOLERANCE)
     begin = start_of(
         stage, Run(read_recipe(recipe_path), data, tmp_path / "start"), alone / "source", monkeypatch
     )
-    learned, learned_together = load_network(alone / stage)[0], load_network(tmp_path / stage)[0]
+    learned, learned_together = load_network(alone / stage)[0], load_network(together / stage)[0]
     way = distance(begin, learned)
     assert way > 0
     assert distance(learned, learned_together) < WAY_TOLERANCE * way
