@@ -60,7 +60,7 @@ def otsu_watershed(image: NDArray[Any], *, is_haematoxylin: bool) -> NDArray[np.
 @click.command()
 @click.argument("models", nargs=-1)
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--diameter", type=float, help="Typical object, pixels of the images; for models with a scale.")
+@click.option("--diameter", type=float, help="Typical object, pixels of the images; else estimated.")
 @click.option("--stain", type=click.Choice(["haematoxylin"]), help="What thresholding looks at.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
 def main(
@@ -78,8 +78,7 @@ def main(
         with darcnn.runtime.load(model) as segmenter:
 
             def segment(reader: Reader, segmenter: darcnn.runtime.Segmenter = segmenter) -> Instances:
-                plan = segmenter.plan(reader.info, diameter_px=diameter, pixels=diameter is None)
-                return segmenter.segment(reader, plan)
+                return segmenter(reader, diameter_px="auto" if diameter is None else diameter)
 
             rows[model] = _row(folder, segment)
     click.echo(f"{folder.parent.name}/{folder.name}")
