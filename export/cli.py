@@ -172,7 +172,7 @@ def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, bat
     from darcnn.export.static import ExportOptions
     from darcnn.training.engine import halo_for
 
-    target = recipe.target
+    target, limit = recipe.target, recipe.export.max_diameters
     options = ExportOptions(
         channels=target.channels,
         tile_px=tile_px,
@@ -188,6 +188,7 @@ def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, bat
         mpp=target.mpp,
         min_score=recipe.export.min_score,
         finds_diameter=target.finds_diameter,
+        max_diameter_px=None if limit is None else limit * target.nominal_diameter_px,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -38,6 +39,7 @@ def make_manifest(
     mpp: float | None,
     min_score: float,
     finds_diameter: bool = False,
+    max_diameter_px: float | None = None,
 ) -> Manifest:
     """Return the manifest of a bundle that is not yet written: `files` is empty.
 
@@ -50,6 +52,7 @@ def make_manifest(
         mpp: micrometres per network pixel, None where the model knows no scale.
         min_score: what a run keeps unless told otherwise.
         finds_diameter: without a given size, a run measures the objects of an image first.
+        max_diameter_px: larger findings are not reported; network pixels, None for no limit.
     Raises:
         UsageError: the tile is too small for its halo or does not fit the network.
     """
@@ -77,7 +80,7 @@ def make_manifest(
             finds_diameter=finds_diameter,
         ),
         anchors=Anchors(preset.anchor_sizes_px, preset.anchor_ratios, preset.strides_px),
-        limits=_limits(network, options, min_score),
+        limits=replace(_limits(network, options, min_score), max_diameter_px=max_diameter_px),
         graphs=_signatures(network, options),
         files={},
     )

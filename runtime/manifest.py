@@ -51,6 +51,7 @@ class Limits:
     score_threshold: float  # below it `detect` reports nothing
     nms_threshold: float
     min_score: float  # what a run keeps unless told otherwise
+    max_diameter_px: float | None = None  # network pixels; a larger finding is none of the model's objects
 
 
 @dataclass(frozen=True, slots=True)

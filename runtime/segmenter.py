@@ -240,12 +240,20 @@ class Segmenter:
                 detections.boxes[index, slots], scores[slots], self._manifest.limits.nms_threshold
             )
             slots = slots[kept]
+        slots = slots[self._is_small_enough(detections.boxes[index, slots])]
         boxes = _to_slide(detections.boxes[index, slots], tile)
         inside = _lies_inside(boxes, plan.width, plan.height)
         clipped = np.clip(boxes, 0, [plan.width, plan.height, plan.width, plan.height])
         centres = (clipped[:, :2] + clipped[:, 2:]) / 2
         owned: NDArray[np.int64] = slots[inside & owns(tile, centres)]
         return owned
+
+    def _is_small_enough(self, boxes: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Tell which boxes (N, 4) are not larger than what the model looks for; sides by geometric mean."""
+        limit = self._manifest.limits.max_diameter_px
+        sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0).astype(np.float64)
+        found: NDArray[np.bool_] = np.sqrt(sides.prod(axis=1)) <= (np.inf if limit is None else limit)
+        return found
 
     def close(self) -> None:
         """Close the engine; closing twice is allowed."""

@@ -116,7 +116,8 @@ class RefineStage:
     warm_up: int = 20
     augment: bool = True  # the paper's augmentation of pseudo-labelled tiles; False only crops them
     min_score: float = 0.5  # z
-    # findings between this score and z teach neither "object" nor "background"; None: they are background
+    # findings between this score and z teach neither "object" nor "background", but for the last round, in
+    # which they are background; None: always background
     doubt_score: float | None = None
     max_objects: int = 300  # pseudo-labels an image keeps, best first
     scales: tuple[float, ...] = (1.0,)  # the images are labelled at each of these scales, results merged
@@ -133,6 +134,7 @@ class Export:
     """What the bundle of this recipe is told."""
 
     min_score: float = 0.5
+    max_diameters: float | None = None  # what is larger than so many nominal diameters is not reported
     tile_px: int = 512
 
 
@@ -219,7 +221,7 @@ def relevant_part(recipe: Recipe, stage: str) -> tuple[object, ...]:
     if stage == "source":
         return parts
     parts = (*parts, recipe.target, recipe.adapt_stage)
-    return parts if stage == "adapt" else (*parts, recipe.refine_stage)
+    return parts if stage == "adapt" else (*parts, recipe.refine_stage, recipe.export.max_diameters)
 
 
 def _parse(kind: type[T], table: Any, where: str, prefix: str) -> T:

@@ -93,7 +93,14 @@ def halo_for(nominal_diameter_px: float, stride_px: int) -> int:
 
 
 def make_manifest(
-    network: Darcnn, target: Target, *, name: str, tile_px: int, batch: int = 1, min_score: float = 0.5
+    network: Darcnn,
+    target: Target,
+    *,
+    name: str,
+    tile_px: int,
+    batch: int = 1,
+    min_score: float = 0.5,
+    max_diameters: float | None = None,
 ) -> Manifest:
     """Return what a model of this network says of itself; hashes and graphs come with the bundle."""
     preset, heads, proposer = network.preset, network.target_heads, network.proposer
@@ -123,6 +130,7 @@ def make_manifest(
             score_threshold=heads.score_thresh,
             nms_threshold=heads.nms_thresh,
             min_score=min_score,
+            max_diameter_px=None if max_diameters is None else max_diameters * target.nominal_diameter_px,
         ),
         graphs={},
         files={},
@@ -130,13 +138,27 @@ def make_manifest(
 
 
 def make_segmenter(
-    network: Darcnn, target: Target, *, min_score: float, tile_px: int = 512, source_branch: bool = False
+    network: Darcnn,
+    target: Target,
+    *,
+    min_score: float,
+    tile_px: int = 512,
+    source_branch: bool = False,
+    max_diameters: float | None = None,
 ) -> Segmenter:
     """Return a segmenter that runs `network` with PyTorch.
 
-    `source_branch` is for a network that only the source stage trained: it has no target branch yet.
+    `source_branch` is for a network that only the source stage trained: it has no target branch yet. What
+    is larger than `max_diameters` nominal diameters is not reported.
     """
     network.eval()
-    manifest = make_manifest(network, target, name="in-training", tile_px=tile_px, min_score=min_score)
+    manifest = make_manifest(
+        network,
+        target,
+        name="in-training",
+        tile_px=tile_px,
+        min_score=min_score,
+        max_diameters=max_diameters,
+    )
     engine = TorchEngine(network, tile_px=tile_px, channels=target.channels, source_branch=source_branch)
     return Segmenter(engine, manifest)

@@ -33,6 +33,7 @@ from darcnn.training.writing import disk_errors
 
 __all__ = ["Run", "SourceTiles", "check_batches", "run_adapt", "run_all", "run_refine", "run_source"]
 
+_LAST_ROUND = "refine"  # its folder: the final model
 _MIN_SHEET_STEPS = 100  # between two pictures, which take as long as several steps
 
 
@@ -192,7 +193,14 @@ def run_refine(run: Run, start: Path) -> Darcnn:
         folder = run.folder(name)
         label_folder = folder / "pseudo_labels"
         if not run.is_done(folder) and parallel.is_first():
-            label_images(network, recipe, targets, label_folder, resume=run.resume)
+            label_images(
+                network,
+                recipe,
+                targets,
+                label_folder,
+                resume=run.resume,
+                keeps_doubt=name != _LAST_ROUND,
+            )
         parallel.wait_for_all()
         labels = read_labels(label_folder)
         plan = LoopPlan(
@@ -236,7 +244,7 @@ def _match_scales(run: Run, network: Darcnn, targets: TargetImages, folder: Path
 
 def _rounds(recipe: Recipe) -> list[str]:
     """Return the names of the rounds of stage 2."""
-    return [*(f"refine-{number}" for number in range(1, recipe.refine_stage.rounds)), "refine"]
+    return [*(f"refine-{number}" for number in range(1, recipe.refine_stage.rounds)), _LAST_ROUND]
 
 
 def _refine_losses_of(network: Darcnn, device: torch.device) -> Callable[[Batch, int], dict[str, Tensor]]:

@@ -310,3 +310,16 @@ def test_closing_closes_the_engine() -> None:
         engine: Any = closing.engine
         assert not engine.is_closed
     assert engine.is_closed
+
+
+def test_what_is_larger_than_the_model_looks_for_is_not_reported():
+    labels = np.zeros((40, 40), np.int32)
+    labels[3:9, 3:9], labels[14:34, 14:34] = 1, 2
+    engine = OracleEngine(tile_px=TILE_PX, channels=1, mask_px=64)
+    manifest = make_oracle_manifest(engine, halo_px=HALO_PX)
+    limited = replace(manifest, limits=replace(manifest.limits, max_diameter_px=10.0))
+    pixels = encode_labels(labels, channels=1)[:, :, 0]
+    assert len(Segmenter(engine, manifest)(pixels)) == 2
+    found = Segmenter(engine, limited)(pixels)
+    assert len(found) == 1
+    assert np.array_equal(found.labels() > 0, labels == 1)

@@ -33,13 +33,20 @@ _SAME_IOU = 0.3  # two findings whose boxes overlap more are one object, seen at
 
 
 def label_images(
-    network: Darcnn, recipe: Recipe, targets: TargetImages, folder: Path, *, resume: bool
+    network: Darcnn,
+    recipe: Recipe,
+    targets: TargetImages,
+    folder: Path,
+    *,
+    resume: bool,
+    keeps_doubt: bool = True,
 ) -> None:
     """Write one 16-bit label picture for each image on which the target branch finds something.
 
     DARCNN, section 3.3: predictions of the stage-1 model on the clean image whose final score is above
     z become labels. Deviation: images without one are left out rather than taught as empty, and
-    masks may be fitted to the image, and weaker findings may be kept apart as doubtful.
+    masks may be fitted to the image, and weaker findings may be kept apart as doubtful (not in the last
+    round: `keeps_doubt`). What is larger than a run would report is no label.
     """
     stage = recipe.refine_stage
     finished = folder / "complete.json"
@@ -51,8 +58,10 @@ def label_images(
         folder.mkdir(parents=True)
     # the images have been through the target's intensity rule already
     as_they_are = replace(recipe.target, intensity=IntensityRule("full_range"))
-    least = stage.min_score if stage.doubt_score is None else stage.doubt_score
-    with make_segmenter(network, as_they_are, min_score=least) as segmenter:
+    least = stage.doubt_score if keeps_doubt and stage.doubt_score is not None else stage.min_score
+    with make_segmenter(
+        network, as_they_are, min_score=least, max_diameters=recipe.export.max_diameters
+    ) as segmenter:
         found = [
             _find(segmenter, image, recipe.target.nominal_diameter_px, stage)
             for image in tqdm(targets.images, desc="pseudo-labels", unit="image")
