@@ -192,6 +192,8 @@ def test_label_maps_of_any_depth_are_read(tmp_path: Path, kind: type) -> None:
 
 def test_a_run_refuses_bad_labels_before_its_first_step(recipe: Recipe, discs: Path) -> None:
     write(discs, "b", np.zeros((SIZE, SIZE), np.uint8), np.ones((4, 4)))
+    (discs / "target").mkdir()
+    Image.effect_noise((128, 128), 40).save(discs / "target" / "a.png")
     with pytest.raises(InputError, match=r"b\.png"):
         run_source(Run(replace(recipe, source=SOURCE), discs, discs / "out"))
 

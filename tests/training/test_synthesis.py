@@ -200,7 +200,9 @@ def test_the_source_draws_crops_of_the_target_until_one_has_nuclei(stained: Targ
 
 
 def test_a_target_without_nuclei_is_an_error_not_a_hang(tmp_path: Path, recipe: Recipe) -> None:
-    Image.new("L", (64, 64), 100).save(tmp_path / "plain.png")
+    plain = Image.new("L", (64, 64), 100)
+    plain.putpixel((5, 5), 180)  # contrast, but no nucleus
+    plain.save(tmp_path / "plain.png")
     target = replace(recipe.target, sets=(TargetSet("plain.png"),))
     source = SynthesizedSource(TargetImages(tmp_path, target, 0))
     with pytest.raises(InputError, match="synthetic_fraction") as caught:
