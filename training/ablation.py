@@ -157,10 +157,7 @@ def _figures_of(arm: Arm, run: Run, folder: Path, options: Ablation) -> dict[str
     with segmenter:
 
         def segment(reader: Any) -> Any:
-            plan = segmenter.plan(
-                reader.info, diameter_px=options.diameter_px, pixels=options.diameter_px is None
-            )
-            return segmenter.segment(reader, plan)
+            return segmenter(reader, diameter_px=options.diameter_px, pixels=options.diameter_px is None)
 
         mean = evaluate_folder(folder, segment).mean
     figures = {name: float(getattr(mean, name)) for name in _FIGURES}

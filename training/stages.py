@@ -184,7 +184,7 @@ def run_refine(run: Run, start: Path) -> Darcnn:
     recipe, stage = run.recipe, run.recipe.refine_stage
     network = run.start_from(start)
     targets = TargetImages(run.data, recipe.target, recipe.seed)
-    first = run.folder("refine" if stage.rounds == 1 else "refine-1")
+    first = run.folder(_rounds(recipe)[0])
     known = start / DIAMETERS_FILE  # what stage 1 measured holds for stage 2
     _match_scales(run, network, targets, known.parent if known.is_file() else first)
     tiles, synthesized = SourceTiles(run, targets), SynthesizedSource(targets)
