@@ -13,9 +13,10 @@ from darcnn.runtime.errors import ShapeError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.instances import Instances
 
-__all__ = ["MASK_LEVEL", "draw_polygon", "label_instances", "outline_mask"]
+__all__ = ["MASK_LEVEL", "draw_polygon", "drop_covered", "label_instances", "outline_mask"]
 
 MASK_LEVEL = 0.5  # a pixel belongs to an object where its probability is above this
+_MAX_COVERED = 0.5  # share of its pixels that an object may lose to better ones
 
 Outlined = tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float64]]
 
@@ -97,6 +98,28 @@ def draw_polygon(ring: NDArray[np.float64], region: Region) -> NDArray[np.bool_]
     turns = turns.reshape(height, width + 1)  # (H, W + 1): inside and outside change here
     inside: NDArray[np.bool_] = np.cumsum(turns, axis=1)[:, :-1] % 2 == 1
     return inside
+
+
+def drop_covered(instances: Instances) -> Instances:
+    """Return `instances` without those that lie for more than half in better ones: they are the same object.
+
+    Non-maximum suppression compares boxes; a part found inside a whole passes it. Of equal scores the
+    earlier object is the better one, as in `Instances.labels`.
+    """
+    if len(instances) < 2:
+        return instances
+    low = instances.origins.min(axis=0)
+    sizes = np.array([mask.shape[::-1] for mask in instances.masks])  # (N, 2) width, height
+    width, height = (instances.origins + sizes).max(axis=0) - low
+    taken = np.zeros((height, width), np.bool_)
+    kept = np.zeros(len(instances), np.bool_)
+    for row in np.argsort(-instances.scores, kind="stable"):
+        (x, y), mask = instances.origins[row] - low, instances.masks[row]
+        place = taken[y : y + mask.shape[0], x : x + mask.shape[1]]
+        kept[row] = np.count_nonzero(place & mask) <= _MAX_COVERED * np.count_nonzero(mask)
+        if kept[row]:
+            place |= mask
+    return instances.select(kept)
 
 
 def label_instances(labels: NDArray[np.integer]) -> Instances:

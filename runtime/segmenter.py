@@ -18,7 +18,7 @@ from darcnn.runtime.errors import ShapeError
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.manifest import Manifest
-from darcnn.runtime.masks import outline_mask
+from darcnn.runtime.masks import drop_covered, outline_mask
 from darcnn.runtime.planning import SlidePlan, plan_slide
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
@@ -298,7 +298,7 @@ def _place(
     scores: NDArray[np.float32],
     masks: NDArray[np.float32],
 ) -> Instances:
-    """Return the objects of one tile at level 0; one without a pixel there is left out."""
+    """Return the objects of one tile at level 0, without those that have no pixel there or lie in another."""
     height, width = shape
     read, size = tile.read, tile.read.width
     truncated = (
@@ -312,12 +312,14 @@ def _place(
     outlined = [outline_mask(mask, box, shape) for mask, box in zip(masks, boxes0, strict=True)]
     rows = [row for row, found in enumerate(outlined) if found is not None]
     placed = [found for found in outlined if found is not None]
-    return Instances(
-        shape=shape,
-        boxes=clip_boxes(boxes0[rows].astype(np.float32), width, height),
-        scores=scores[rows],
-        origins=np.array([origin for origin, _, _ in placed], np.int64).reshape(-1, 2),
-        masks=tuple(mask for _, mask, _ in placed),
-        outlines=tuple(ring for _, _, ring in placed),
-        truncated=truncated[rows],
+    return drop_covered(
+        Instances(
+            shape=shape,
+            boxes=clip_boxes(boxes0[rows].astype(np.float32), width, height),
+            scores=scores[rows],
+            origins=np.array([origin for origin, _, _ in placed], np.int64).reshape(-1, 2),
+            masks=tuple(mask for _, mask, _ in placed),
+            outlines=tuple(ring for _, _, ring in placed),
+            truncated=truncated[rows],
+        )
     )

@@ -101,6 +101,7 @@ class AdaptStage:
     beta: float = 1.0  # weight of L_diff
     gamma: float = 0.1  # weight of L_target
     heads_average: float = 0.99  # how slowly M^t follows M^s; 1 keeps M^t as it was
+    encoder_average: float = 1.0  # how slowly E_p^t follows E_p^s; 1, as in the paper: not at all
     patience: int = 200
 
 

@@ -66,6 +66,9 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "refine_stage.doubt_score is not from 0 to refine_stage.min_score",
             "use 0.2, say, or leave it out",
         )
+    for name in ("heads_average", "encoder_average"):
+        if not 0.0 <= getattr(recipe.adapt_stage, name) <= 1.0:
+            yield f"adapt_stage.{name} is not from 0 to 1", "use 0.99, say, or 1 to follow nothing"
     for name, score in (("refine_stage", refine.min_score), ("export", recipe.export.min_score)):
         if not 0.0 <= score <= 1.0:
             yield f"{name}.min_score = {score} is no score", "give a number from 0 to 1"

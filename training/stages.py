@@ -172,6 +172,7 @@ def run_adapt(run: Run, start: Path) -> Darcnn:
 
     def after_step() -> None:
         network.follow_source_heads(stage.heads_average)
+        network.follow_source_encoder(stage.encoder_average)
 
     return train(network, plan, batch_of, losses_of, after_step)
 

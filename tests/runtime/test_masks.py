@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import shapely
@@ -11,7 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 from darcnn.runtime.errors import ShapeError
 from darcnn.runtime.geometry import Region
-from darcnn.runtime.masks import draw_polygon, label_instances, outline_mask
+from darcnn.runtime.instances import Instances
+from darcnn.runtime.masks import draw_polygon, drop_covered, label_instances, outline_mask
 
 FAST = settings(deadline=None, max_examples=100)
 
@@ -155,3 +158,45 @@ def test_labels_need_two_axes_and_may_be_absent() -> None:
     assert len(label_instances(np.zeros((4, 5), int))) == 0
     with pytest.raises(ShapeError, match="label image"):
         label_instances(np.zeros((4, 5, 1), int))
+
+
+def squares(*placed: tuple[int, int, int, float]) -> Instances:
+    """Return squares (x, y, side, score) on a 40 x 40 image, one object each."""
+    parts = []
+    for x, y, side, score in placed:
+        labels = np.zeros((40, 40), np.int32)
+        labels[y : y + side, x : x + side] = 1
+        one = label_instances(labels)
+        parts.append(replace(one, scores=np.array([score], np.float32)))
+    return Instances.concatenate((40, 40), parts)
+
+
+@pytest.mark.parametrize(
+    ("placed", "kept"),
+    [
+        ([(0, 0, 10, 0.6), (2, 2, 4, 0.9)], [0, 1]),  # the whole keeps most of itself
+        ([(0, 0, 10, 0.9), (2, 2, 4, 0.6)], [0]),  # a part of what was found already
+        ([(0, 0, 10, 0.9), (5, 0, 10, 0.8)], [0, 1]),  # exactly half is not more than half
+        ([(0, 0, 10, 0.9), (4, 0, 10, 0.8)], [0]),
+        ([(0, 0, 10, 0.9), (4, 0, 10, 0.8), (9, 0, 10, 0.7)], [0, 2]),  # what is dropped covers nothing
+        ([(4, 0, 10, 0.8), (0, 0, 10, 0.8)], [0]),  # of equal scores the earlier
+        ([(30, 30, 5, 0.9), (1, 2, 5, 0.8)], [0, 1]),
+    ],
+)
+def test_what_lies_mostly_in_better_objects_is_dropped(
+    placed: list[tuple[int, int, int, float]], kept: list[int]
+) -> None:
+    given_objects = squares(*placed)
+    found = drop_covered(given_objects)
+    assert found.boxes.tolist() == given_objects.boxes[kept].tolist()
+
+
+@FAST
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(1, 10), st.floats(0.1, 1))))
+def test_dropping_what_is_covered_leaves_nothing_more_to_drop(
+    placed: list[tuple[int, int, int, float]],
+) -> None:
+    once = drop_covered(squares(*placed))
+    assert drop_covered(once).boxes.tolist() == once.boxes.tolist()
+    # a pixel of anything dropped for the most part still belongs to an object
+    assert len(once) == len(np.unique(once.labels())) - 1

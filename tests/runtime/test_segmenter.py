@@ -188,9 +188,9 @@ def test_low_scores_are_dropped_and_their_masks_never_made() -> None:
 
 @pytest.mark.parametrize(("converged", "n_found"), [(True, 2), (False, 1)])
 def test_a_tile_that_has_not_converged_is_finished_here(converged: bool, n_found: int) -> None:
-    twins = [(12, 12, 22, 22, 0.8), (12, 12, 22, 23, 0.9)]
+    twins = [(12, 12, 22, 22, 0.8), (17, 12, 27, 22, 0.9)]  # a third of their union, half of each
     model = manifest()
-    model = replace(model, limits=replace(model.limits, nms_threshold=0.5))
+    model = replace(model, limits=replace(model.limits, nms_threshold=0.3))
     found = Segmenter(ScriptedEngine(lambda tile: twins, converged=converged), model)(
         np.zeros((30, 30), np.uint8)
     )

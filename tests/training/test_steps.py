@@ -231,6 +231,23 @@ def test_target_heads_stay_where_the_slow_average_is_switched_off(network: Darcn
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
+@pytest.mark.parametrize(("keep", "stays"), [(1.0, True), (0.75, False)])
+def test_the_target_encoder_follows_the_source_encoder_where_asked(
+    network: Darcnn, keep: float, stays: bool
+) -> None:
+    with torch.no_grad():
+        for parameter in network.source_encoder.parameters():
+            parameter.add_(1.0)
+    before = _copy(network)
+    network.follow_source_encoder(keep)
+    moved = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    own = {f"target_encoder.{name}" for name, _ in network.target_encoder.named_parameters()}
+    assert moved == (set() if stays else own)
+    for name in moved:
+        twin = before[name.replace("target_encoder", "source_encoder")]
+        assert torch.allclose(network.state_dict()[name], torch.lerp(before[name], twin, 1.0 - keep))
+
+
 def test_alpha_beta_and_gamma_weigh_the_terms_of_equation_1(
     network: Darcnn, small_batch: Batch, small_tiles: Tensor, recipe: Recipe
 ) -> None:

@@ -66,8 +66,16 @@ class Darcnn(nn.Module):
     @torch.no_grad()
     def follow_source_heads(self, keep: float) -> None:
         """Move M^t towards M^s: M^t = keep * M^t + (1 - keep) * M^s."""
-        for ours, theirs in zip(self.target_heads.parameters(), self.source_heads.parameters(), strict=True):
-            ours.lerp_(theirs, 1.0 - keep)
+        _follow(self.target_heads, self.source_heads, keep)
+
+    @torch.no_grad()
+    def follow_source_encoder(self, keep: float) -> None:
+        """Move E_p^t towards E_p^s: E_p^t = keep * E_p^t + (1 - keep) * E_p^s.
+
+        Deviation: DARCNN leaves E_p^t in stage 1 to L_diff and L_target. No loss then holds it to features
+        that the heads can read; this does, and passes no gradient of L_source on.
+        """
+        _follow(self.target_encoder, self.source_encoder, keep)
 
     def select_trainable(self, *parts: nn.Module) -> Iterator[nn.Parameter]:
         """Let exactly the parameters of `parts` learn, freeze all others, and yield those that learn."""
@@ -77,3 +85,8 @@ class Darcnn(nn.Module):
             for parameter in part.parameters():
                 parameter.requires_grad_(True)
                 yield parameter
+
+
+def _follow(ours: nn.Module, theirs: nn.Module, keep: float) -> None:
+    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        own.lerp_(other, 1.0 - keep)
