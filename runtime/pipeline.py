@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from darcnn.runtime.diameter import choose_diameter
 from darcnn.runtime.errors import UsageError
+from darcnn.runtime.fit import ModelFit
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import Window
@@ -81,6 +82,7 @@ class _Tally:
     n_objects: int = 0
     n_truncated: int = 0
     n_tiles_with_objects: int = 0
+    fit: ModelFit | None = None
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
@@ -132,6 +134,7 @@ def run_slide(
         info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel
     )
     mpp = info.mpp if chosen.mpp is None else (chosen.mpp, chosen.mpp)
+    tally.fit = ModelFit(segmenter.manifest.input.nominal_diameter_px / plan.scale)
     folder = out_dir / make_folder_name(info.name)
     with claim_folder(folder, overwrite=chosen.overwrite) as claimed:
         with tally.stage("intensity"):
@@ -205,6 +208,8 @@ def _measured(
         with tally.stage("measure"):
             table = _measure_tile(instances, reader, plan, mpp)
         tally.n_objects += table.num_rows
+        if tally.fit is not None:
+            tally.fit.add(*(table[name].to_numpy().astype(np.float64) for name in ("area_px", "score")))
         tally.n_truncated += int(instances.truncated.sum())
         tally.n_tiles_with_objects += table.num_rows > 0
         yield tile, table
@@ -304,6 +309,8 @@ def _warnings(tally: _Tally, mpp: tuple[float, float] | None) -> tuple[str, ...]
         warnings.append("no objects found")
     if tally.n_truncated:
         warnings.append(f"{tally.n_truncated} objects reach beyond their tile and may be cut")
+    if tally.fit is not None:
+        warnings.extend(tally.fit.warnings())
     if mpp is None:
         warnings.append("pixel size unknown: micrometre columns are empty")
     return tuple(warnings)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch is imported inside the commands: --help is quick and 
     from darcnn.training.evaluate import Evaluation
     from darcnn.training.stages import Run
 
-__all__ = ["main"]
+__all__ = ["main", "open_model"]
 
 _FIGURES = ("aji", "pixel_f1", "object_f1", "max_iou")
 
@@ -207,6 +207,7 @@ def ablation(recipe: Path, out: Path | None, data: Path | None, resume: bool, de
 )
 @click.option("--pixels", is_flag=True, help="Take the pixels as they are.")
 @click.option("--min-score", type=float, help="Objects below this score do not count.")
+@click.option("--unlabelled", is_flag=True, help="FOLDER has no labels: figures that need none.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here as well.")
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write each image's figures here.")
 def evaluate(
@@ -216,6 +217,7 @@ def evaluate(
     diameter: float | Literal["auto"] | None,
     pixels: bool,
     min_score: float | None,
+    unlabelled: bool,
     json_path: Path | None,
     csv_path: Path | None,
 ) -> None:
@@ -223,24 +225,35 @@ def evaluate(
 
     FOLDER holds images/ and labels/ (16-bit PNG of the same names, one number an object). The figures
     of a checkpoint are noted in it and go into the training.json of a bundle made of it.
+
+    With --unlabelled, FOLDER holds images alone, and MODEL is judged by whether it agrees with itself on
+    mirrored and smaller images and whether what it finds looks different from the rest.
     """
     from darcnn.training.evaluate import evaluate_folder
 
-    with _open_model(model, min_score) as segmenter:
+    if unlabelled:
+        from darcnn.training.unlabelled import as_table, judge_folder, write_csv
+
+        with open_model(model, min_score) as segmenter:
+            figures = judge_folder(folder, segmenter, mpp=mpp, diameter_px=diameter, pixels=pixels)
+        _give(as_table(figures), json_path)
+        if csv_path is not None:
+            write_csv(figures, csv_path)
+        return
+
+    with open_model(model, min_score) as segmenter:
 
         def segment(reader: Any) -> Any:
             return segmenter(reader, mpp=mpp, diameter_px=diameter, pixels=pixels)
 
         result = evaluate_folder(folder, segment)
     table = _table(result)
-    click.echo(_as_text(table))
+    _give(table, json_path)
     if _is_checkpoint(model):
         from darcnn.training.checkpoint import record_figures
 
         place = folder.resolve()
         record_figures(Path(model), f"{place.parent.name}/{place.name}", table)
-    if json_path is not None:
-        json_path.write_text(json.dumps(table, indent=1), encoding="utf-8")
     if csv_path is not None:
         with csv_path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -253,7 +266,12 @@ def _is_checkpoint(model: str) -> bool:
     return (Path(model) / "checkpoint.json").is_file()
 
 
-def _open_model(model: str, min_score: float | None) -> Segmenter:
+def open_model(model: str, min_score: float | None) -> Segmenter:
+    """Return the segmenter of a checkpoint folder, a bundle or the name of a shipped model.
+
+    Raises:
+        DarcnnError: there is no such model, or it cannot be read.
+    """
     if _is_checkpoint(model):
         from darcnn.training.checkpoint import load_network
         from darcnn.training.engine import make_segmenter
@@ -266,6 +284,7 @@ def _open_model(model: str, min_score: float | None) -> Segmenter:
             min_score=recipe.export.min_score if min_score is None else min_score,
             tile_px=recipe.export.tile_px,
             source_branch=info.stage == "source",
+            max_diameters=recipe.export.max_diameters,
         )
     from darcnn.runtime.load import load
 
@@ -284,9 +303,17 @@ def _table(result: Evaluation) -> dict[str, dict[str, float]]:
     return {row: {figure: getattr(scores, figure) for figure in _FIGURES} for row, scores in rows.items()}
 
 
+def _give(table: dict[str, dict[str, float]], json_path: Path | None) -> None:
+    """Print the table, and write it where asked."""
+    click.echo(_as_text(table))
+    if json_path is not None:
+        json_path.write_text(json.dumps(table, indent=1), encoding="utf-8")
+
+
 def _as_text(table: dict[str, dict[str, float]]) -> str:
     width = max(len(row) for row in table)
-    lines = [" " * width + "  ".join(["", *(f"{figure:>9}" for figure in _FIGURES)])]
-    for row, figures in table.items():
-        lines.append(f"{row:<{width}}" + "  ".join(["", *(f"{v:9.4f}" for v in figures.values())]))
+    figures = next(iter(table.values()))
+    lines = [" " * width + "  ".join(["", *(f"{name:>10}" for name in figures)])]
+    for row, values in table.items():
+        lines.append(f"{row:<{width}}" + "  ".join(["", *(f"{v:10.4f}" for v in values.values())]))
     return "\n".join(lines)

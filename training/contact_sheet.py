@@ -16,7 +16,7 @@ from darcnn.training.data.target import TargetImage, TargetImages
 from darcnn.training.engine import halo_for, make_segmenter
 from darcnn.training.model.network import Darcnn
 
-__all__ = ["ContactSheet", "draw_outlines"]
+__all__ = ["ContactSheet", "draw_outlines", "spread"]
 
 _COLUMNS, _ROWS = 4, 2
 _SIDE_PX = 384  # of one picture on the sheet
@@ -30,9 +30,7 @@ class ContactSheet:
     def __init__(self, recipe: Recipe, targets: TargetImages, *, source_branch: bool = False) -> None:
         self._recipe = recipe
         self._source_branch = source_branch
-        self._middles = [
-            _middle(image, recipe.tile_px) for image in _spread(targets.images, _COLUMNS * _ROWS)
-        ]
+        self._middles = [_middle(image, recipe.tile_px) for image in spread(targets.images, _COLUMNS * _ROWS)]
 
     def __call__(self, network: Darcnn) -> Image.Image:
         """Return the sheet for `network`, which is in evaluation mode."""
@@ -82,7 +80,7 @@ def draw_outlines(
     return picture
 
 
-def _spread(images: Sequence[TargetImage], n: int) -> list[TargetImage]:
+def spread(images: Sequence[TargetImage], n: int) -> list[TargetImage]:
     """Return at most `n` images, evenly spaced."""
     n = min(n, len(images))
     return [images[(2 * k + 1) * len(images) // (2 * n)] for k in range(n)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from darcnn.training.checkpoint import read_info
 from darcnn.training.config import Recipe, recipe_to_table
 from darcnn.training.history import read_history, sheets_of
+from darcnn.training.trust import read_trust
 from darcnn.training.writing import new_file
 
 if TYPE_CHECKING:
@@ -64,15 +65,18 @@ def _summary(folders: Sequence[Path]) -> str:
     for folder in folders:
         info, history, labels = read_info(folder), read_history(folder), read_label_counts(folder)
         last = f"{history[-1]['total']:.3f}" if history else ""
+        trust = read_trust(folder)
         regions = [row["regions"] for row in history if "regions" in row]
         rows.append(
             f"<tr><td>{folder.name}</td><td>{info.step}</td><td>{last}</td>"
             f"<td>{f'{sum(regions) / len(regions):.1f}' if regions else ''}</td>"
-            f"<td>{labels.get('objects', '')}</td><td>{labels.get('images', '')}</td></tr>"
+            f"<td>{labels.get('objects', '')}</td><td>{labels.get('images', '')}</td>"
+            f"<td>{f'{trust.trust:.3f}' if trust else ''}</td></tr>"
         )
     return (
         "<table><tr><th>stage</th><th>steps</th><th>last loss</th><th>regions an image (L_target)</th>"
-        f"<th>pseudo-labels</th><th>on images</th></tr>{''.join(rows)}</table>"
+        f"<th>pseudo-labels</th><th>on images</th>"
+        f"<th>trust without labels</th></tr>{''.join(rows)}</table>"
     )
 
 

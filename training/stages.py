@@ -29,6 +29,7 @@ from darcnn.training.model.network import Darcnn
 from darcnn.training.model.pretrained import load_weights
 from darcnn.training.schedule import similarity_weight
 from darcnn.training.steps import adapt_losses, refine_losses, source_losses
+from darcnn.training.trust import note_trust
 from darcnn.training.writing import disk_errors
 
 __all__ = ["Run", "SourceTiles", "check_batches", "run_adapt", "run_all", "run_refine", "run_source"]
@@ -174,7 +175,10 @@ def run_adapt(run: Run, start: Path) -> Darcnn:
         network.follow_source_heads(stage.heads_average)
         network.follow_source_encoder(stage.encoder_average)
 
-    return train(network, plan, batch_of, losses_of, after_step)
+    network = train(network, plan, batch_of, losses_of, after_step)
+    if parallel.is_first():
+        note_trust(network, recipe, targets, folder)
+    return network
 
 
 def run_refine(run: Run, start: Path) -> Darcnn:
@@ -231,6 +235,8 @@ def run_refine(run: Run, start: Path) -> Darcnn:
             return make_batch(draw, BatchKey(recipe.seed, name, number), parallel.share_of(stage.batch))
 
         network = train(network, plan, batch_of, _refine_losses_of(network, run.device))
+        if parallel.is_first():
+            note_trust(network, recipe, targets, folder)
     return network
 
 

@@ -268,6 +268,22 @@ def test_evaluation_prints_a_table_and_writes_json_and_csv(
     assert table["all 2, mean"]["pixel_f1"] == pytest.approx(mean, abs=1e-3)
 
 
+def test_evaluation_without_labels_reads_images_alone(
+    call: Callable[..., tuple[int, str, str]], checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    code, out, _ = call(
+        "evaluate", checkpoint, data / "target", "--pixels", "--unlabelled",
+        "--json", tmp_path / "figures.json", "--csv", tmp_path / "figures.csv",
+    )  # fmt: skip
+    assert code == 0
+    for word in ("trust", "agreement", "separation", "all 4, mean", "u2os_1f6b7cead1.png"):
+        assert word in out
+    table = json.loads((tmp_path / "figures.json").read_text())
+    assert len(table) == 5
+    assert len((tmp_path / "figures.csv").read_text().splitlines()) == 5
+    assert not read_info(checkpoint).figures
+
+
 def test_evaluation_without_a_model_or_a_folder_is_refused_in_one_line(
     call: Callable[..., tuple[int, str, str]], checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:

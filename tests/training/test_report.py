@@ -18,6 +18,7 @@ from darcnn.training.config import Recipe
 from darcnn.training.history import History
 from darcnn.training.model.network import Darcnn
 from darcnn.training.report import write_report
+from darcnn.training.trust import TRUST_FILE
 
 IMAGE = re.compile(r'src="data:image/png;base64,([^"]+)"')
 
@@ -73,6 +74,9 @@ def leave(out: Path, name: str, network: Darcnn, recipe: Recipe) -> None:
             Image.new("I;16", (4, 4)).save(labels / f"{image}.png")
         summary = {"objects": 57, "scores": [0] * 19 + [57], "recipe": ""}
         (labels / "complete.json").write_text(json.dumps(summary))
+    if name == "refine":
+        trust = {"agreement": 0.81, "separation": 0.64, "n_objects": 9}
+        (folder / TRUST_FILE).write_text(json.dumps(trust))
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +109,12 @@ def test_the_report_shows_every_stage_in_order_with_curves_scores_and_findings(t
 
 def test_the_report_counts_steps_regions_and_pseudo_labels(text: str) -> None:
     cells = Page(text).words["td"]
-    rows = [cells[n : n + 6] for n in range(0, len(cells), 6)]
+    rows = [cells[n : n + 7] for n in range(0, len(cells), 7)]
     assert rows == [
-        ["source", "3", "0.667", "", "", ""],
-        ["adapt", "3", "0.667", "12.0", "", ""],
-        ["refine-1", "3", "0.667", "", "57", "2"],
-        ["refine", "3", "0.667", "", "57", "2"],
+        ["source", "3", "0.667", "", "", "", ""],
+        ["adapt", "3", "0.667", "12.0", "", "", ""],
+        ["refine-1", "3", "0.667", "", "57", "2", ""],
+        ["refine", "3", "0.667", "", "57", "2", "0.720"],
     ]
 
 

@@ -26,6 +26,7 @@ from darcnn.training.data.source import LabelledTile
 from darcnn.training.data.synthesis import SynthesizedSource
 from darcnn.training.model.network import Darcnn
 from darcnn.training.stages import Run, run_adapt, run_all, run_refine, run_source
+from darcnn.training.trust import read_trust
 
 
 @pytest.fixture
@@ -52,6 +53,10 @@ def test_all_stages_leave_checkpoints_and_labels(tiny: Recipe, data: Path, tmp_p
     ):
         info = read_info(tmp_path / "run" / name)
         assert (info.stage, info.step, info.complete, info.recipe) == (stage, 2, True, tiny)
+    for name in ("adapt", "refine-1", "refine"):
+        trust = read_trust(tmp_path / "run" / name)
+        assert trust is not None
+        assert 0.0 <= trust.trust <= 1.0
     for name in ("refine-1", "refine"):
         labels = read_labels(tmp_path / "run" / name / "pseudo_labels")
         assert set(labels) <= {path.stem for path in (data / "target").iterdir()}

@@ -1,0 +1,60 @@
+"""Does a model fit a slide? Sizes and scores of what it found tell, in memory that does not grow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ModelFit"]
+
+_MIN_OBJECTS = 10  # fewer tell nothing
+_MAX_RATIO = 1.6  # of typical and nominal diameter; the shipped models learned from 1.4 either way
+_MIN_TYPICAL_SCORE = 0.8  # half of the findings score below it: the model is guessing
+_STEPS_PER_OCTAVE = 64  # of the histogram of sizes
+_OCTAVES = 8  # either way of the nominal diameter
+_SCORE_BINS = 100
+
+
+@dataclass(slots=True)
+class ModelFit:
+    """Takes the objects of a slide part by part; `nominal_diameter_px` in level-0 pixels, as areas are."""
+
+    nominal_diameter_px: float
+    _sizes: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(2 * _OCTAVES * _STEPS_PER_OCTAVE + 1, np.int64)
+    )
+    _scores: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_SCORE_BINS, np.int64))
+
+    def add(self, areas_px: NDArray[np.float64], scores: NDArray[np.float64]) -> None:
+        """Take the areas (N,) px^2 and scores (N,) of some objects."""
+        diameters = 2.0 * np.sqrt(np.maximum(areas_px, 1.0) / np.pi)
+        octaves = np.log2(diameters / self.nominal_diameter_px)
+        rows = np.rint((octaves + _OCTAVES) * _STEPS_PER_OCTAVE).astype(np.int64)
+        self._sizes += np.bincount(rows.clip(0, len(self._sizes) - 1), minlength=len(self._sizes))
+        bins = (scores * _SCORE_BINS).astype(np.int64).clip(0, _SCORE_BINS - 1)
+        self._scores += np.bincount(bins, minlength=_SCORE_BINS)
+
+    def warnings(self) -> Iterator[str]:
+        """Yield one line for each sign that the model does not fit."""
+        if self._scores.sum() < _MIN_OBJECTS:
+            return
+        typical = self.nominal_diameter_px * 2.0 ** (_median_bin(self._sizes) / _STEPS_PER_OCTAVE - _OCTAVES)
+        ratio = typical / self.nominal_diameter_px
+        if not 1.0 / _MAX_RATIO <= ratio <= _MAX_RATIO:
+            yield (
+                f"objects are typically {typical:.0f} px wide where the model looks for "
+                f"{self.nominal_diameter_px:.0f} px; if they look right, pass --diameter {typical:.0f}"
+            )
+        score = (_median_bin(self._scores) + 0.5) / _SCORE_BINS
+        if score < _MIN_TYPICAL_SCORE:
+            yield (
+                f"the model is unsure (half of the objects score below {score:.2f}): look at the overview; "
+                f"another --diameter, channel or model may fit better"
+            )
+
+
+def _median_bin(counts: NDArray[np.int64]) -> int:
+    return int(np.searchsorted(np.cumsum(counts), 0.5 * counts.sum()))

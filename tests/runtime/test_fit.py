@@ -1,0 +1,53 @@
+"""Whether a model fits: said where sizes or scores are off, not where they are right or too few."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darcnn.runtime.fit import ModelFit
+
+FAST = settings(deadline=None, max_examples=50)
+
+
+def warnings_of(diameters: list[float], scores: list[float], *, nominal: float = 20.0) -> list[str]:
+    fit = ModelFit(nominal)
+    fit.add(np.pi / 4.0 * np.square(np.array(diameters)), np.array(scores))
+    return list(fit.warnings())
+
+
+def test_what_fits_gives_no_warning() -> None:
+    assert warnings_of([15.0, 20.0, 26.0] * 10, [0.99] * 30) == []
+
+
+@pytest.mark.parametrize(("diameter", "said"), [(60.0, "60 px wide"), (6.0, "6 px wide")])
+def test_objects_of_another_size_are_told_with_the_option_to_pass(diameter: float, said: str) -> None:
+    (warning,) = warnings_of([diameter] * 30, [0.99] * 30)
+    assert said in warning
+    assert "looks for 20 px" in warning
+    assert f"--diameter {diameter:.0f}" in warning
+
+
+def test_low_scores_are_told() -> None:
+    (warning,) = warnings_of([20.0] * 30, [0.55] * 20 + [0.99] * 10)
+    assert "unsure" in warning
+    assert "0.56" in warning or "0.55" in warning
+
+
+def test_a_handful_of_objects_tells_nothing() -> None:
+    assert warnings_of([100.0] * 5, [0.5] * 5) == []
+
+
+@FAST
+@given(st.lists(st.tuples(st.floats(0.1, 1e4), st.floats(0, 1)), min_size=20), st.integers(1, 19))
+def test_it_does_not_matter_in_how_many_parts_objects_come(
+    objects: list[tuple[float, float]], cut: int
+) -> None:
+    areas, scores = np.array(objects).T
+    whole, parts = ModelFit(20.0), ModelFit(20.0)
+    whole.add(areas, scores)
+    parts.add(areas[:cut], scores[:cut])
+    parts.add(areas[cut:], scores[cut:])
+    assert list(whole.warnings()) == list(parts.warnings())

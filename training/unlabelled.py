@@ -1,0 +1,162 @@
+"""How good is a model on images without labels? It must agree with itself, and tell objects from the rest."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from darcnn.runtime.diameter import choose_diameter
+from darcnn.runtime.errors import InputError
+from darcnn.runtime.geometry import Region
+from darcnn.runtime.metrics import score_labels
+from darcnn.runtime.readers import Reader, open_source
+from darcnn.runtime.readers.array import ArrayReader
+from darcnn.runtime.readers.open import is_readable
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.training.writing import new_file
+
+__all__ = ["Trust", "as_table", "judge_folder", "judge_image", "mean_trust", "separation_of", "write_csv"]
+
+_OTHER_SCALE = 1.15  # the second look sees the image mirrored, turned and this much smaller
+_MAX_SIDE_PX = 1024  # network pixels a side: of a larger image the middle is looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Figures that need no truth, 0 to 1.
+
+    `agreement`: AJI between what is found on an image and on its mirrored, turned and slightly smaller
+    twin, mean of both directions. A finding that hangs on such a thing is none.
+    `separation`: how surely the brightness (or the colour that tells best) of a found pixel and of one
+    that belongs to nothing differ, 2 AUC - 1. It falls with objects missed and with outlines that stray.
+    """
+
+    agreement: float
+    separation: float
+    n_objects: int
+
+    @property
+    def trust(self) -> float:
+        """The geometric mean of both: the one figure that ranks models and scales."""
+        return float(np.sqrt(self.agreement * self.separation))
+
+
+def judge_folder(
+    folder: Path,
+    segmenter: Segmenter,
+    *,
+    mpp: float | None = None,
+    diameter_px: float | Literal["auto"] | None = None,
+    pixels: bool = False,
+) -> dict[str, Trust]:
+    """Return the figures of each image of `folder` (or of `folder`/images), by file name.
+
+    Raises:
+        InputError: there is no image, or one does not serve.
+    """
+    place = folder / "images" if (folder / "images").is_dir() else folder
+    paths = sorted(path for path in place.glob("*") if is_readable(path))
+    if not paths:
+        raise InputError("no images", where=place, fix="give a folder with images")
+    found = {}
+    for path in tqdm(paths, desc=folder.name, unit="image"):
+        with open_source(path) as reader:
+            size = choose_diameter(
+                segmenter, reader, diameter_px=diameter_px, is_scale_given=mpp is not None or pixels
+            )
+            plan = segmenter.plan(reader.info, mpp=mpp, diameter_px=size, pixels=pixels)
+            nominal = segmenter.manifest.input.nominal_diameter_px
+            found[path.name] = judge_image(segmenter, reader, diameter_px=nominal / plan.scale)
+    return found
+
+
+def judge_image(segmenter: Segmenter, reader: Reader, *, diameter_px: float) -> Trust:
+    """Return the figures of one image, whose objects are about `diameter_px` level-0 pixels wide."""
+    image = _middle(reader, diameter_px, segmenter.manifest.input.nominal_diameter_px)
+    is_rgb = reader.info.is_rgb
+
+    def labels_of(values: NDArray[Any], size: float) -> NDArray[np.int32]:
+        with ArrayReader(values, is_rgb=is_rgb) as source:
+            return segmenter(source, diameter_px=size).labels()
+
+    labels = labels_of(image, diameter_px)
+    # axes swapped: mirrored at the diagonal, which is a quarter turn of a mirror image
+    other = labels_of(image.swapaxes(0, 1), diameter_px * _OTHER_SCALE).T
+    agreement = 0.0
+    if labels.any() and other.any():
+        agreement = (score_labels(labels, other).aji + score_labels(other, labels).aji) / 2.0
+    n_objects = len(np.unique(labels)) - int((labels == 0).any())
+    return Trust(agreement, separation_of(image, labels > 0), n_objects)
+
+
+def mean_trust(figures: Sequence[Trust]) -> Trust:
+    """Return the means over images; objects are added up."""
+    return Trust(
+        agreement=float(np.mean([one.agreement for one in figures])),
+        separation=float(np.mean([one.separation for one in figures])),
+        n_objects=sum(one.n_objects for one in figures),
+    )
+
+
+def as_table(figures: Mapping[str, Trust]) -> dict[str, dict[str, float]]:
+    """Return the figures by row: the mean of all images, and each image."""
+    rows = {f"all {len(figures)}, mean": mean_trust(list(figures.values())), **figures}
+    return {
+        row: {"trust": one.trust, "agreement": one.agreement, "separation": one.separation}
+        for row, one in rows.items()
+    }
+
+
+def write_csv(figures: Mapping[str, Trust], path: Path) -> None:
+    """Write one line an image.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with new_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "trust", "agreement", "separation", "objects"])
+        for name, one in figures.items():
+            values = (one.trust, one.agreement, one.separation)
+            writer.writerow([name, *(f"{value:.4f}" for value in values), one.n_objects])
+
+
+def separation_of(image: NDArray[Any], is_object: NDArray[np.bool_]) -> float:
+    """Return |2 AUC - 1| of telling pixels inside from pixels outside by their value, 0 to 1.
+
+    AUC is that of Mann and Whitney (1947): the chance that a pixel inside is brighter than one outside,
+    ties half. Colours and channels are first joined as Fisher's discriminant joins them.
+
+    Args:
+        image: (H, W, C), any real type.
+        is_object: (H, W).
+
+    >>> image = np.array([[[1.0], [1.0], [5.0], [9.0]]])
+    >>> separation_of(image, np.array([[False, False, True, True]]))
+    1.0
+    """
+    inside, outside = (image[part].astype(np.float64) for part in (is_object, ~is_object))  # (N, C)
+    if not len(inside) or not len(outside):
+        return 0.0
+    spread = sum(np.atleast_2d(np.cov(part.T, bias=True)) for part in (inside, outside))  # (C, C)
+    spread = spread + 1e-6 * (1.0 + np.trace(spread)) * np.eye(image.shape[2])
+    direction = np.linalg.solve(spread, inside.mean(axis=0) - outside.mean(axis=0))
+    ours, theirs = inside @ direction, np.sort(outside @ direction)
+    below = np.searchsorted(theirs, ours, "left") + np.searchsorted(theirs, ours, "right")
+    return float(abs(below.mean() / len(theirs) - 1.0))
+
+
+def _middle(reader: Reader, diameter_px: float, nominal_diameter_px: float) -> NDArray[Any]:
+    """Return (h, w, C) level-0 pixels: the middle of the image, at most 1024 network pixels a side."""
+    side = max(1, round(_MAX_SIDE_PX * diameter_px / nominal_diameter_px))
+    width, height = reader.info.width_px0, reader.info.height_px0
+    w, h = min(side, width), min(side, height)
+    x0, y0 = (width - w) // 2, (height - h) // 2
+    return reader.read(Region(x0, y0, x0 + w, y0 + h), level=0)
