@@ -19,7 +19,7 @@ from PIL import Image
 from darcnn.runtime.errors import DarcnnError, InputError, OutputError, UsageError
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.training.adapt.pseudo_labels import read_labels
-from darcnn.training.checkpoint import load_network, read_info
+from darcnn.training.checkpoint import CheckpointInfo, load_network, read_info, save_checkpoint
 from darcnn.training.config import Recipe, Source, TargetSet, recipe_to_table
 from darcnn.training.data.batches import Batch
 from darcnn.training.data.source import LabelledTile
@@ -277,7 +277,7 @@ from pathlib import Path
 import torch
 from darcnn.training import loop
 from darcnn.training.config import recipe_from_table
-from darcnn.training.stages import Run, run_source
+from darcnn.training.stages import Run, run_adapt, run_refine, run_source
 
 torch.set_num_threads(1)
 loop._SAVE_EVERY = 2
@@ -289,32 +289,48 @@ def note_and_die(history, step, values):
         os.kill(os.getpid(), signal.SIGKILL)
 
 loop.History.add = note_and_die
-recipe = recipe_from_table(json.loads(sys.argv[1]), where="test")
-run_source(Run(recipe, Path(sys.argv[2]), Path(sys.argv[3])))
+stage, table, data, out, start = sys.argv[1:]
+run = Run(recipe_from_table(json.loads(table), where="test"), Path(data), Path(out))
+begin = {"source": lambda run, start: run_source(run), "adapt": run_adapt, "refine": run_refine}[stage]
+begin(run, Path(start))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["source", "adapt", "refine"])
 def test_a_stage_that_was_killed_ends_with_the_same_bits_as_one_that_never_stopped(
-    tiny: Recipe, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, tiny: Recipe, network: Darcnn, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = replace(tiny, source_stage=replace(tiny.source_stage, steps=4))
+    recipe = replace(
+        tiny,
+        source_stage=replace(tiny.source_stage, steps=4),
+        adapt_stage=replace(tiny.adapt_stage, steps=4, encoder_average=0.9),
+        refine_stage=replace(tiny.refine_stage, steps=4, rounds=1),
+    )
+    start = tmp_path / "start"
+    save_checkpoint(start, network, CheckpointInfo("source", 1, True, recipe))
     table = json.dumps(recipe_to_table(recipe))
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, table, str(data), str(tmp_path / "killed")],
+        [sys.executable, "-c", KILLED, stage, table, str(data), str(tmp_path / "killed"), str(start)],
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    left = read_info(tmp_path / "killed" / "source")
+    left = read_info(tmp_path / "killed" / stage)
     assert (left.step, left.complete) == (2, False)
     monkeypatch.setattr("darcnn.training.loop._SAVE_EVERY", 2)
-    resumed = run_source(Run(recipe, data, tmp_path / "killed", resume=True))
-    whole = run_source(Run(recipe, data, tmp_path / "whole"))
+
+    def finish(run: Run) -> Darcnn:
+        if stage == "source":
+            return run_source(run)
+        return {"adapt": run_adapt, "refine": run_refine}[stage](run, start)
+
+    resumed = finish(Run(recipe, data, tmp_path / "killed", resume=True))
+    whole = finish(Run(recipe, data, tmp_path / "whole"))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     for name in ("checkpoint.safetensors", "history.csv"):
-        one, other = (tmp_path / run / "source" / name for run in ("killed", "whole"))
+        one, other = (tmp_path / run / stage / name for run in ("killed", "whole"))
         assert one.read_bytes() == other.read_bytes(), name
