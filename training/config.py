@@ -121,6 +121,7 @@ class RefineStage:
     # which they are background; None: always background
     doubt_score: float | None = None
     max_objects: int = 300  # pseudo-labels an image keeps, best first
+    max_diameters: float | None = None  # what is larger than so many nominal diameters is no pseudo-label
     scales: tuple[float, ...] = (1.0,)  # the images are labelled at each of these scales, results merged
     one_polarity: bool = (
         False  # drop findings of the rarer polarity: bright among dark ones, or dark among bright
@@ -222,7 +223,7 @@ def relevant_part(recipe: Recipe, stage: str) -> tuple[object, ...]:
     if stage == "source":
         return parts
     parts = (*parts, recipe.target, recipe.adapt_stage)
-    return parts if stage == "adapt" else (*parts, recipe.refine_stage, recipe.export.max_diameters)
+    return parts if stage == "adapt" else (*parts, recipe.refine_stage)
 
 
 def _parse(kind: type[T], table: Any, where: str, prefix: str) -> T:

@@ -42,6 +42,7 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
     positive = {
         "target.nominal_diameter_px": target.nominal_diameter_px,
         "target.mpp": target.mpp,
+        "refine_stage.max_diameters": refine.max_diameters,
         "export.max_diameters": recipe.export.max_diameters,
         "target.jitter": target.jitter,
         "ablation.diameter_px": recipe.ablation.diameter_px if recipe.ablation else None,

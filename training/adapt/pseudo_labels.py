@@ -46,7 +46,7 @@ def label_images(
     DARCNN, section 3.3: predictions of the stage-1 model on the clean image whose final score is above
     z become labels. Deviation: images without one are left out rather than taught as empty, and
     masks may be fitted to the image, and weaker findings may be kept apart as doubtful (not in the last
-    round: `keeps_doubt`). What is larger than a run would report is no label.
+    round: `keeps_doubt`), and what is far too large left out.
     """
     stage = recipe.refine_stage
     finished = folder / "complete.json"
@@ -60,7 +60,7 @@ def label_images(
     as_they_are = replace(recipe.target, intensity=IntensityRule("full_range"))
     least = stage.doubt_score if keeps_doubt and stage.doubt_score is not None else stage.min_score
     with make_segmenter(
-        network, as_they_are, min_score=least, max_diameters=recipe.export.max_diameters
+        network, as_they_are, min_score=least, max_diameters=stage.max_diameters
     ) as segmenter:
         found = [
             _find(segmenter, image, recipe.target.nominal_diameter_px, stage)
