@@ -227,7 +227,7 @@ def evaluate(
     of a checkpoint are noted in it and go into the training.json of a bundle made of it.
 
     With --unlabelled, FOLDER holds images alone, and MODEL is judged by whether it agrees with itself on
-    mirrored and smaller images and whether what it finds looks different from the rest.
+    mirrored, smaller and larger images and whether what it finds looks different from the rest.
     """
     from darcnn.training.evaluate import evaluate_folder
 
