@@ -49,8 +49,9 @@ def write_geojson(
 ) -> None:
     """Write the table `objects` (objects.parquet) as detections that QuPath 0.4 and later imports.
 
-    Coordinates are level-0 pixels, rounded to 1/100. The `id` of a feature is a UUID made of the slide's
-    name and the object's id, so the same run always writes the same bytes.
+    Coordinates are level-0 pixels, rounded to 1/100 where that leaves the outline valid. The `id` of a
+    feature is a UUID made of the slide's name and the object's id, so the same run always writes the same
+    bytes.
 
     Raises:
         OSError: the file cannot be written; nothing is left behind.
@@ -115,7 +116,12 @@ def _rings(rows: pa.Table) -> list[str]:
     rings = shapely.get_exterior_ring(shapely.from_wkb(rows["geometry"].to_numpy()))
     points, owner = shapely.get_coordinates(rings, return_index=True)
     ends = np.searchsorted(owner, np.arange(1, len(rings)))
-    return [_dump(ring.tolist()) for ring in np.split(points.round(2), ends)]
+    rounded = points.round(2)
+    # where rounding closes a narrow neck, the outline would touch itself: it keeps its digits
+    polygons = shapely.polygons(shapely.linearrings(rounded, indices=owner))
+    closes = np.logical_not(shapely.is_valid(polygons))
+    rounded[closes[owner]] = points[closes[owner]]
+    return [_dump(ring.tolist()) for ring in np.split(rounded, ends)]
 
 
 def _dump(content: Any) -> str:

@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import uuid
+from dataclasses import replace
 
 import geopandas
 import numpy as np
@@ -176,6 +177,20 @@ def test_geojson_leaves_out_what_is_not_known(instances, tmp_path):
     measured = read_geojson(tmp_path / "o.gz")["features"][0]["properties"]["measurements"]
     assert not [name for name in measured if "\u00b5m" in name]
     assert "Area px^2" in measured
+
+
+def test_geojson_stays_valid_where_rounding_would_close_a_neck(tmp_path):
+    neck = np.array([[0, 0], [4, 0], [2.004, 2], [4, 4], [0, 4], [1.996, 2], [0, 0]], np.float64)
+    labels = np.zeros((8, 8), np.int32)
+    labels[0:4, 0:4] = 1
+    table = make_table(replace(label_instances(labels), outlines=(neck,)))
+    write_parquet(tmp_path / "o.parquet", [table], table.schema)
+    write_geojson(tmp_path / "o.gz", tmp_path / "o.parquet", slide_name="s", class_name="c")
+    (feature,) = read_geojson(tmp_path / "o.gz")["features"]
+    drawn = shapely.Polygon(feature["geometry"]["coordinates"][0])
+    assert not shapely.is_valid(shapely.Polygon(neck.round(2)))
+    assert shapely.is_valid(drawn)
+    assert shapely.equals_exact(drawn, shapely.Polygon(neck), 0.0)
 
 
 def test_geojson_without_objects_is_an_empty_collection(no_objects, tmp_path):
