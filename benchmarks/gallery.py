@@ -22,7 +22,7 @@ from darcnn.runtime.masks import label_instances
 from darcnn.runtime.metrics import score_labels
 from darcnn.runtime.readers import open_source
 from darcnn.training.contact_sheet import draw_outlines
-from darcnn.training.evaluate import labelled_images
+from darcnn.training.evaluate import labelled_images, read_label_image
 
 _COLUMNS = 4
 _SIDE_PX = 300
@@ -41,8 +41,7 @@ def main(model: str, folder: Path, diameter: float | None, out: Path) -> None:
     seen = []
     with darcnn.runtime.load(model) as segmenter:
         for image, label in labelled_images(folder):
-            with Image.open(label) as picture:
-                truth = np.asarray(picture).astype(np.int32)
+            truth = read_label_image(label)
             with open_source(image) as reader:
                 found = segmenter(reader, diameter_px=diameter)
                 info = reader.info

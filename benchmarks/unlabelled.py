@@ -16,13 +16,12 @@ from pathlib import Path
 
 import click
 import numpy as np
-from PIL import Image
 from scipy.stats import spearmanr
 
 from darcnn.runtime.metrics import score_labels
 from darcnn.runtime.readers import open_source
 from darcnn.training.cli import open_model
-from darcnn.training.evaluate import labelled_images
+from darcnn.training.evaluate import labelled_images, read_label_image
 from darcnn.training.unlabelled import judge_image
 
 _FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0)  # on the diameter
@@ -41,8 +40,7 @@ def main(models: tuple[str, ...], folder: Path, diameter: float | None, every: i
     for m, model in enumerate(models):
         with open_model(model, None) as segmenter:
             for i, (image, label) in enumerate(pairs):
-                with Image.open(label) as picture:
-                    truth = np.asarray(picture).astype(np.int32)
+                truth = read_label_image(label)
                 base = diameter or _typical_diameter(truth)
                 for f, factor in enumerate(_FACTORS):
                     with open_source(image) as reader:

@@ -82,7 +82,6 @@ class _Tally:
     n_objects: int = 0
     n_truncated: int = 0
     n_tiles_with_objects: int = 0
-    fit: ModelFit | None = None
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @contextmanager
@@ -134,15 +133,16 @@ def run_slide(
         info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel
     )
     mpp = info.mpp if chosen.mpp is None else (chosen.mpp, chosen.mpp)
-    tally.fit = ModelFit(segmenter.manifest.input.nominal_diameter_px / plan.scale)
+    fit = ModelFit(segmenter.manifest.input.nominal_diameter_px / plan.scale)
     folder = out_dir / make_folder_name(info.name)
     with claim_folder(folder, overwrite=chosen.overwrite) as claimed:
         with tally.stage("intensity"):
             window = segmenter.measure(reader, plan)
         found = _find(segmenter, reader, plan, window, tally)
-        _write_parts(_measured(found, reader, plan, mpp, tally, progress), claimed, tally)
+        measured = _measured(found, reader, plan, mpp, tally, progress)
+        _write_parts(_noted(measured, fit), claimed, tally)
         _write_outputs(segmenter, reader, plan, window, claimed, mpp, tally)
-        warnings = _warnings(tally, mpp)
+        warnings = _warnings(tally, fit, mpp)
         record = make_record(
             segmenter,
             info,
@@ -208,13 +208,18 @@ def _measured(
         with tally.stage("measure"):
             table = _measure_tile(instances, reader, plan, mpp)
         tally.n_objects += table.num_rows
-        if tally.fit is not None:
-            tally.fit.add(*(table[name].to_numpy().astype(np.float64) for name in ("area_px", "score")))
         tally.n_truncated += int(instances.truncated.sum())
         tally.n_tiles_with_objects += table.num_rows > 0
         yield tile, table
         if progress is not None:
             progress(done, len(plan.tiles))
+
+
+def _noted(measured: Iterable[tuple[Tile, pa.Table]], fit: ModelFit) -> Iterator[tuple[Tile, pa.Table]]:
+    """Yield what comes, and let `fit` see the objects."""
+    for tile, table in measured:
+        fit.add(*(table[name].to_numpy().astype(np.float64) for name in ("area_px", "score")))
+        yield tile, table
 
 
 def _measure_tile(
@@ -303,14 +308,13 @@ def _write_outputs(
             )
 
 
-def _warnings(tally: _Tally, mpp: tuple[float, float] | None) -> tuple[str, ...]:
+def _warnings(tally: _Tally, fit: ModelFit, mpp: tuple[float, float] | None) -> tuple[str, ...]:
     warnings = []
     if not tally.n_objects:
         warnings.append("no objects found")
     if tally.n_truncated:
         warnings.append(f"{tally.n_truncated} objects reach beyond their tile and may be cut")
-    if tally.fit is not None:
-        warnings.extend(tally.fit.warnings())
+    warnings.extend(fit.warnings())
     if mpp is None:
         warnings.append("pixel size unknown: micrometre columns are empty")
     return tuple(warnings)

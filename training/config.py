@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -72,6 +72,10 @@ class Target:
     # the size of the objects is estimated in each image, in training (where a set gives none) and in a run
     finds_diameter: bool = False
     jitter: float = 1.4  # training crops are scaled at random by up to this factor either way
+
+    def with_intensity_done(self) -> Target:
+        """Return the same for images that have been through the intensity rule already."""
+        return replace(self, intensity=_FULL_RANGE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from darcnn.runtime.intensity import IntensityRule
 from darcnn.training.config import Recipe
 from darcnn.training.data.target import TargetImage, TargetImages
 from darcnn.training.engine import halo_for, make_segmenter
@@ -35,8 +34,7 @@ class ContactSheet:
     def __call__(self, network: Darcnn) -> Image.Image:
         """Return the sheet for `network`, which is in evaluation mode."""
         recipe = self._recipe
-        # the images have been through the target's intensity rule already
-        target = replace(recipe.target, intensity=IntensityRule("full_range"))
+        target = recipe.target.with_intensity_done()
         halo = halo_for(target.nominal_diameter_px, network.preset.strides_px[-1])
         columns = min(_COLUMNS, len(self._middles))
         rows = -(-len(self._middles) // columns)

@@ -17,7 +17,7 @@ from darcnn.runtime.metrics import Scores, aggregate_scores, mean_scores, score_
 from darcnn.runtime.readers import Reader, open_source
 from darcnn.runtime.readers.open import is_readable
 
-__all__ = ["Evaluation", "evaluate_folder", "kinds", "labelled_images"]
+__all__ = ["Evaluation", "evaluate_folder", "kinds", "labelled_images", "read_label_image"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def evaluate_folder(folder: Path, segment: Callable[[Reader], Instances]) -> Eva
     for image, label in tqdm(labelled_images(folder), desc=folder.name, unit="image"):
         with open_source(image) as reader:
             prediction = segment(reader).labels()
-        truth = _read_labels(label)
+        truth = read_label_image(label)
         if truth.shape != prediction.shape:
             raise InputError(
                 f"is {truth.shape}, its image {prediction.shape}", where=label, fix="match the sizes"
@@ -90,7 +90,12 @@ def kinds(names: tuple[str, ...]) -> Iterator[str]:
         yield from prefixes
 
 
-def _read_labels(path: Path) -> NDArray[np.int32]:
+def read_label_image(path: Path) -> NDArray[np.int32]:
+    """Return the (H, W) labels in `path`, 0 background.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         with Image.open(path) as picture:
             return np.asarray(picture).astype(np.int32)

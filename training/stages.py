@@ -176,8 +176,7 @@ def run_adapt(run: Run, start: Path) -> Darcnn:
         network.follow_source_encoder(stage.encoder_average)
 
     network = train(network, plan, batch_of, losses_of, after_step)
-    if parallel.is_first():
-        note_trust(network, recipe, targets, folder)
+    note_trust(network, recipe, targets, folder)
     return network
 
 
@@ -235,8 +234,7 @@ def run_refine(run: Run, start: Path) -> Darcnn:
             return make_batch(draw, BatchKey(recipe.seed, name, number), parallel.share_of(stage.batch))
 
         network = train(network, plan, batch_of, _refine_losses_of(network, run.device))
-        if parallel.is_first():
-            note_trust(network, recipe, targets, folder)
+        note_trust(network, recipe, targets, folder)
     return network
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.training.config import Recipe
 from darcnn.training.contact_sheet import spread
 from darcnn.training.data.target import TargetImages
 from darcnn.training.engine import make_segmenter
 from darcnn.training.model.network import Darcnn
+from darcnn.training.parallel import is_first
 from darcnn.training.unlabelled import Trust, judge_image, mean_trust
 from darcnn.training.writing import new_file
 
@@ -25,13 +25,14 @@ _IMAGES = 8  # looked at, evenly spread over the targets and always the same
 def note_trust(network: Darcnn, recipe: Recipe, targets: TargetImages, folder: Path) -> None:
     """Judge the target branch on eight of its unlabelled images and write `folder`/trust.json, once.
 
+    Of several processes the first does.
+
     Raises:
         OutputError: it cannot be written.
     """
-    if (folder / TRUST_FILE).is_file():
+    if not is_first() or (folder / TRUST_FILE).is_file():
         return
-    # the images have been through the target's intensity rule already
-    as_they_are = replace(recipe.target, intensity=IntensityRule("full_range"))
+    as_they_are = recipe.target.with_intensity_done()
     nominal, figures = recipe.target.nominal_diameter_px, []
     with make_segmenter(
         network,

@@ -92,8 +92,7 @@ def judge_image(segmenter: Segmenter, reader: Reader, *, diameter_px: float) -> 
     # axes swapped: mirrored at the diagonal, which is a quarter turn of a mirror image
     others = [labels_of(image.swapaxes(0, 1), diameter_px * scale).T for scale in _OTHER_SCALES]
     agreement = float(np.mean([_agreement(labels, other) for other in others]))
-    n_objects = len(np.unique(labels)) - int((labels == 0).any())
-    return Trust(agreement, separation_of(image, labels > 0), n_objects)
+    return Trust(agreement, separation_of(image, labels > 0), int(np.count_nonzero(np.unique(labels))))
 
 
 def _agreement(one: NDArray[np.int32], other: NDArray[np.int32]) -> float:

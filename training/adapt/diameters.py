@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from darcnn.runtime.diameter import estimate_diameter
-from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.training.config import Recipe
 from darcnn.training.data.target import TargetImages
@@ -37,8 +35,7 @@ def match_scales(network: Darcnn, recipe: Recipe, targets: TargetImages, folder:
     if path.is_file():
         diameters: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
     else:
-        # the images have been through the target's intensity rule already
-        as_they_are = replace(recipe.target, intensity=IntensityRule("full_range"))
+        as_they_are = recipe.target.with_intensity_done()
         min_score = recipe.refine_stage.min_score
         found: dict[str, float | None] = {}
         with make_segmenter(network, as_they_are, min_score=min_score, tile_px=_TILE_PX) as segmenter:

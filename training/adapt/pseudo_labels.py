@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from tqdm import tqdm
 from darcnn.runtime.boxes import non_maximum_suppression
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.instances import Instances
-from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.training.adapt.fit_masks import contrast_of, fit_masks
 from darcnn.training.config import Recipe, RefineStage, relevant_part
@@ -56,8 +54,7 @@ def label_images(
     shutil.rmtree(folder, ignore_errors=True)  # labels of an earlier try would be learned from
     with disk_errors(folder):
         folder.mkdir(parents=True)
-    # the images have been through the target's intensity rule already
-    as_they_are = replace(recipe.target, intensity=IntensityRule("full_range"))
+    as_they_are = recipe.target.with_intensity_done()
     least = stage.doubt_score if keeps_doubt and stage.doubt_score is not None else stage.min_score
     with make_segmenter(
         network, as_they_are, min_score=least, max_diameters=stage.max_diameters
