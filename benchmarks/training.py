@@ -26,7 +26,7 @@ from darcnn.training.data.batches import BatchKey, make_batch
 from darcnn.training.data.target import TargetImages
 from darcnn.training.model.network import Darcnn
 from darcnn.training.model.pretrained import load_weights
-from darcnn.training.stages import Run, SourceTiles
+from darcnn.training.source_tiles import SourceTiles
 from darcnn.training.steps import adapt_losses, learning_parts, refine_losses, source_losses
 
 _BURN_IN = 2
@@ -71,7 +71,7 @@ def _make_step(stage: str, path: Path, data: Path, n: int) -> Callable[[int], No
     load_weights(network, recipe.weights, data)
     network.train().to(memory_format=torch.channels_last)
     targets = TargetImages(data, recipe.target, recipe.seed)
-    tiles = SourceTiles(Run(recipe, data, Path()), targets)
+    tiles = SourceTiles(recipe, data, targets)
     size = {"source": recipe.source_stage.batch, "adapt": recipe.adapt_stage.source_batch}
     labelled = [tiles.batch(stage, number, size.get(stage, recipe.refine_stage.batch)) for number in range(n)]
     count = range(recipe.adapt_stage.target_batch)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from darcnn.runtime.errors import OutputError, UsageError
@@ -21,6 +22,9 @@ from darcnn.training.writing import new_file
 __all__ = ["ARMS", "Arm", "run_ablation"]
 
 _FIGURES = ("aji", "pixel_f1", "object_f1", "max_iou")
+_SEEDED = ("source", "stage_1", "stage_2")  # arms that are run with every seed
+
+Rows = Mapping[str, Sequence[Mapping[str, float]]]  # by arm: the figures of each seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,8 @@ def _only(alpha: float = 0.0, gamma: float = 0.0) -> Callable[[Recipe], Recipe]:
 
 
 def _synthesized(recipe: Recipe) -> Recipe:
-    return replace(recipe, source=replace(recipe.source, synthetic_fraction=0.5))
+    source = recipe.source
+    return recipe if source is None else replace(recipe, source=replace(source, synthetic_fraction=0.5))
 
 
 def _plain(recipe: Recipe) -> Recipe:
@@ -110,7 +115,8 @@ def run_ablation(run: Run) -> None:
 
     Arms share checkpoints: all adaptations start from the one source stage, both refinements from the
     one full stage 1. An arm whose figures are there is not run again. The arm with synthesized images is
-    left out where the target is not in colour.
+    left out where the target is not in colour. Source only, full stage 1 and full stage 2 are run with the
+    further seeds of the recipe too; their figures are then means, with the standard deviation beside.
 
     Raises:
         UsageError: the recipe has no [ablation].
@@ -127,18 +133,28 @@ def run_ablation(run: Run) -> None:
     check_batches(run.recipe)
     if not run.resume and any(run.out.glob("*/*/checkpoint.json")):
         raise OutputError("holds checkpoints already", where=run.out, fix="pass --resume or another --out")
-    rows: dict[str, dict[str, float]] = {}
     arms = [arm for arm in ARMS if arm.name != "synthesized" or run.recipe.target.channels == 3]
-    for arm in arms:
-        rows[arm.name] = _figures_of(arm, run, folder, options)
-        if parallel.is_first():
-            _write_tables(run.out, [a for a in arms if a.name in rows], rows, options.paper)
+    rows: dict[str, list[Mapping[str, float]]] = {}
+    for seed in (run.recipe.seed, *options.seeds):
+        is_first_seed = seed == run.recipe.seed
+        own = run if is_first_seed else _with_seed(run, seed)
+        for arm in arms:
+            if is_first_seed or arm.name in _SEEDED:
+                rows.setdefault(arm.name, []).append(_figures_of(arm, own, folder, options))
+                if parallel.is_first():
+                    _write_tables(run.out, [a for a in arms if a.name in rows], rows, options.paper)
+
+
+def _with_seed(run: Run, seed: int) -> Run:
+    return replace(run, recipe=replace(run.recipe, seed=seed), out=run.out / f"seed-{seed}")
 
 
 def _figures_of(arm: Arm, run: Run, folder: Path, options: Ablation) -> dict[str, float]:
     """Return the mean figures of an arm, from its file if it is done."""
     path = run.out / arm.name / "figures.json"
-    key = repr(asdict(replace(arm.recipe(run.recipe), data="", data_licence="")))
+    # what else is to be run does not change this arm
+    scored = replace(options, seeds=(), paper="none")
+    key = repr(asdict(replace(arm.recipe(run.recipe), data="", data_licence="", ablation=scored)))
     if run.resume and path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["recipe"] == key:
@@ -159,8 +175,8 @@ def _figures_of(arm: Arm, run: Run, folder: Path, options: Ablation) -> dict[str
         def segment(reader: Any) -> Any:
             return segmenter(reader, diameter_px=options.diameter_px, pixels=options.diameter_px is None)
 
-        mean = evaluate_folder(folder, segment).mean
-    figures = {name: float(getattr(mean, name)) for name in _FIGURES}
+        scores = evaluate_folder(folder, segment).mean
+    figures = {name: float(getattr(scores, name)) for name in _FIGURES}
     if parallel.is_first():
         with new_file(path) as temporary:
             temporary.write_text(json.dumps({"recipe": key, "figures": figures}, indent=1), encoding="utf-8")
@@ -187,18 +203,16 @@ def _train(arm: Arm, run: Run) -> Path:
     return own.out / "refine"
 
 
-def _write_tables(
-    out: Path, arms: Sequence[Arm], rows: Mapping[str, Mapping[str, float]], paper: str
-) -> None:
+def _write_tables(out: Path, arms: Sequence[Arm], rows: Rows, paper: str) -> None:
     """Write the arms done so far as CSV, as a Markdown table beside the paper's figures, and as a plot."""
     lines = [
-        "| arm | AJI | pixel F1 | object F1 | max IoU | paper: AJI, pixel F1, object F1 |",
-        "|---|---|---|---|---|---|",
+        "| arm | AJI | pixel F1 | object F1 | max IoU | seeds | paper: AJI, pixel F1, object F1 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for arm in arms:
-        ours = " | ".join(f"{rows[arm.name][name]:.3f}" for name in _FIGURES)
+        ours = " | ".join(_in_words(rows[arm.name], name) for name in _FIGURES)
         theirs = ", ".join(f"{value:.4f}" for value in arm.paper.get(paper, ())) or "-"
-        lines.append(f"| {arm.title} | {ours} | {theirs} |")
+        lines.append(f"| {arm.title} | {ours} | {len(rows[arm.name])} | {theirs} |")
     with new_file(out / "ablation.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     with (
@@ -206,21 +220,31 @@ def _write_tables(
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file)
-        writer.writerow(["arm", *_FIGURES, "paper_aji", "paper_pixel_f1", "paper_object_f1"])
+        writer.writerow(["arm", "run", *_FIGURES, "paper_aji", "paper_pixel_f1", "paper_object_f1"])
         for arm in arms:
             theirs_of = arm.paper.get(paper, ("", "", ""))
-            writer.writerow([arm.name, *(f"{rows[arm.name][f]:.4f}" for f in _FIGURES), *theirs_of])
+            for number, figures in enumerate(rows[arm.name]):
+                writer.writerow([arm.name, number + 1, *(f"{figures[f]:.4f}" for f in _FIGURES), *theirs_of])
     with new_file(out / "ablation.png") as temporary:
         _plot(temporary, arms, rows, paper)
 
 
-def _plot(path: Path, arms: Sequence[Arm], rows: Mapping[str, Mapping[str, float]], paper: str) -> None:
+def _in_words(runs: Sequence[Mapping[str, float]], figure: str) -> str:
+    """Return the mean of a figure, and its standard deviation where there are several seeds."""
+    values = [one[figure] for one in runs]
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _plot(path: Path, arms: Sequence[Arm], rows: Rows, paper: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 0.5 * len(arms) + 1.4), layout="constrained")
     axes = figure.subplots()
     places = list(range(len(arms)))
-    axes.barh([p - 0.2 for p in places], [rows[a.name]["aji"] for a in arms], height=0.38, label="here")
+    runs = [[one["aji"] for one in rows[arm.name]] for arm in arms]
+    axes.barh([p - 0.2 for p in places], [mean(values) for values in runs], height=0.38, label="here")
+    for place, values in zip(places, runs, strict=True):
+        axes.plot(values, [place - 0.2] * len(values), "k|" if len(values) > 1 else "", markersize=8)
     known = [(p, a.paper[paper][0]) for p, a in zip(places, arms, strict=True) if paper in a.paper]
     if known:
         axes.barh(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # torch is imported inside the commands: --help is quick and 
     import torch
 
     from darcnn.runtime.segmenter import Segmenter
+    from darcnn.training.decisions import Decisions
     from darcnn.training.evaluate import Evaluation
     from darcnn.training.stages import Run
 
@@ -157,14 +158,24 @@ def refine(
 
 @commands.command()
 @_stage_options
-def run(recipe: Path, out: Path | None, data: Path | None, resume: bool, device: str) -> None:
-    """Run all stages: source, adapt, refine."""
+@click.option("--yes", is_flag=True, help="Do not ask whether the objects' size and polarity are right.")
+def run(recipe: Path, out: Path | None, data: Path | None, resume: bool, device: str, yes: bool) -> None:
+    """Run all stages: source, adapt, refine.
+
+    Before it adapts, it shows the size and polarity of the objects that it takes for granted and, in a
+    terminal, asks whether they are right.
+    """
     from darcnn.training.parallel import is_first
     from darcnn.training.report import write_report
     from darcnn.training.stages import run_all
 
     with _open_run(recipe, out, data, resume, device) as plan:
-        run_all(plan)
+
+        def is_right(decisions: Decisions) -> bool:
+            click.echo(f"{decisions.in_words()}; see {plan.out / 'decisions.png'}")
+            return yes or not sys.stdin.isatty() or click.confirm("Go on?", default=True)
+
+        run_all(plan, is_right)
         if is_first():
             write_report(plan.out, plan.recipe)
         _tell(

@@ -82,7 +82,7 @@ class Target:
 class SourceStage:
     """Mask R-CNN on the labelled photographs: what all encoders of the adaptation start from."""
 
-    steps: int
+    steps: int = 0  # 0: the recipe's weights are a Mask R-CNN already and stay as they are
     batch: int = 4  # of all processes together, as every batch here
     accumulate: int = 1  # batches whose gradients make one step
     learning_rate: float = 5e-4
@@ -93,7 +93,7 @@ class SourceStage:
 class AdaptStage:
     """Stage 1, feature-level adaptation: DARCNN, equation (1)."""
 
-    steps: int
+    steps: int = 0  # 0: left out, for want of labelled images to align with, say
     source_batch: int = 2
     target_batch: int = 2
     accumulate: int = 1
@@ -127,9 +127,9 @@ class RefineStage:
     max_objects: int = 300  # pseudo-labels an image keeps, best first
     max_diameters: float | None = None  # what is larger than so many nominal diameters is no pseudo-label
     scales: tuple[float, ...] = (1.0,)  # the images are labelled at each of these scales, results merged
-    one_polarity: bool = (
-        False  # drop findings of the rarer polarity: bright among dark ones, or dark among bright
-    )
+    # whether objects are brighter or darker than what surrounds them; findings of the other polarity are
+    # dropped. "one": all are alike, and the findings say which; "any": both occur
+    polarity: Literal["any", "one", "bright", "dark"] = "any"
     fit_masks: bool = False  # fit each pseudo-mask to its image by a threshold between inside and outside
     source_every: int = 0  # every n-th step learns from the photographs again; 0 never
     synthetic_every: int = 0  # every n-th other step learns from synthesized tiles; 0 never
@@ -151,6 +151,7 @@ class Ablation:
     folder: str  # holds images/ and labels/, relative to the data folder
     diameter_px: float | None = None  # typical object in these images; None: pixels as they are
     paper: Literal["none", "bbbc", "tnbc"] = "none"  # whose figures in Tables 3 and 4 stand beside
+    seeds: tuple[int, ...] = ()  # more seeds of source only, full stage 1 and full stage 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,15 +163,15 @@ class Recipe:
     seed: int
     data: str  # folder, relative to the recipe file
     data_licence: str
-    source: Source
     target: Target
-    source_stage: SourceStage
-    adapt_stage: AdaptStage
     refine_stage: RefineStage
+    source: Source | None = None  # None: no labelled images; the stages that need them have 0 steps
+    source_stage: SourceStage = field(default_factory=SourceStage)
+    adapt_stage: AdaptStage = field(default_factory=AdaptStage)
     tile_px: int = 256
-    weights: str = (
-        "imagenet"  # or "coco", or a detectron2 checkpoint (.pkl, .pth) relative to the data folder
-    )
+    # or "coco", a Mask R-CNN that knows photographs, or a detectron2 checkpoint (.pkl, .pth) relative to the
+    # data folder
+    weights: str = "imagenet"
     export: Export = field(default_factory=Export)
     ablation: Ablation | None = None
 
@@ -222,7 +223,7 @@ def relevant_part(recipe: Recipe, stage: str) -> tuple[object, ...]:
         recipe.source,
         recipe.source_stage,
     )
-    if recipe.source.synthetic_fraction > 0:
+    if recipe.source is not None and recipe.source.synthetic_fraction > 0:
         parts = (*parts, recipe.target)  # the source stage already sees crops of its images
     if stage == "source":
         return parts

@@ -19,7 +19,9 @@ _MAX_LABEL = 65535  # pseudo-labels are 16-bit pictures
 def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield what no run could make sense of, each with the fix."""
     target, refine = recipe.target, recipe.refine_stage
-    yield from _source_problems(recipe.source)
+    yield from _start_problems(recipe)
+    if recipe.source is not None:
+        yield from _source_problems(recipe.source)
     if recipe.preset not in PRESETS:
         yield f"preset = {recipe.preset!r} is unknown", f"use one of {', '.join(PRESETS)}"
     if recipe.weights not in ("imagenet", "coco") and not is_detectron2_file(recipe.weights):
@@ -27,7 +29,7 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"weights = {recipe.weights!r} is unknown",
             "use imagenet, coco or the path of a .pkl or .pth",
         )
-    elif recipe.weights != "imagenet" and recipe.preset != "resnet50":
+    elif is_detectron2_file(recipe.weights) and recipe.preset != "resnet50":
         yield f"weights = {recipe.weights!r} does not fit preset {recipe.preset}", "use preset resnet50"
     if not target.sets:
         yield "no target images", "give at least one [[target.sets]]"
@@ -54,8 +56,6 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "adapt_stage.target_batch": recipe.adapt_stage.target_batch,
         "refine_stage.batch": refine.batch,
         "refine_stage.rounds": refine.rounds,
-        "source_stage.steps": recipe.source_stage.steps,
-        "adapt_stage.steps": recipe.adapt_stage.steps,
         "refine_stage.steps": refine.steps,
         **sizes,
     }
@@ -73,6 +73,29 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name, score in (("refine_stage", refine.min_score), ("export", recipe.export.min_score)):
         if not 0.0 <= score <= 1.0:
             yield f"{name}.min_score = {score} is no score", "give a number from 0 to 1"
+
+
+def _start_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield why the stages that need labelled images cannot run, or cannot be left out."""
+    stages = {"source_stage": recipe.source_stage.steps, "adapt_stage": recipe.adapt_stage.steps}
+    for name, steps in stages.items():
+        if steps < 0:
+            yield f"{name}.steps = {steps} is below 0", "give 0 to leave the stage out"
+        elif steps > 0 and recipe.source is None:
+            yield (
+                f"{name} needs labelled images, and the recipe has no [source]",
+                f"add [source] or {name}.steps = 0",
+            )
+    if recipe.refine_stage.source_every and recipe.source is None:
+        yield (
+            "refine_stage.source_every needs labelled images, and the recipe has no [source]",
+            "leave it out",
+        )
+    if recipe.source_stage.steps == 0 and recipe.weights == "imagenet":
+        yield (
+            'weights = "imagenet" knows no objects yet',
+            'give source_stage.steps above 0, or weights = "coco"',
+        )
 
 
 def _source_problems(source: Source) -> Iterator[tuple[str, str]]:

@@ -11,28 +11,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from darcnn.runtime.errors import OutputError
+from darcnn.runtime.errors import OutputError, UsageError
 from darcnn.training import parallel
 from darcnn.training.adapt.diameters import DIAMETERS_FILE, match_scales
 from darcnn.training.adapt.pseudo_labels import label_images, read_labels
-from darcnn.training.checkpoint import CheckpointInfo, is_complete, load_network
+from darcnn.training.checkpoint import CheckpointInfo, is_complete, load_network, save_checkpoint
 from darcnn.training.config import Recipe
 from darcnn.training.contact_sheet import ContactSheet
 from darcnn.training.data.augment import augment_target, vary_synthesized
-from darcnn.training.data.batches import Batch, BatchKey, make_batch, make_source_tile
-from darcnn.training.data.label_maps import open_labelled_source
+from darcnn.training.data.batches import Batch, BatchKey, make_batch
 from darcnn.training.data.source import LabelledTile
 from darcnn.training.data.synthesis import SynthesizedSource
 from darcnn.training.data.target import TargetImages
+from darcnn.training.decisions import DECISIONS_FILE, Decisions, decide, note_decisions
 from darcnn.training.loop import LoopPlan, train
 from darcnn.training.model.network import Darcnn
-from darcnn.training.model.pretrained import load_weights
+from darcnn.training.model.pretrained import load_weights, start_of
 from darcnn.training.schedule import similarity_weight
+from darcnn.training.source_tiles import SourceTiles
 from darcnn.training.steps import adapt_losses, refine_losses, source_losses
 from darcnn.training.trust import note_trust
-from darcnn.training.writing import disk_errors
+from darcnn.training.writing import disk_errors, new_file
 
-__all__ = ["Run", "SourceTiles", "check_batches", "run_adapt", "run_all", "run_refine", "run_source"]
+__all__ = ["Run", "check_batches", "run_adapt", "run_all", "run_refine", "run_source"]
 
 _LAST_ROUND = "refine"  # its folder: the final model
 _MIN_SHEET_STEPS = 100  # between two pictures, which take as long as several steps
@@ -72,40 +73,14 @@ class Run:
         return load_network(folder)[0].to(self.device)
 
 
-class SourceTiles:
-    """Labelled images, scenes and synthesized tiles of a recipe, by seed, stage, step and index."""
-
-    def __init__(self, run: Run, targets: TargetImages) -> None:
-        self.recipe = run.recipe
-        self.source = open_labelled_source(run.data, run.recipe.source, tile_px=run.recipe.tile_px)
-        self.cutouts = self.source.cutouts() if run.recipe.source.scene_fraction > 0 else []
-        self.synthesized: SynthesizedSource | None = None
-        if run.recipe.source.synthetic_fraction > 0:
-            self.synthesized = SynthesizedSource(targets)
-
-    def batch(self, stage: str, number: int, size: int) -> Batch:
-        """Return this process's share of batch `number` of a stage."""
-        key = BatchKey(self.recipe.seed, stage, number)
-        return make_batch(self._tile, key, parallel.share_of(size))
-
-    def _tile(self, rng: np.random.Generator) -> LabelledTile:
-        options = self.recipe.source
-        if self.synthesized is not None and rng.random() < options.synthetic_fraction:
-            return vary_synthesized(self.synthesized.tile(rng, self.recipe.tile_px), rng)
-        return make_source_tile(
-            self.source,
-            self.cutouts,
-            rng,
-            self.recipe.tile_px,
-            scene_fraction=options.scene_fraction if self.cutouts else 0.0,
-            grey_fraction=options.grey_fraction,
-        )
-
-
 def run_source(run: Run) -> Darcnn:
-    """Train a Mask R-CNN on the labelled photographs, from the recipe's weights, into `run.out`/source."""
+    """Train a Mask R-CNN on the labelled photographs, from the recipe's weights, into `run.out`/source.
+
+    Of 0 steps, it passes the weights on.
+    """
     recipe, stage = run.recipe, run.recipe.source_stage
     folder = run.folder("source")
+    _check_start(run, folder)
     with torch.random.fork_rng(devices=[]):  # heads start at random, in every process the same
         torch.manual_seed(recipe.seed)
         network = Darcnn.from_name(recipe.preset, recipe.weights)
@@ -113,7 +88,9 @@ def run_source(run: Run) -> Darcnn:
         load_weights(network, recipe.weights, run.data)
     network.to(run.device)
     targets = TargetImages(run.data, recipe.target, recipe.seed)
-    tiles = SourceTiles(run, targets)
+    if stage.steps == 0:
+        return _pass_on(network, CheckpointInfo("source", 0, True, recipe), folder)
+    tiles = SourceTiles(recipe, run.data, targets)
     plan = LoopPlan(
         stage="source",
         steps=stage.steps,
@@ -134,14 +111,21 @@ def run_source(run: Run) -> Darcnn:
 
 
 def run_adapt(run: Run, start: Path) -> Darcnn:
-    """Stage 1: adapt the source checkpoint in `start` to the unlabelled images, into `run.out`/adapt."""
+    """Stage 1: adapt the source checkpoint in `start` to the unlabelled images, into `run.out`/adapt.
+
+    Of 0 steps, both domains start stage 2 from what the source stage learned.
+    """
     recipe, stage = run.recipe, run.recipe.adapt_stage
     folder = run.folder("adapt")
     network = run.start_from(start)
     network.start_adaptation()
     targets = TargetImages(run.data, recipe.target, recipe.seed)
     _match_scales(run, network, targets, folder)
-    tiles = SourceTiles(run, targets)
+    if stage.steps == 0:
+        network = _pass_on(network, CheckpointInfo("adapt", 0, True, recipe), folder)
+        note_trust(network, recipe, targets, folder)
+        return network
+    tiles = SourceTiles(recipe, run.data, targets)
     observed: dict[str, float] = {}
     plan = LoopPlan(
         stage="adapt",
@@ -191,7 +175,8 @@ def run_refine(run: Run, start: Path) -> Darcnn:
     first = run.folder(_rounds(recipe)[0])
     known = start / DIAMETERS_FILE  # what stage 1 measured holds for stage 2
     _match_scales(run, network, targets, known.parent if known.is_file() else first)
-    tiles, synthesized = SourceTiles(run, targets), SynthesizedSource(targets)
+    synthesized = SynthesizedSource(targets)
+    tiles = SourceTiles(recipe, run.data, targets) if stage.source_every else None
     sheet = ContactSheet(recipe, targets)
     for name in _rounds(recipe):
         folder = run.folder(name)
@@ -221,7 +206,7 @@ def run_refine(run: Run, start: Path) -> Darcnn:
         )
 
         def batch_of(number: int, name: str = name, labels: dict[str, NDArray[np.int32]] = labels) -> Batch:
-            if stage.source_every and number % stage.source_every == 0:
+            if tiles is not None and number % stage.source_every == 0:
                 return tiles.batch(name, number, stage.batch)
             is_synthetic = stage.synthetic_every and number % stage.synthetic_every == 0
 
@@ -236,6 +221,50 @@ def run_refine(run: Run, start: Path) -> Darcnn:
         network = train(network, plan, batch_of, _refine_losses_of(network, run.device))
         note_trust(network, recipe, targets, folder)
     return network
+
+
+def _decide(run: Run, is_right: Callable[[Decisions], bool]) -> None:
+    """Let the size and polarity of the objects be judged before anything is learned from them."""
+    network = run.start_from(run.out / "source")
+    network.start_adaptation()
+    targets = TargetImages(run.data, run.recipe.target, run.recipe.seed)
+    match_scales(network, run.recipe, targets, run.out / "adapt")
+    decisions = decide(network, run.recipe, targets, run.out)
+    if not is_right(decisions):
+        raise UsageError(
+            "stopped before the adaptation",
+            where=run.recipe.name,
+            fix="give target.sets.diameter_px or refine_stage.polarity in the recipe, then --resume",
+        )
+    note_decisions(decisions, run.out)
+
+
+def _check_start(run: Run, folder: Path) -> None:
+    """Note in `folder` what the run starts from, or compare it with what an earlier try noted.
+
+    Raises:
+        UsageError: the weights are others than those that the stage was begun with.
+    """
+    start, path = start_of(run.recipe.preset, run.recipe.weights, run.data), folder / "start.txt"
+    if parallel.is_first():
+        if not path.is_file():
+            with new_file(path) as temporary:
+                temporary.write_text(start, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != start:
+            raise UsageError(
+                f"was begun from another file than weights = {run.recipe.weights!r} is now",
+                where=folder,
+                fix="choose another --out, or bring that file back",
+            )
+    parallel.wait_for_all()
+
+
+def _pass_on(network: Darcnn, info: CheckpointInfo, folder: Path) -> Darcnn:
+    """Write the checkpoint of a stage that has no steps."""
+    if parallel.is_first():
+        save_checkpoint(folder, network, info)
+    parallel.wait_for_all()
+    return network.eval()
 
 
 def _match_scales(run: Run, network: Darcnn, targets: TargetImages, folder: Path) -> None:
@@ -273,14 +302,25 @@ def check_batches(recipe: Recipe) -> None:
         parallel.share_of(batch)
 
 
-def run_all(run: Run) -> Darcnn:
+def run_all(run: Run, is_right: Callable[[Decisions], bool] = lambda decisions: True) -> Darcnn:
     """Run the three stages one after another; finished ones are skipped when resuming.
 
     What would stop a later stage stops the run before it trains: the source stage reads all images.
+
+    Args:
+        run: the run.
+        is_right: is shown what the run takes for granted about the unlabelled images, once, before it learns
+            from them.
+
+    Raises:
+        UsageError: that is not right.
     """
     check_batches(run.recipe)
     for name in ("source", "adapt", *_rounds(run.recipe)):
         run.folder(name)
     run_source(run)
+    if parallel.is_first() and not (run.out / DECISIONS_FILE).is_file():
+        _decide(run, is_right)
+    parallel.wait_for_all()
     run_adapt(run, run.out / "source")
     return run_refine(run, run.out / "adapt")

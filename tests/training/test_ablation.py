@@ -15,10 +15,12 @@ from PIL import Image
 from darcnn.runtime.errors import InputError, OutputError, UsageError
 from darcnn.training import ablation
 from darcnn.training.ablation import ARMS, Arm, run_ablation
+from darcnn.training.checkpoint import read_info
 from darcnn.training.config import Ablation, Recipe, TargetSet
 from darcnn.training.stages import Run
 
 NAMES = ["source", "similarity", "consistency", "stage_1", "plain_labels", "stage_2"]  # of a grey target
+SEEDED = ["source", "stage_1", "stage_2"]
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +35,7 @@ def tiny(recipe: Recipe) -> Recipe:
         adapt_stage=replace(recipe.adapt_stage, steps=1, source_batch=1, target_batch=1),
         refine_stage=replace(recipe.refine_stage, steps=1, batch=1, max_objects=3),
         export=replace(recipe.export, min_score=0.05, tile_px=256),
-        ablation=Ablation("evaluate", paper="bbbc"),
+        ablation=Ablation("evaluate", paper="bbbc", seeds=(9,)),
     )
 
 
@@ -88,18 +90,29 @@ def test_an_ablation_that_was_stopped_goes_on_and_leaves_a_row_for_every_arm(
         run_ablation(run)
     stamps = stamps_of(run.out)
     run_ablation(replace(run, resume=True))
-    assert len(scored) == 1 + len(NAMES)  # those that were done are not scored again
+    assert len(scored) == 1 + len(NAMES) + len(SEEDED)  # those that were done are not scored again
     assert stamps.items() <= stamps_of(run.out).items()  # nor trained
     rows = table(run.out)
-    assert [row["arm"] for row in rows] == NAMES
+    assert [row["arm"] for row in rows if row["run"] == "1"] == NAMES
+    assert [row["arm"] for row in rows if row["run"] == "2"] == SEEDED
     for row in rows:
-        figures = json.loads((run.out / row["arm"] / "figures.json").read_text())["figures"]
+        folder = run.out if row["run"] == "1" else run.out / "seed-9"
+        figures = json.loads((folder / row["arm"] / "figures.json").read_text())["figures"]
         assert row["aji"] == f"{figures['aji']:.4f}"
         assert all(0.0 <= figure <= 1.0 for figure in figures.values())
-    assert [row["paper_aji"] for row in rows] == ["0.0315", "0.1414", "0.325", "0.3371", "0.4349", "0.4725"]
+    assert [row["paper_aji"] for row in rows if row["run"] == "1"] == [
+        "0.0315",
+        "0.1414",
+        "0.325",
+        "0.3371",
+        "0.4349",
+        "0.4725",
+    ]
     lines = (run.out / "ablation.md").read_text().splitlines()
     assert len(lines) == 2 + len(NAMES)
     assert lines[2].startswith("| source only | ")
+    assert [" ± " in line for line in lines[2:]] == [name in SEEDED for name in NAMES]
+    assert (read_info(run.out / "seed-9" / "stage_1" / "adapt").recipe.seed) == 9
     assert lines[2].endswith("| 0.0315, 0.3144, 0.0818 |")
     with Image.open(run.out / "ablation.png") as plot:
         assert plot.format == "PNG"

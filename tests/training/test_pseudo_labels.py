@@ -318,7 +318,7 @@ def test_images_of_separate_channels_are_labelled_by_all_means(
     images = TargetImages(tmp_path, target, recipe.seed)
     script.boxes = [(10, 20, 40, 46, 0.9)]
     changed = (replace(recipe, target=target), images)
-    options = {"fit_masks": True, "one_polarity": True, "scales": (1.0, 2.0)}
+    options = {"fit_masks": True, "polarity": "one", "scales": (1.0, 2.0)}
     (labels,) = label(network, changed, tmp_path / "labels", **options).values()
     assert {tile.shape[2] for tile in script.tiles} == {channels}
     y, x = _origin(script.tiles[0])

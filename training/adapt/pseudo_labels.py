@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from darcnn.training.engine import make_segmenter
 from darcnn.training.model.network import Darcnn
 from darcnn.training.writing import disk_errors, new_file
 
-__all__ = ["keep_one_polarity", "label_images", "merge_scales", "read_labels"]
+__all__ = ["keep_one_polarity", "label_images", "merge_scales", "read_labels", "share_of_bright"]
 
 _DOUBTFUL = "doubtful"  # folder of findings that are neither labels nor background
 _FAINT = 0.25  # a finding with less than this share of its image's median contrast is dropped
@@ -63,8 +64,8 @@ def label_images(
             _find(segmenter, image, recipe.target.nominal_diameter_px, stage)
             for image in tqdm(targets.images, desc="pseudo-labels", unit="image")
         ]
-    if stage.one_polarity:
-        found = keep_one_polarity([image.pixels for image in targets.images], found)
+    if stage.polarity != "any":
+        found = keep_one_polarity([image.pixels for image in targets.images], found, stage.polarity)
     n_objects = sum(int((instances.scores >= stage.min_score).sum()) for instances in found)
     if n_objects == 0:
         raise InputError(
@@ -88,8 +89,12 @@ def label_images(
         temporary.write_text(json.dumps(summary), encoding="utf-8")
 
 
-def keep_one_polarity(images: list[NDArray[np.uint8]], found: list[Instances]) -> list[Instances]:
-    """Return the findings without those of the rarer polarity and the faintest.
+def keep_one_polarity(
+    images: list[NDArray[np.uint8]],
+    found: list[Instances],
+    polarity: Literal["one", "bright", "dark"] = "one",
+) -> list[Instances]:
+    """Return the findings without those of the other polarity (of "one": the rarer) and the faintest.
 
     Not in the paper, which filters by mean intensity for one target (DARCNN, section 4). Objects of one
     target are all brighter or all darker than what surrounds them; which of the two is decided by the
@@ -97,14 +102,24 @@ def keep_one_polarity(images: list[NDArray[np.uint8]], found: list[Instances]) -
     object to a network that has seen both.
     """
     contrasts = [contrast_of(image, one) for image, one in zip(images, found, strict=True)]
-    votes = sum(float((np.sign(c) * one.scores).sum()) for c, one in zip(contrasts, found, strict=True))
-    sign = 1.0 if votes >= 0 else -1.0
+    is_bright = share_of_bright(contrasts, found) >= 0.5 if polarity == "one" else polarity == "bright"
+    sign = 1.0 if is_bright else -1.0
     kept = []
     for contrast, one in zip(contrasts, found, strict=True):
         right = sign * contrast
         typical = float(np.median(right[right > 0])) if (right > 0).any() else 0.0
         kept.append(one.select(right > _FAINT * typical))
     return kept
+
+
+def share_of_bright(contrasts: list[NDArray[np.float32]], found: list[Instances]) -> float:
+    """Return which share of the findings, weighted by score, is brighter than its surroundings, 0 to 1.
+
+    Without findings it is one half.
+    """
+    bright = sum(float(((c > 0) * one.scores).sum()) for c, one in zip(contrasts, found, strict=True))
+    dark = sum(float(((c < 0) * one.scores).sum()) for c, one in zip(contrasts, found, strict=True))
+    return bright / (bright + dark) if bright + dark > 0 else 0.5
 
 
 def read_labels(folder: Path) -> dict[str, NDArray[np.int32]]:

@@ -1,7 +1,8 @@
-"""What a network starts from: ImageNet weights of the backbone, or a Mask R-CNN that knows COCO."""
+"""What a network starts from: ImageNet weights of the backbone, or a Mask R-CNN that knows photographs."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from darcnn.training.model.backbone import make_trunk_and_stages
 from darcnn.training.model.detectron2 import load_detectron2
 from darcnn.training.model.foreign_weights import collapse_classes, load_mask_rcnn, take_tensors
 from darcnn.training.model.network import Darcnn
+from darcnn.training.model.photographs import load_photographs, read_photographs
 
-__all__ = ["imagenet_classifier", "load_coco", "load_imagenet", "load_weights"]
+__all__ = ["imagenet_classifier", "load_coco", "load_imagenet", "load_weights", "start_of"]
 
 _BATCH_NORM_EPSILON = 1e-5  # of torchvision's FrozenBatchNorm2d
 _TORCHVISION_NAMES = {  # beginnings of names here, and there
@@ -42,10 +44,32 @@ def load_weights(network: Darcnn, weights: str, data: Path) -> None:
     """
     if weights == "imagenet":
         load_imagenet(network)
+    elif weights == "coco" and network.preset.name == "lite":
+        load_photographs(network)
     elif weights == "coco":
         load_coco(network)
     else:
         load_detectron2(network, data / weights)
+
+
+def start_of(preset: str, weights: str, data: Path) -> str:
+    """Return what tells one start from another: the recipe's name for it, and what is in its file.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if weights == "imagenet" or (weights == "coco" and preset != "lite"):
+        return weights  # of a fixed version, checked when it is loaded
+    if weights == "coco":
+        content = read_photographs()
+    else:
+        try:
+            content = (data / weights).read_bytes()
+        except OSError as err:
+            raise InputError(
+                err.strerror or "cannot be read", where=data / weights, fix="correct weights in the recipe"
+            ) from err
+    return f"{weights} sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def imagenet_classifier() -> nn.Module:
