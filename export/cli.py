@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from darcnn.runtime.bundle import Bundle, open_bundle, write_bundle
+from darcnn.runtime.engines.tensorrt_build import BACKENDS as TENSORRT
+from darcnn.runtime.engines.tensorrt_build import BuildOptions, build_engine
 from darcnn.runtime.errors import (
     EXIT_INTERRUPTED,
     EXIT_PARTIAL,
@@ -23,6 +25,7 @@ from darcnn.runtime.errors import (
     UsageError,
 )
 from darcnn.runtime.manifest import Manifest
+from darcnn.runtime.options import BACKENDS
 
 if TYPE_CHECKING:
     from darcnn.export.parity import Parity, TileSource
@@ -112,7 +115,14 @@ def bundle(
 @click.argument("bundle", type=_file)
 @click.option("--checkpoint", required=True, type=_folder, help="The folder that the bundle was made of.")
 @click.option("--data", type=_folder, help="Images to verify on; the recipe's by default.")
-def verify(bundle: Path, checkpoint: Path, data: Path | None) -> int:
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    type=click.Choice([name for name in BACKENDS if name != "auto"]),
+    help="What runs the bundle, repeatable; by default ONNX Runtime, and OpenVINO where it is installed.",
+)
+def verify(bundle: Path, checkpoint: Path, data: Path | None, backends: tuple[str, ...]) -> int:
     """Compare BUNDLE with the checkpoint that it was made of; exit code 1 where they disagree."""
     _require_export()
     from darcnn.training.checkpoint import load_network
@@ -125,9 +135,49 @@ def verify(bundle: Path, checkpoint: Path, data: Path | None) -> int:
             where=checkpoint,
             fix="give the folder that the bundle was made of",
         )
-    parity = _compare(opened, network, _sources(info.recipe, data))
-    click.echo(_table(parity))
-    return 0 if parity.agrees else EXIT_PARTIAL
+    has_openvino = importlib.util.find_spec("openvino") is not None
+    sources, agrees = _sources(info.recipe, data), True
+    for backend in backends or ("onnxruntime", *(["openvino"] if has_openvino else [])):
+        parity = _compare(opened, network, sources, backend)
+        click.echo(f"{backend}\n{_table(parity)}")
+        agrees = agrees and parity.agrees
+    return 0 if agrees else EXIT_PARTIAL
+
+
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--backend",
+    type=click.Choice(list(TENSORRT)),
+    default="tensorrt-rtx",
+    show_default=True,
+    help="tensorrt compiles on the GPU that is to run it; tensorrt-rtx anywhere.",
+)
+@click.option(
+    "--target", "targets", multiple=True, help="GPUs to compile for, sm86 say; tensorrt-rtx only, repeatable."
+)
+@click.option("--workspace", type=click.IntRange(1), help="Most scratch memory of a layer, MiB.")
+@click.option("--version-compatible", is_flag=True, help="Later versions run it too; tensorrt only.")
+@click.option("--out", type=_folder, help="Folder to write; the user's cache by default, where runs look.")
+def engine(
+    model: str,
+    backend: str,
+    targets: tuple[str, ...],
+    workspace: int | None,
+    version_compatible: bool,
+    out: Path | None,
+) -> None:
+    """Compile the graphs of MODEL, a bundle or the name of a shipped one, into a TensorRT engine."""
+    from darcnn.runtime.load import find_bundle
+
+    def show(phase: str, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"\r\x1b[K{phase} {done}/{total}", err=True, nl=False)
+
+    options = BuildOptions(backend, targets, workspace, version_compatible)
+    folder = build_engine(find_bundle(model), options, out=out, progress=show)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    click.echo(f"{folder}: {size / 1e6:.1f} MB")
 
 
 @cli.command()
@@ -192,12 +242,14 @@ def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, bat
     )
 
 
-def _compare(bundle: Bundle, network: Darcnn, sources: list[TileSource]) -> Parity:
+def _compare(
+    bundle: Bundle, network: Darcnn, sources: list[TileSource], backend: str = "onnxruntime"
+) -> Parity:
     from darcnn.export.parity import read_tiles, verify_bundle
 
     tiles = read_tiles(sources, bundle)
     click.echo(f"comparing on {len(tiles)} tiles", err=True)
-    parity = verify_bundle(bundle, network, tiles)
+    parity = verify_bundle(bundle, network, tiles, backend=backend)
     if parity.n_objects == 0:
         click.echo("no object on any tile: only the features were compared", err=True)
     return parity
@@ -205,7 +257,7 @@ def _compare(bundle: Bundle, network: Darcnn, sources: list[TileSource]) -> Pari
 
 def _table(parity: Parity) -> str:
     """Return the comparison as a table, one line a tile, and the verdict."""
-    lines = [f"{'tile':32} {'torch':>6} {'onnx':>6} {'matched':>8} {'box px':>8} {'score':>8} {'mask':>8}"]
+    lines = [f"{'tile':32} {'torch':>6} {'bundle':>6} {'matched':>8} {'box px':>8} {'score':>8} {'mask':>8}"]
     for one in parity.tiles:
         counts = f"{one.n_torch:6d} {one.n_onnx:6d} {one.n_matched:8d}"
         lines.append(f"{one.tile[-32:]:32} {counts} {one.box_px:8.4f} {one.score:8.5f} {one.mask:8.5f}")

@@ -17,7 +17,7 @@ from darcnn.export.pack import options_of
 from darcnn.export.static import ExportOptions, pack_atlas
 from darcnn.runtime.boxes import non_maximum_suppression, pairwise_iou
 from darcnn.runtime.bundle import Bundle
-from darcnn.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from darcnn.runtime.engines.choose import open_engine
 from darcnn.runtime.engines.protocol import Engine
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import sees_separate_channels
@@ -56,7 +56,7 @@ class Objects:
     boxes: NDArray[np.float32]  # (N, 4) tile px
     scores: NDArray[np.float32]  # (N,)
     masks: NDArray[np.float32]  # (N, 28, 28) probabilities
-    atlas: NDArray[np.float32]  # (P, C) pooled features' source
+    atlas: NDArray[np.float32] | None  # (P, C) pooled features' source; None where it stays on a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +120,19 @@ class TileSource:
     diameter_px: float | None = None
 
 
-def verify_bundle(bundle: Bundle, network: Darcnn, tiles: Tiles) -> Parity:
-    """Compare the bundle, run as a user runs it on the CPU, with the network that it was made of.
+def verify_bundle(bundle: Bundle, network: Darcnn, tiles: Tiles, *, backend: str = "onnxruntime") -> Parity:
+    """Compare the bundle, run as a user runs it with `backend`, with the network that it was made of.
 
     The network computes in PyTorch by its own evaluation path; its weights are rounded to float16 as the
-    bundle's are, and its limits are those of the bundle.
+    bundle's are, and its limits are those of the bundle. ONNX Runtime runs on the CPU here.
+
+    Raises:
+        DeviceError: the backend is not installed, or needs a GPU or an engine that is not there.
     """
     options = options_of(bundle.manifest)
     reference = _with_limits(freeze_network(network), options)
-    with closing(OnnxRuntimeEngine(bundle, device="cpu")) as engine:
+    device = "cpu" if backend == "onnxruntime" else "auto"
+    with closing(open_engine(bundle, device=device, backend=backend)) as engine:
         found = find_with_engine(engine, tiles, bundle.manifest.limits.nms_threshold)
         return Parity(
             tuple(compare_objects(name, find_with_torch(reference, tiles[name]), one) for name, one in found)
@@ -165,7 +169,8 @@ def find_with_engine(engine: Engine, tiles: Tiles, nms_threshold: float) -> Iter
                 kept = non_maximum_suppression(boxes, scores, nms_threshold)
                 boxes, scores = boxes[kept], scores[kept]
             masks = engine.masks(found, boxes, np.full(len(boxes), index, np.int64))
-            yield name, Objects(boxes, scores, masks, np.asarray(found.atlas[index]))
+            atlas = None if found.atlas is None else np.asarray(found.atlas[index])
+            yield name, Objects(boxes, scores, masks, atlas)
 
 
 def compare_objects(tile: str, ours: Objects, theirs: Objects) -> TileParity:
@@ -183,7 +188,6 @@ def compare_objects(tile: str, ours: Objects, theirs: Objects) -> TileParity:
     box = np.abs(ours.boxes[rows] - theirs.boxes[partners])
     score = np.abs(ours.scores[rows] - theirs.scores[partners])
     mask = np.abs(ours.masks[rows] - theirs.masks[partners]).mean((1, 2))
-    scale = float(np.abs(ours.atlas).max())
     return TileParity(
         tile=tile,
         n_torch=int(is_strong.sum()),
@@ -194,8 +198,15 @@ def compare_objects(tile: str, ours: Objects, theirs: Objects) -> TileParity:
         box_median_px=float(np.median(box)) if box.size else 0.0,
         score=float(score.max(initial=0.0)),
         mask=float(mask.max(initial=0.0)),
-        features=float(np.abs(ours.atlas - theirs.atlas).max()) / (scale or 1.0),
+        features=_features_apart(ours.atlas, theirs.atlas),
     )
+
+
+def _features_apart(ours: NDArray[np.float32] | None, theirs: NDArray[np.float32] | None) -> float:
+    """Return the largest difference, relative to our largest feature; 0 where one side keeps its own."""
+    if ours is None or theirs is None:
+        return 0.0
+    return float(np.abs(ours - theirs).max()) / (float(np.abs(ours).max()) or 1.0)
 
 
 def read_tiles(
@@ -216,7 +227,7 @@ def read_tiles(
         )
     chosen = _spread(sources, limit)
     tiles: dict[str, NDArray[np.uint8]] = {}
-    with Segmenter(OnnxRuntimeEngine(bundle, device="cpu"), bundle.manifest) as segmenter:
+    with Segmenter(open_engine(bundle, device="cpu"), bundle.manifest) as segmenter:
         for source in chosen:
             with _open_middle(source.path) as reader:
                 facts = reader.info

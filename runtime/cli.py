@@ -11,8 +11,8 @@ from typing import Literal
 import click
 
 from darcnn.runtime.batch import list_slides, run_batch
-from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError
-from darcnn.runtime.options import read_diameter
+from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
+from darcnn.runtime.options import BACKENDS, read_diameter
 from darcnn.runtime.pipeline import RunOptions, RunSummary
 from darcnn.runtime.record import installed_version
 
@@ -21,6 +21,14 @@ __all__ = ["main"]
 _REDRAW_SECONDS = 0.2
 _CLEAR_LINE = "\r\x1b[K"
 _NAME_WIDTH = 40  # so that the progress line fits a terminal
+
+
+def _show_machine(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from darcnn.runtime.engines.choose import examine_machine
+
+        click.echo("\n".join(examine_machine()))
+        context.exit()
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,6 +49,22 @@ _NAME_WIDTH = 40  # so that the progress line fits a terminal
     default="auto",
     show_default=True,
     help="What computes.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="What runs the graphs; tensorrt and tensorrt-rtx need an engine: darcnn-export engine, or --build.",
+)
+@click.option("--build", is_flag=True, help="Compile an engine for --backend first if none fits.")
+@click.option(
+    "--doctor",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_machine,
+    help="Say what this machine offers, and exit.",
 )
 @click.option(
     "--mpp",
@@ -69,6 +93,8 @@ def main(
     model: str,
     out_dir: Path,
     device: str,
+    backend: str,
+    build: bool,
     mpp: float | None,
     pixels: bool,
     diameter: float | Literal["auto"] | None,
@@ -97,7 +123,16 @@ def main(
     logging.getLogger("tifffile").addHandler(logging.NullHandler())
     terminal = _Terminal(shows_progress=not quiet and sys.stderr.isatty())
     try:
-        code = _run(inputs, model, out_dir, options, terminal, device=device, min_score=min_score)
+        from darcnn.runtime.load import load  # here, so that --help need not load an engine
+
+        slides = list_slides(inputs)
+        if build:
+            _build_engine(model, backend, terminal)
+        with load(
+            model, device=device, backend=backend, min_score=min_score, tell=terminal.tell
+        ) as segmenter:
+            outcome = run_batch(segmenter, slides, out_dir, options=options, listener=terminal)
+        code = outcome.exit_code
     except DarcnnError as err:
         terminal.fail(str(err))
         code = EXIT_UNUSABLE if not terminal.n_finished else 1
@@ -107,21 +142,23 @@ def main(
     sys.exit(code)
 
 
-def _run(
-    inputs: tuple[str, ...],
-    model: str,
-    out_dir: Path,
-    options: RunOptions,
-    terminal: _Terminal,
-    *,
-    device: str,
-    min_score: float | None,
-) -> int:
-    from darcnn.runtime.load import load  # here, so that --help need not load an engine
+def _build_engine(model: str, backend: str, terminal: _Terminal) -> None:
+    """Compile an engine of `model` into the user's cache, unless one fits already."""
+    from darcnn.runtime.engines.cuda import gpu_capability
+    from darcnn.runtime.engines.tensorrt import has_engine
+    from darcnn.runtime.engines.tensorrt_build import BACKENDS as TENSORRT
+    from darcnn.runtime.engines.tensorrt_build import BuildOptions, build_engine
 
-    slides = list_slides(inputs)
-    with load(model, device=device, min_score=min_score) as segmenter:
-        return run_batch(segmenter, slides, out_dir, options=options, listener=terminal).exit_code
+    if backend not in TENSORRT:
+        raise UsageError(
+            f"{backend} compiles nothing", where="--build", fix=f"pass --backend {' or '.join(TENSORRT)}"
+        )
+    from darcnn.runtime.load import find_bundle
+
+    bundle = find_bundle(model)
+    targets = (gpu_capability(),) if backend == "tensorrt-rtx" else ()
+    if not has_engine(bundle, backend):
+        build_engine(bundle, BuildOptions(backend, targets), progress=terminal.show_phase)
 
 
 class _Terminal:
@@ -132,6 +169,16 @@ class _Terminal:
         self._title = ""
         self._started = self._drawn = 0.0
         self.n_finished = 0
+
+    def tell(self, words: str) -> None:
+        """Print a line about what runs, where there is somebody to read it."""
+        if self._shows_progress:
+            click.echo(words, err=True)
+
+    def show_phase(self, phase: str, done: int, total: int) -> None:
+        """Draw how far an engine is compiled."""
+        self._title = "building"
+        self._draw(f"{phase} {done}/{total}")
 
     def begin(self, path: Path, number: int, total: int) -> None:
         """Remember what the progress line is about."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
 from darcnn.runtime.bundle import Bundle, open_bundle
-from darcnn.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from darcnn.runtime.engines.choose import open_engine
 from darcnn.runtime.errors import BundleError, UsageError
 from darcnn.runtime.segmenter import Segmenter
 
@@ -15,22 +16,33 @@ __all__ = ["find_bundle", "load", "shipped_models"]
 _SUFFIX = ".darcnn"
 
 
-def load(name_or_path: str | Path, *, device: str = "auto", min_score: float | None = None) -> Segmenter:
+def load(
+    name_or_path: str | Path,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    min_score: float | None = None,
+    tell: Callable[[str], None] = lambda words: None,
+) -> Segmenter:
     """Return a segmenter, ready to run; a context manager that owns its engine.
 
     Args:
         name_or_path: one of `shipped_models()`, or the path of a .darcnn file.
         device: "cpu", "cuda", or "auto": CUDA where it serves, else the CPU.
+        backend: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto": a compiled TensorRT engine
+            where one fits the GPU, else ONNX Runtime.
         min_score: objects below it are not reported; None takes the model's own.
+        tell: is told in a line each what runs, and why what would be faster does not.
     Raises:
         BundleError: no such model, or the file cannot be used.
         DeviceError: the device does not serve.
-        UsageError: no such device, or `min_score` is not between 0 and 1.
+        UsageError: no such device or backend, or `min_score` is not between 0 and 1.
     """
     if min_score is not None and not 0 <= min_score <= 1:
         raise UsageError(f"{min_score} is not a score", where="--min-score", fix="give a number from 0 to 1")
     bundle = find_bundle(name_or_path)
-    return Segmenter(OnnxRuntimeEngine(bundle, device=device), bundle.manifest, min_score=min_score)
+    engine = open_engine(bundle, device=device, backend=backend, tell=tell)
+    return Segmenter(engine, bundle.manifest, min_score=min_score)
 
 
 def find_bundle(name_or_path: str | Path) -> Bundle:

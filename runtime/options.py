@@ -7,7 +7,15 @@ from typing import Literal
 
 import click
 
-__all__ = ["read_diameter"]
+__all__ = ["BACKENDS", "read_diameter"]
+
+BACKENDS = (
+    "auto",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx",
+)  # what may run the graphs of a bundle
 
 
 def read_diameter(

@@ -106,6 +106,9 @@ class AdaptStage:
     gamma: float = 0.1  # weight of L_target
     heads_average: float = 0.99  # how slowly M^t follows M^s; 1 keeps M^t as it was
     encoder_average: float = 1.0  # how slowly E_p^t follows E_p^s; 1, as in the paper: not at all
+    # learning rate of E_p^t, a share of the others'. Adam takes the size out of a gradient: what L_diff and
+    # L_target alone teach moves as far as what labels teach, however small their weights are
+    target_encoder_rate: float = 1.0
     patience: int = 200
 
 

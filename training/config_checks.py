@@ -70,6 +70,8 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name in ("heads_average", "encoder_average"):
         if not 0.0 <= getattr(recipe.adapt_stage, name) <= 1.0:
             yield f"adapt_stage.{name} is not from 0 to 1", "use 0.99, say, or 1 to follow nothing"
+    if not 0.0 <= recipe.adapt_stage.target_encoder_rate <= 1.0:
+        yield "adapt_stage.target_encoder_rate is not from 0 to 1", "use 0.1, say, or 1 as in the paper"
     for name, score in (("refine_stage", refine.min_score), ("export", recipe.export.min_score)):
         if not 0.0 <= score <= 1.0:
             yield f"{name}.min_score = {score} is no score", "give a number from 0 to 1"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,6 +57,8 @@ class LoopPlan:
     sheet: Sheet | None = None  # a picture of what the network finds
     sheet_every: int = _SAVE_EVERY
     observed: dict[str, float] = field(default_factory=dict)  # what the losses tell beside their values
+    slow: nn.Module | None = None  # a part whose learning rate is only
+    slow_rate: float = 1.0  # this share of the others'
 
 
 def train(
@@ -90,7 +92,9 @@ def train(
     # depthwise convolutions run backward two to four times as fast on a CPU
     network.train().to(memory_format=torch.channels_last)
     parameters = list(network.select_trainable(*learning_parts(network, plan.stage)))
-    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=_WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        _groups(parameters, plan), lr=plan.learning_rate, weight_decay=_WEIGHT_DECAY
+    )
     if saved is not None:
         load_optimizer(plan.folder, network, optimizer)
     rule = PlateauRule(
@@ -106,7 +110,7 @@ def train(
         for step in range(first, plan.steps):
             rate = plan.learning_rate * learning_rate_factor(step, warm_up=plan.warm_up, steps=plan.steps)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["share"]
             optimizer.zero_grad(set_to_none=True)
             values: dict[str, float] = {}
             for _ in range(plan.accumulate):
@@ -142,6 +146,17 @@ def train(
     _save(plan.folder, network, replace(plan.info, step=done, complete=True))
     best.forget()
     return network.eval()
+
+
+def _groups(parameters: list[nn.Parameter], plan: LoopPlan) -> list[dict[str, Any]]:
+    """Return the optimiser's groups: all parameters, those of `plan.slow` apart."""
+    slow = set() if plan.slow is None else {id(parameter) for parameter in plan.slow.parameters()}
+    others = [parameter for parameter in parameters if id(parameter) not in slow]
+    groups: list[dict[str, Any]] = [{"params": others, "share": 1.0}]
+    if slow:
+        own = [parameter for parameter in parameters if id(parameter) in slow]
+        groups.append({"params": own, "share": plan.slow_rate})
+    return groups
 
 
 def _progress(plan: LoopPlan, first: int) -> tqdm[NoReturn]:

@@ -141,6 +141,8 @@ def run_adapt(run: Run, start: Path) -> Darcnn:
         sheet=ContactSheet(recipe, targets),
         sheet_every=_epoch(len(targets.images), stage.target_batch * stage.accumulate),
         observed=observed,
+        slow=network.target_encoder,
+        slow_rate=stage.target_encoder_rate,
     )
 
     def batch_of(number: int) -> tuple[Batch, Tensor]:

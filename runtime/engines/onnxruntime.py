@@ -27,9 +27,16 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 )
 
 from darcnn.runtime.bundle import Bundle
+from darcnn.runtime.engines.graphs import (
+    OUTPUTS,
+    Signature,
+    check_signature,
+    check_tiles,
+    make_spec,
+    run_masks,
+)
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
-from darcnn.runtime.errors import BundleError, DeviceError, ShapeError, UsageError
-from darcnn.runtime.manifest import Manifest
+from darcnn.runtime.errors import BundleError, DeviceError, UsageError
 
 __all__ = ["DEVICES", "OnnxRuntimeEngine"]
 
@@ -37,9 +44,6 @@ DEVICES = ("auto", "cpu", "cuda")
 
 _CPU = "CPUExecutionProvider"
 _CUDA = "CUDAExecutionProvider"
-
-_INPUTS = {"detect": ("tile",), "mask": ("atlas", "boxes", "tile_index")}
-_OUTPUTS = {"detect": ("boxes", "scores", "atlas", "converged"), "mask": ("masks",)}
 
 # ONNX Runtime's exceptions share no base class of their own.
 _LOAD_ERRORS = (
@@ -61,8 +65,6 @@ _DTYPES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
 }
-
-Signature = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor -> (dtype, shape)
 
 _log = logging.getLogger(__name__)
 
@@ -87,17 +89,8 @@ class OnnxRuntimeEngine:
                 f"no device {device!r}", where="--device", fix=f"choose one of {', '.join(DEVICES)}"
             )
         self._sessions: dict[str, Any] = _make_sessions(bundle, device)
-        manifest = bundle.manifest
         self._provider: str = self._sessions["detect"].get_providers()[0]
-        self._spec = EngineSpec(
-            name=f"onnxruntime {onnxruntime.__version__} {self._provider}",
-            batch=manifest.input.batch,
-            tile_px=manifest.input.tile_px,
-            channels=manifest.input.channels,
-            detections=manifest.limits.detections,
-            mask_batch=manifest.limits.mask_batch,
-            mask_px=manifest.limits.mask_px,
-        )
+        self._spec = make_spec(bundle, f"onnxruntime {onnxruntime.__version__} {self._provider}")
 
     @property
     def spec(self) -> EngineSpec:
@@ -111,10 +104,7 @@ class OnnxRuntimeEngine:
             ShapeError: `tiles` has another shape or type.
             DeviceError: memory or the device gave out.
         """
-        spec = self._spec
-        wanted = (spec.batch, spec.tile_px, spec.tile_px, spec.channels)
-        if tiles.shape != wanted or tiles.dtype != np.uint8:
-            raise ShapeError(f"tiles are {tiles.dtype} {tiles.shape}, not uint8 {wanted}")
+        check_tiles(self._spec, tiles)
         boxes, scores, atlas, converged = self._run("detect", {"tile": np.ascontiguousarray(tiles)})
         return Detections(boxes=boxes, scores=scores, converged=converged, atlas=atlas)
 
@@ -130,22 +120,13 @@ class OnnxRuntimeEngine:
             ShapeError: the arrays do not fit each other, or an index names no tile of the batch.
             DeviceError: memory or the device gave out.
         """
-        n_boxes, spec = len(boxes), self._spec
-        if boxes.shape != (n_boxes, 4) or tile_index.shape != (n_boxes,):
-            raise ShapeError(f"boxes {boxes.shape} and tile_index {tile_index.shape} do not fit")
-        if n_boxes and not 0 <= tile_index.min() <= tile_index.max() < spec.batch:
-            raise ShapeError(f"tile_index goes from {tile_index.min()} to {tile_index.max()} of {spec.batch}")
-        masks = np.empty((n_boxes, spec.mask_px, spec.mask_px), np.float32)
-        for start in range(0, n_boxes, spec.mask_batch):
-            rows = slice(start, min(start + spec.mask_batch, n_boxes))
-            size = rows.stop - start
-            # The last batch is filled up with the whole of tile 0: any box that certainly has pixels.
-            padded = np.tile(np.array([0, 0, spec.tile_px, spec.tile_px], np.float32), (spec.mask_batch, 1))
-            index = np.zeros(spec.mask_batch, np.int64)
-            padded[:size], index[:size] = boxes[rows], tile_index[rows]
-            (found,) = self._run("mask", {"atlas": detections.atlas, "boxes": padded, "tile_index": index})
-            masks[rows] = found[:size]
-        return masks
+
+        def run(padded: NDArray[np.float32], index: NDArray[np.int64]) -> NDArray[np.float32]:
+            feeds = {"atlas": detections.atlas, "boxes": padded, "tile_index": index}
+            found: NDArray[np.float32] = self._run("mask", feeds)[0]
+            return found
+
+        return run_masks(self._spec, boxes, tile_index, run)
 
     def close(self) -> None:
         """Release both graphs; closing twice is allowed."""
@@ -155,7 +136,7 @@ class OnnxRuntimeEngine:
         if not self._sessions:
             raise ValueError("the engine is closed")
         try:
-            outputs: Sequence[Any] = self._sessions[graph].run(list(_OUTPUTS[graph]), feeds)
+            outputs: Sequence[Any] = self._sessions[graph].run(list(OUTPUTS[graph]), feeds)
         except _RUN_ERRORS as err:
             raise DeviceError(
                 f"ONNX Runtime failed on the {graph} graph ({_first_line(err)})",
@@ -182,10 +163,9 @@ def _load_graphs(bundle: Bundle, provider: str) -> dict[str, Any]:
     if provider == _CUDA:
         with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses
             onnxruntime.preload_dlls()  # the CUDA and cuDNN libraries that pip installed
-    expected = _expected_signatures(bundle)
     sessions = {graph: _make_session(bundle, graph, provider) for graph in ("detect", "mask")}
     for graph, session in sessions.items():
-        _check_signature(bundle, graph, expected[graph], _signature(session))
+        check_signature(bundle, graph, _signature(session))
     return sessions
 
 
@@ -239,58 +219,11 @@ def _cuda_error(reason: str) -> DeviceError:
     )
 
 
-def _expected_signatures(bundle: Bundle) -> dict[str, Signature]:
-    """Return the tensors that the two graphs of this bundle must have, inputs and outputs together."""
-    manifest: Manifest = bundle.manifest
-    sizes, limits = manifest.input, manifest.limits
-    atlas = manifest.graphs.get("detect", {}).get("atlas")
-    if atlas is None:
-        raise BundleError(
-            "manifest.json does not say what atlas is", where=bundle.path, fix="export the model again"
-        )
-    batch, tile = sizes.batch, sizes.tile_px
-    return {
-        "detect": {
-            "tile": ("uint8", (batch, tile, tile, sizes.channels)),
-            "boxes": ("float32", (batch, limits.detections, 4)),
-            "scores": ("float32", (batch, limits.detections)),
-            "atlas": ("float32", atlas[1]),
-            "converged": ("bool", (batch,)),
-        },
-        "mask": {
-            "atlas": ("float32", atlas[1]),
-            "boxes": ("float32", (limits.mask_batch, 4)),
-            "tile_index": ("int64", (limits.mask_batch,)),
-            "masks": ("float32", (limits.mask_batch, limits.mask_px, limits.mask_px)),
-        },
-    }
-
-
 def _signature(session: Any) -> Signature:
     return {
         tensor.name: (_DTYPES.get(tensor.type, tensor.type), tuple(tensor.shape))
         for tensor in (*session.get_inputs(), *session.get_outputs())
     }
-
-
-def _check_signature(bundle: Bundle, graph: str, expected: Signature, found: Signature) -> None:
-    stated = bundle.manifest.graphs.get(graph, {})
-    for source, signature in (("manifest.json", stated), (f"{graph}.onnx", found)):
-        for name in sorted(set(expected) | set(signature)):
-            if signature.get(name) != expected.get(name):
-                raise BundleError(
-                    f"{source} has {_describe(name, signature)} in the {graph} graph, "
-                    f"the model's input and limits ask for {_describe(name, expected)}",
-                    where=bundle.path,
-                    fix="export the model again",
-                )
-
-
-def _describe(name: str, signature: Signature) -> str:
-    if name not in signature:
-        return f"no {name}"
-    kind, shape = signature[name]
-    return f"{name} {kind} {list(shape)}"
 
 
 def _first_line(error: Exception) -> str:

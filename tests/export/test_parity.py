@@ -36,9 +36,15 @@ def some_objects():
     return Objects(boxes, scores, masks, rng.standard_normal((50, 4), np.float32))
 
 
-def test_the_bundle_finds_what_the_network_finds_on_a_real_slide(bundle, network, real_tile, pictures):
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_the_bundle_finds_what_the_network_finds_on_a_real_slide(
+    bundle, network, real_tile, pictures, backend
+):
     tiles = read_tiles([TileSource(path) for path in sorted(pictures.iterdir())], bundle, limit=2)
-    parity = verify_bundle(bundle, network, {"slide": real_tile, **tiles})  # two calls of two tiles
+    if backend == "openvino":
+        pytest.importorskip("openvino", reason="pip install 'darcnn[openvino]'")
+    tiles = {"slide": real_tile, **tiles}  # two calls of two tiles
+    parity = verify_bundle(bundle, network, tiles, backend=backend)
     assert len(parity.tiles) == 3
     assert min(tile.n_torch for tile in parity.tiles) >= 20
     assert parity.agrees, parity.complaints

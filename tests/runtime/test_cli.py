@@ -22,7 +22,8 @@ def loaded(monkeypatch):
     """Stands in for the loader of bundles; keeps what it was asked for."""
     calls = []
 
-    def load(model, *, device, min_score):
+    def load(model, *, device, backend, min_score, tell):
+        assert backend == "auto"
         calls.append((model, device, min_score))
         if model == "broken":
             raise BundleError("is no bundle", where=model, fix="name a .darcnn file")
@@ -214,3 +215,16 @@ def test_options_out_of_range_are_refused(loaded, slides, tmp_path, wrong):
 def test_help_and_version_need_no_model():
     assert "exit code" in run("--help").stdout
     assert run("--version").stdout.startswith("darcnn-run")
+
+
+def test_the_doctor_says_what_the_machine_offers():
+    result = run("--doctor")
+    assert result.exit_code == 0
+    names = [line.split()[0] for line in result.stdout.splitlines()]
+    assert names == ["GPU", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
+
+
+def test_build_is_for_engines_that_are_compiled(loaded, slides, tmp_path):
+    result = run(slides, "--model", "oracle", "--out", tmp_path / "out", "--build")
+    assert result.exit_code == 2
+    assert "pass --backend tensorrt or tensorrt-rtx" in result.stderr

@@ -1,0 +1,99 @@
+"""Which engine runs a model on this machine, and why not another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import metadata, util
+
+import onnxruntime
+
+from darcnn.runtime.bundle import Bundle
+from darcnn.runtime.engines.cuda import gpu_name
+from darcnn.runtime.engines.onnxruntime import DEVICES, OnnxRuntimeEngine
+from darcnn.runtime.engines.openvino import OpenVinoEngine
+from darcnn.runtime.engines.protocol import Engine
+from darcnn.runtime.engines.tensorrt import open_tensorrt
+from darcnn.runtime.engines.tensorrt_build import BACKENDS as TENSORRT
+from darcnn.runtime.engines.tensorrt_build import load_backend
+from darcnn.runtime.errors import DeviceError, UsageError
+from darcnn.runtime.options import BACKENDS
+
+__all__ = ["examine_machine", "open_engine"]
+
+
+def open_engine(
+    bundle: Bundle,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    tell: Callable[[str], None] = lambda words: None,
+) -> Engine:
+    """Return the engine that is to run `bundle`.
+
+    "auto" takes a compiled TensorRT engine where one fits the GPU, else ONNX Runtime: on a GPU where it
+    finds one, else on the CPU. OpenVINO, which is not faster on the CPUs measured, is taken when asked for.
+
+    Args:
+        bundle: the model.
+        device: "auto", "cpu" or "cuda".
+        backend: one of `darcnn.runtime.options.BACKENDS`.
+        tell: is told in a line each what runs, and why what would be faster does not.
+    Raises:
+        UsageError: no such device or backend, or the backend does not run on the device.
+        DeviceError: what was asked for does not serve.
+        BundleError: the graphs do not load.
+    """
+    if device not in DEVICES:
+        raise UsageError(f"no device {device!r}", where="--device", fix=f"choose one of {', '.join(DEVICES)}")
+    if backend not in BACKENDS:
+        raise UsageError(
+            f"no backend {backend!r}", where="--backend", fix=f"choose one of {', '.join(BACKENDS)}"
+        )
+    if (backend in TENSORRT and device == "cpu") or (backend == "openvino" and device == "cuda"):
+        raise UsageError(f"{backend} does not run on {device}", where="--backend", fix="leave out --device")
+    engine = _open(bundle, device, backend, tell)
+    tell(f"runs on {engine.spec.name}")
+    return engine
+
+
+def _open(bundle: Bundle, device: str, backend: str, tell: Callable[[str], None]) -> Engine:
+    if backend in TENSORRT:
+        return open_tensorrt(bundle, backend)
+    if backend == "openvino":
+        return OpenVinoEngine(bundle)
+    if backend == "auto" and device != "cpu":
+        for name, module in TENSORRT.items():
+            if util.find_spec(module) is not None:
+                try:
+                    return open_tensorrt(bundle, name)
+                except DeviceError as err:
+                    tell(f"not on {name}: {err}")
+    if device == "auto":
+        try:
+            return OnnxRuntimeEngine(bundle, device="cuda")
+        except DeviceError as err:
+            tell(f"not on CUDA: {err}")
+        return OnnxRuntimeEngine(bundle, device="cpu")
+    return OnnxRuntimeEngine(bundle, device=device)
+
+
+def examine_machine() -> Iterator[str]:
+    """Yield what this machine offers, a line each; nothing is loaded onto a GPU."""
+    try:
+        yield f"GPU            {gpu_name()}"
+    except DeviceError as err:
+        yield f"GPU            none: {err}"
+    yield f"onnxruntime    {onnxruntime.__version__}: {', '.join(onnxruntime.get_available_providers())}"
+    yield f"openvino       {_installed('openvino')}"
+    for name in TENSORRT:
+        try:
+            yield f"{name:14} {load_backend(name).__version__}"
+        except DeviceError as err:
+            yield f"{name:14} {err}"
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return f"not installed; run `pip install 'darcnn[{package}]'`"

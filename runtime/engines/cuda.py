@@ -1,0 +1,158 @@
+"""What the TensorRT backend needs of CUDA, through NVIDIA's own cuda-python; failures are one line.
+
+None of this ever ran on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.errors import DeviceError
+
+__all__ = ["DeviceBuffer", "Stream", "copy_in", "copy_out", "gpu_capability", "gpu_name", "pinned_array"]
+
+
+def _cudart() -> Any:
+    """Return the CUDA runtime's bindings.
+
+    Raises:
+        DeviceError: they are not installed.
+    """
+    try:
+        from cuda.bindings import runtime
+    except ImportError as err:
+        raise DeviceError(
+            "cuda-python is not installed", where="--backend", fix="run `pip install 'darcnn[tensorrt-rtx]'`"
+        ) from err
+    return runtime
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    """Call a function of the CUDA runtime; return its result, of several a tuple, of none None.
+
+    Raises:
+        DeviceError: it failed.
+    """
+    cudart = _cudart()
+    try:
+        status, *results = getattr(cudart, name)(*arguments)
+    except RuntimeError as err:  # the driver's library is not on this machine
+        raise DeviceError(
+            f"CUDA does not start ({str(err).splitlines()[0]})", where="GPU", fix="check the NVIDIA driver"
+        ) from err
+    if status != cudart.cudaError_t.cudaSuccess:
+        reason = getattr(status, "name", str(status))
+        fix = "free GPU memory" if "MemoryAllocation" in reason else "check the NVIDIA driver"
+        raise DeviceError(f"{name} failed ({reason})", where="GPU", fix=f"{fix}, or pass --device cpu")
+    return results[0] if len(results) == 1 else tuple(results) or None
+
+
+def gpu_capability(device: int = 0) -> str:
+    """Return the compute capability of a GPU as "sm86".
+
+    Raises:
+        DeviceError: there is no GPU.
+    """
+    if _call("cudaGetDeviceCount") <= device:
+        raise DeviceError("no NVIDIA GPU on this machine", where="GPU", fix="pass --device cpu")
+    properties = _call("cudaGetDeviceProperties", device)
+    return f"sm{properties.major}{properties.minor}"
+
+
+def gpu_name(device: int = 0) -> str:
+    """Return name, compute capability and driver of a GPU, for the key of what is compiled on it.
+
+    Raises:
+        DeviceError: there is no GPU.
+    """
+    capability = gpu_capability(device)
+    properties = _call("cudaGetDeviceProperties", device)
+    name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
+    return f"{name} {capability} driver {_call('cudaDriverGetVersion')}"
+
+
+class Stream:
+    """A CUDA stream; closing twice is allowed."""
+
+    def __init__(self) -> None:
+        self.handle: Any = _call("cudaStreamCreate")
+
+    def wait(self) -> None:
+        """Return when all that was queued is done."""
+        _call("cudaStreamSynchronize", self.handle)
+
+    def begin_capture(self) -> None:
+        """Record what is queued from now on instead of running it."""
+        mode = _cudart().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        _call("cudaStreamBeginCapture", self.handle, mode)
+
+    def end_capture(self) -> Any:
+        """Return what was recorded, ready to `launch`."""
+        graph = _call("cudaStreamEndCapture", self.handle)
+        return _call("cudaGraphInstantiate", graph, 0)
+
+    def launch(self, recorded: Any) -> None:
+        """Queue all that was recorded as one."""
+        _call("cudaGraphLaunch", recorded, self.handle)
+
+    def close(self) -> None:
+        """Give it back."""
+        if self.handle is not None:
+            _call("cudaStreamDestroy", self.handle)
+            self.handle = None
+
+
+class DeviceBuffer:
+    """Memory on the GPU for an array of one shape and type."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.n_bytes = int(np.prod(shape)) * self.dtype.itemsize
+        self.address: int = int(_call("cudaMalloc", self.n_bytes))
+
+    def close(self) -> None:
+        """Give it back; closing twice is allowed."""
+        if self.address:
+            _call("cudaFree", self.address)
+            self.address = 0
+
+
+def pinned_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """Return an array in page-locked memory, which copies need to run beside the computation.
+
+    It is held until the process ends: an engine needs a handful, of fixed size.
+    """
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    address = int(_call("cudaHostAlloc", size, 0))
+    memory = (ctypes.c_uint8 * size).from_address(address)
+    return np.frombuffer(memoryview(memory), dtype=dtype).reshape(shape)
+
+
+def copy_in(buffer: DeviceBuffer, source: Any, pinned: NDArray[Any], stream: Stream) -> None:
+    """Queue a copy of `source` into `buffer`.
+
+    Args:
+        buffer: where to.
+        source: an array of the same shape and type in host memory, or on the GPU already (anything with
+            `__cuda_array_interface__`: PyCUDA, CuPy, PyTorch).
+        pinned: of the same shape; arrays of the host go through it.
+        stream: queues the copy.
+    """
+    kinds = _cudart().cudaMemcpyKind
+    on_gpu = getattr(source, "__cuda_array_interface__", None)
+    if on_gpu is not None:
+        address, kind = int(on_gpu["data"][0]), kinds.cudaMemcpyDeviceToDevice
+    else:
+        np.copyto(pinned, source)
+        address, kind = pinned.ctypes.data, kinds.cudaMemcpyHostToDevice
+    _call("cudaMemcpyAsync", buffer.address, address, buffer.n_bytes, kind, stream.handle)
+
+
+def copy_out(pinned: NDArray[Any], buffer: DeviceBuffer, stream: Stream) -> None:
+    """Queue a copy of `buffer` into `pinned`; it is there when the stream has been waited for."""
+    kind = _cudart().cudaMemcpyKind.cudaMemcpyDeviceToHost
+    _call("cudaMemcpyAsync", pinned.ctypes.data, buffer.address, buffer.n_bytes, kind, stream.handle)

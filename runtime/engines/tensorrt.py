@@ -1,0 +1,216 @@
+"""Runs compiled engines with TensorRT or TensorRT-RTX on an NVIDIA GPU.
+
+None of this ever ran on a GPU. What a machine without one allows is tested: the names that are used exist in
+the real bindings, and engines of all shipped graphs are built (`darcnn.runtime.engines.tensorrt_build`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.bundle import Bundle
+from darcnn.runtime.engines.cuda import DeviceBuffer, Stream, copy_in, copy_out, gpu_capability, pinned_array
+from darcnn.runtime.engines.engine_cache import CompiledEngine, find_engines, read_engine
+from darcnn.runtime.engines.graphs import INPUTS, OUTPUTS, check_signature, make_spec, run_masks
+from darcnn.runtime.engines.protocol import Detections, EngineSpec
+from darcnn.runtime.engines.tensorrt_build import load_backend
+from darcnn.runtime.errors import DeviceError, ShapeError
+
+__all__ = ["TensorRtEngine", "has_engine", "open_tensorrt"]
+
+_DTYPES = {"UINT8": "uint8", "FLOAT": "float32", "INT64": "int64", "BOOL": "bool"}
+_RUNS_BEFORE_CAPTURE = 2  # the first run allocates, which cannot be recorded
+
+
+def open_tensorrt(bundle: Bundle, backend: str) -> TensorRtEngine:
+    """Return an engine on the compiled graphs of `bundle` that lie in the user's cache.
+
+    Raises:
+        DeviceError: the backend or a GPU is missing, or no engine fits; the message has the command that
+            builds one. Nothing is built here: that may take minutes.
+    """
+    reasons: list[str] = []
+    for compiled in _fitting(bundle, backend, reasons):
+        return TensorRtEngine(bundle, compiled)
+    raise DeviceError(
+        reasons[0] if reasons else f"no {backend} engine of {bundle.manifest.name} has been built",
+        where=f"--backend {backend}",
+        fix=f"run `darcnn-export engine {bundle.path} --backend {backend}`",
+    )
+
+
+def has_engine(bundle: Bundle, backend: str) -> bool:
+    """Tell whether the user's cache holds an engine of `bundle` that fits this GPU.
+
+    Raises:
+        DeviceError: the backend or a GPU is missing.
+    """
+    return next(_fitting(bundle, backend, []), None) is not None
+
+
+def _fitting(bundle: Bundle, backend: str, reasons: list[str]) -> Iterator[CompiledEngine]:
+    """Yield the engines that fit; why others do not is added to `reasons`."""
+    version: str = load_backend(backend).__version__
+    capability = gpu_capability()
+    for folder in find_engines(bundle, backend):
+        try:
+            yield read_engine(folder, bundle, version=version, capability=capability)
+        except DeviceError as err:
+            reasons.append(str(err))
+
+
+class TensorRtEngine:
+    """An `Engine` on TensorRT: one context and one stream for each graph, all buffers made once.
+
+    The atlas stays on the GPU between `detect` and `masks`. After two runs a graph is recorded and launched
+    as one (CUDA graphs). Tiles that are on the GPU already are taken from there.
+    """
+
+    def __init__(self, bundle: Bundle, compiled: CompiledEngine) -> None:
+        """Load both plans onto the GPU.
+
+        Raises:
+            DeviceError: there is no GPU, its memory is full, or a plan does not load.
+            BundleError: the plans' tensors are not those of the manifest.
+        """
+        trt = load_backend(compiled.facts.backend)
+        self._logger = trt.Logger(trt.Logger.ERROR)
+        self._runtime = trt.Runtime(self._logger)
+        self._graphs: dict[str, _LoadedGraph] = {}
+        shared: dict[str, DeviceBuffer] = {}  # the atlas, by both graphs
+        for graph in OUTPUTS:
+            loaded = _LoadedGraph(self._runtime, graph, compiled, shared)
+            self._graphs[graph] = loaded
+            check_signature(bundle, graph, loaded.signature)
+            shared = {"atlas": loaded.buffers["atlas"]}
+        name = f"{compiled.facts.backend} {compiled.facts.version} {gpu_capability()}"
+        self._spec = make_spec(bundle, name)
+
+    @property
+    def spec(self) -> EngineSpec:
+        """The static sizes."""
+        return self._spec
+
+    def detect(self, tiles: Any) -> Detections:
+        """Find objects on `tiles`, (B, S, S, C) uint8 with exactly B = spec.batch, on the host or on the GPU.
+
+        Raises:
+            ShapeError: `tiles` has another shape or type.
+            DeviceError: memory or the device gave out.
+        """
+        spec = self._spec
+        wanted = (spec.batch, spec.tile_px, spec.tile_px, spec.channels)
+        if tuple(tiles.shape) != wanted or str(tiles.dtype).removeprefix("torch.") != "uint8":
+            raise ShapeError(f"tiles are {tiles.dtype} {tuple(tiles.shape)}, not uint8 {wanted}")
+        found = self._open("detect").run({"tile": tiles})
+        return Detections(found["boxes"], found["scores"], found["converged"], atlas=None)
+
+    def masks(
+        self, detections: Detections, boxes: NDArray[np.float32], tile_index: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Return (M, m, m) mask probabilities for `boxes` (M, 4) px of the last `detect`; M is free.
+
+        Raises:
+            ShapeError: the arrays do not fit each other, or an index names no tile of the batch.
+            DeviceError: memory or the device gave out.
+        """
+
+        def run(padded: NDArray[np.float32], index: NDArray[np.int64]) -> NDArray[np.float32]:
+            masks: NDArray[np.float32] = self._open("mask").run({"boxes": padded, "tile_index": index})[
+                "masks"
+            ]
+            return masks
+
+        return run_masks(self._spec, boxes, tile_index, run)
+
+    def close(self) -> None:
+        """Release the GPU's memory; closing twice is allowed."""
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs = {}
+
+    def _open(self, graph: str) -> _LoadedGraph:
+        if not self._graphs:
+            raise ValueError("the engine is closed")
+        return self._graphs[graph]
+
+
+class _LoadedGraph:
+    """One plan on the GPU, with its buffers."""
+
+    def __init__(
+        self, runtime: Any, name: str, compiled: CompiledEngine, shared: dict[str, DeviceBuffer]
+    ) -> None:
+        engine = runtime.deserialize_cuda_engine(compiled.plans[name])
+        if engine is None:
+            raise DeviceError(
+                f"the GPU does not load {name}.plan",
+                where=compiled.folder,
+                fix="build it again on this machine with `darcnn-export engine`",
+            )
+        self.name = name
+        self.signature = {
+            tensor: (
+                _DTYPES.get(engine.get_tensor_dtype(tensor).name, "unknown"),
+                tuple(int(n) for n in engine.get_tensor_shape(tensor)),
+            )
+            for tensor in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors))
+        }
+        self._engine = engine  # the context does not hold it
+        self._context = engine.create_execution_context()
+        self._stream = Stream()
+        self._own = {
+            tensor: DeviceBuffer(shape, kind)
+            for tensor, (kind, shape) in self.signature.items()
+            if tensor not in shared
+        }
+        self.buffers = {**self._own, **shared}
+        self._pinned = {
+            tensor: pinned_array(buffer.shape, str(buffer.dtype))
+            for tensor, buffer in self._own.items()
+            if tensor != "atlas"
+        }
+        for tensor, buffer in self.buffers.items():
+            self._context.set_tensor_address(tensor, buffer.address)
+        self._n_runs, self._recorded = 0, None
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, NDArray[Any]]:
+        """Return the outputs but for the atlas, which stays on the GPU; the arrays are the caller's."""
+        for tensor in INPUTS[self.name]:
+            if tensor in inputs:
+                copy_in(self.buffers[tensor], inputs[tensor], self._pinned[tensor], self._stream)
+        self._compute()
+        outputs = [tensor for tensor in OUTPUTS[self.name] if tensor != "atlas"]
+        for tensor in outputs:
+            copy_out(self._pinned[tensor], self.buffers[tensor], self._stream)
+        self._stream.wait()
+        return {tensor: self._pinned[tensor].copy() for tensor in outputs}
+
+    def _compute(self) -> None:
+        if self._recorded is None and self._n_runs == _RUNS_BEFORE_CAPTURE:
+            self._stream.wait()
+            self._stream.begin_capture()
+            self._enqueue()
+            self._recorded = self._stream.end_capture()
+        self._n_runs += 1
+        if self._recorded is not None:
+            self._stream.launch(self._recorded)
+        else:
+            self._enqueue()
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(int(self._stream.handle)):
+            raise DeviceError(
+                f"TensorRT failed on the {self.name} graph",
+                where="GPU",
+                fix="free GPU memory, or pass --device cpu",
+            )
+
+    def close(self) -> None:
+        self._stream.close()
+        for buffer in self._own.values():
+            buffer.close()
