@@ -63,6 +63,7 @@ def _plain(recipe: Recipe) -> Recipe:
 
 
 _SWITCHES = {
+    "longer": _only(),
     "synthesized": _synthesized,
     "similarity": _only(alpha=1.0),
     "consistency": _only(gamma=1.0),
@@ -77,6 +78,7 @@ ARMS = (
         {"bbbc": (0.0315, 0.3144, 0.0818), "tnbc": (0.0060, 0.2769, 0.0181)},
     ),
     Arm("synthesized", "source with synthesized images", "source", {"tnbc": (0.3332, 0.5782, 0.6061)}),
+    Arm("longer", "source only, trained on for as long as stage 1", "adapt", {}),
     Arm(
         "similarity",
         "domain similarity only",

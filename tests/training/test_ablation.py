@@ -19,7 +19,15 @@ from darcnn.training.checkpoint import read_info
 from darcnn.training.config import Ablation, Recipe, TargetSet
 from darcnn.training.stages import Run
 
-NAMES = ["source", "similarity", "consistency", "stage_1", "plain_labels", "stage_2"]  # of a grey target
+NAMES = [
+    "source",
+    "longer",
+    "similarity",
+    "consistency",
+    "stage_1",
+    "plain_labels",
+    "stage_2",
+]  # of a grey target
 SEEDED = ["source", "stage_1", "stage_2"]
 
 
@@ -47,7 +55,11 @@ def test_each_arm_switches_off_what_its_name_says(tiny: Recipe) -> None:
     for name in ("source", "stage_1", "stage_2"):
         assert arm_named(name).recipe(tiny) == tiny
     full = tiny.adapt_stage
-    for name, alpha, gamma in (("similarity", full.alpha, 0.0), ("consistency", 0.0, full.gamma)):
+    for name, alpha, gamma in (
+        ("longer", 0.0, 0.0),
+        ("similarity", full.alpha, 0.0),
+        ("consistency", 0.0, full.gamma),
+    ):
         changed = arm_named(name).recipe(tiny)
         assert changed == replace(tiny, adapt_stage=replace(full, alpha=alpha, beta=0.0, gamma=gamma))
     plain = arm_named("plain_labels").recipe(tiny)
