@@ -121,7 +121,7 @@ def run_batch(
 
     Raises:
         BundleError, DeviceError: no further slide would fare better.
-        KeyboardInterrupt: at Ctrl-C; finished slides stay, the current one leaves nothing.
+        KeyboardInterrupt: at Ctrl-C; finished slides stay, the current one its finished rows of tiles.
     """
     n_done = 0
     for number, path in enumerate(slides, start=1):

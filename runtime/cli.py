@@ -85,6 +85,7 @@ def _show_machine(context: click.Context, parameter: click.Parameter, value: boo
     "--min-score", type=click.FloatRange(0, 1), help="Leave out objects below this score; else the model's."
 )
 @click.option("--overwrite", is_flag=True, help="Replace complete results.")
+@click.option("--restart", is_flag=True, help="Begin anew what an earlier run left unfinished.")
 @click.option("--quiet", is_flag=True, help="No progress line.")
 @click.version_option(installed_version(), prog_name="darcnn-run")
 def main(
@@ -103,6 +104,7 @@ def main(
     t: int | None,
     min_score: float | None,
     overwrite: bool,
+    restart: bool,
     quiet: bool,
 ) -> None:
     """Find the objects of slides and images: INPUT is a file, a folder of images or a pattern.
@@ -118,6 +120,7 @@ def main(
         z=z,
         t=t,
         overwrite=overwrite,
+        restart=restart,
     )
     # what tifffile logs of a damaged file would stand beside our one line about it
     logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -137,7 +140,7 @@ def main(
         terminal.fail(str(err))
         code = EXIT_UNUSABLE if not terminal.n_finished else 1
     except KeyboardInterrupt:
-        terminal.fail("interrupted; finished slides stay")
+        terminal.fail("interrupted; the same command goes on where it stopped")
         code = EXIT_INTERRUPTED
     sys.exit(code)
 
@@ -202,14 +205,17 @@ class _Terminal:
     def finish(self, summary: RunSummary) -> None:
         """Print one line for a slide."""
         self._draw(None)
-        speed = summary.megapixels / max(summary.seconds, 1e-9)
         objects = f"{summary.n_objects:,} object{'' if summary.n_objects == 1 else 's'}"
+        self.n_finished += 1
+        if summary.was_done:
+            click.echo(f"{summary.name}: {objects}, done before, {summary.overview}")
+            return
+        speed = summary.megapixels / max(summary.seconds, 1e-9)
         click.echo(
             f"{summary.name}: {objects}, {summary.seconds:.1f} s, {speed:.1f} Mpx/s, {summary.overview}"
         )
         for warning in summary.warnings:
             click.echo(f"{summary.name}: {warning}", err=True)
-        self.n_finished += 1
 
     def fail(self, message: str) -> None:
         """Print one line for a failure."""

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from darcnn.runtime.diameter import choose_diameter
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.fit import ModelFit
-from darcnn.runtime.geometry import Region
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import Window
-from darcnn.runtime.measure import measure, object_schema
+from darcnn.runtime.measure import measure_on_slide, object_schema
+from darcnn.runtime.parts import Parts, with_tile
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
-from darcnn.runtime.record import make_record
+from darcnn.runtime.record import fingerprint, make_record, model_hash, read_record
+from darcnn.runtime.seams import lies_near_seam
 from darcnn.runtime.segmenter import Segmenter, SlidePlan
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 from darcnn.runtime.sinks.geojson import write_geojson
@@ -44,8 +45,6 @@ from darcnn.runtime.tiling import Tile
 
 __all__ = ["RunOptions", "RunSummary", "run_slide"]
 
-_BLOCK_PX = 4096  # side of what is read at once to measure brightness, pixels of the level
-
 Progress = Callable[[int, int], None]
 
 
@@ -60,6 +59,7 @@ class RunOptions:
     z: int | None = None  # the plane that the reader was opened at; recorded
     t: int | None = None  # the moment, likewise
     overwrite: bool = False  # replace a complete result
+    restart: bool = False  # begin anew where an earlier try stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +73,14 @@ class RunSummary:
     seconds: float
     megapixels: float  # of level 0
     warnings: tuple[str, ...]
+    was_done: bool = False  # by an earlier run that asked for the same
 
 
 @dataclass(slots=True)
 class _Tally:
     """What is counted and timed on the way."""
 
+    fit: ModelFit
     n_objects: int = 0
     n_truncated: int = 0
     n_tiles_with_objects: int = 0
@@ -92,6 +94,13 @@ class _Tally:
         finally:
             self.seconds[name] += time.perf_counter() - start
 
+    def count(self, table: pa.Table, tiles: NDArray[np.int64]) -> None:
+        """Take the final objects of a row of tiles, and the tile of each."""
+        self.n_objects += table.num_rows
+        self.n_truncated += int(table["truncated"].to_numpy().sum())
+        self.n_tiles_with_objects += len(np.unique(tiles))
+        self.fit.add(*(table[name].to_numpy().astype(np.float64) for name in ("area_px", "score")))
+
 
 def run_slide(
     segmenter: Segmenter,
@@ -103,9 +112,10 @@ def run_slide(
 ) -> RunSummary:
     """Find the objects of one slide and write them to `out_dir`/<slide name>/.
 
-    The folder is complete when run.json is in it. If anything fails nothing of this run stays, and an
-    earlier result, about to be overwritten, does. Memory does not grow with the slide: each row of
-    tiles goes to a part file, and the outputs are made of those.
+    The folder is complete when run.json is in it. Each row of tiles goes to a part file, and the outputs are
+    made of those: memory does not grow with the slide, and a run that was stopped or killed goes on with the
+    rows that it lacks and ends with the same objects, labels and outlines. An earlier result, about to be
+    overwritten, stays until then.
 
     Args:
         segmenter: the model.
@@ -118,36 +128,46 @@ def run_slide(
         UsageError: an option is out of range.
         OutputError: the results cannot be written, or exist.
     """
-    chosen, info, tally = options or RunOptions(), reader.info, _Tally()
+    chosen, info = options or RunOptions(), reader.info
     start = time.perf_counter()
     channel = _find_channel(info, chosen.channel)
-    with tally.stage("diameter"):
-        diameter_px = choose_diameter(
-            segmenter,
-            reader,
-            diameter_px=chosen.diameter_px,
-            is_scale_given=chosen.pixels or chosen.mpp is not None,
-            channel=channel,
-        )
-    plan = segmenter.plan(
-        info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel
-    )
-    mpp = info.mpp if chosen.mpp is None else (chosen.mpp, chosen.mpp)
-    fit = ModelFit(segmenter.manifest.input.nominal_diameter_px / plan.scale)
     folder = out_dir / make_folder_name(info.name)
-    with claim_folder(folder, overwrite=chosen.overwrite) as claimed:
+    asked = _asked(segmenter, info, chosen)
+    if not chosen.overwrite and (earlier := read_record(folder / RUN_FILE, asked)) is not None:
+        return RunSummary(
+            info.name,
+            folder,
+            folder / OVERVIEW_FILE,
+            earlier["counts"]["objects"],
+            time.perf_counter() - start,
+            info.width_px0 * info.height_px0 / 1e6,
+            (),
+            was_done=True,
+        )
+    _check_plan(segmenter, info, chosen, channel)
+    with claim_folder(folder, overwrite=chosen.overwrite, restart=chosen.restart) as claimed:
+        parts = Parts(claimed.parts)
+        noted = parts.begin(asked)
+        before = time.perf_counter()
+        diameter_px = noted["diameter_px"] if noted else _diameter(segmenter, reader, chosen, channel)
+        plan = segmenter.plan(
+            info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel
+        )
+        tally = _Tally(ModelFit(segmenter.manifest.input.nominal_diameter_px / plan.scale))
+        tally.seconds["diameter"] = time.perf_counter() - before
+        mpp = info.mpp if chosen.mpp is None else (chosen.mpp, chosen.mpp)
         with tally.stage("intensity"):
             window = segmenter.measure(reader, plan)
-        found = _find(segmenter, reader, plan, window, tally)
-        measured = _measured(found, reader, plan, mpp, tally, progress)
-        _write_parts(_noted(measured, fit), claimed, tally)
-        _write_outputs(segmenter, reader, plan, window, claimed, mpp, tally)
-        warnings = _warnings(tally, fit, mpp)
+        with translated(folder):
+            parts.note(asked, {"diameter_px": diameter_px})
+        rows = _find_rows(segmenter, reader, plan, window, parts, mpp, tally, progress, folder)
+        _write_outputs(segmenter, reader, plan, window, claimed, parts, rows, mpp, tally)
+        warnings = _warnings(tally, mpp)
         record = make_record(
             segmenter,
             info,
             plan,
-            options=asdict(chosen),
+            asked=asked,
             diameter_px=diameter_px,
             counts={
                 "objects": tally.n_objects,
@@ -184,10 +204,69 @@ def _find_channel(info: SlideInfo, channel: int | str | None) -> int | None:
     raise UsageError(f"no channel {channel} in {where}", where="--channel", fix=f"choose from {names}")
 
 
-def _find(
-    segmenter: Segmenter, reader: Reader, plan: SlidePlan, window: Window, tally: _Tally
-) -> Iterator[tuple[Tile, Instances]]:
-    stream = segmenter.stream(reader, plan, window=window)
+def _asked(segmenter: Segmenter, info: SlideInfo, chosen: RunOptions) -> dict[str, Any]:
+    """Return all that the objects depend on: parts of an earlier try are used only if it asked the same."""
+    options = {key: value for key, value in asdict(chosen).items() if key not in ("overwrite", "restart")}
+    return {
+        "model": model_hash(segmenter.manifest),
+        "min_score": segmenter.min_score,
+        "slide": None if info.path is None else fingerprint(info.path),
+        "size": [info.width_px0, info.height_px0],
+        "options": options,
+    }
+
+
+def _check_plan(segmenter: Segmenter, info: SlideInfo, chosen: RunOptions, channel: int | None) -> None:
+    """Raise what is wrong with the slide or the options before anything is made or looked at."""
+    nominal = segmenter.manifest.input.nominal_diameter_px
+    diameter_px = nominal if chosen.diameter_px == "auto" else chosen.diameter_px
+    segmenter.plan(info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel)
+
+
+def _diameter(segmenter: Segmenter, reader: Reader, chosen: RunOptions, channel: int | None) -> float | None:
+    return choose_diameter(
+        segmenter,
+        reader,
+        diameter_px=chosen.diameter_px,
+        is_scale_given=chosen.pixels or chosen.mpp is not None,
+        channel=channel,
+    )
+
+
+def _find_rows(
+    segmenter: Segmenter,
+    reader: Reader,
+    plan: SlidePlan,
+    window: Window,
+    parts: Parts,
+    mpp: tuple[float, float] | None,
+    tally: _Tally,
+    progress: Progress | None,
+    folder: Path,
+) -> int:
+    """Write a part for each row of tiles that has none yet, and return the number of rows.
+
+    No engine call spans two rows: what goes into one depends on the slide, not on where a run was stopped.
+    """
+    done = n_rows = 0
+    for row, (_, group) in enumerate(groupby(plan.tiles, key=lambda tile: tile.core.y0)):
+        tiles, n_rows = list(group), row + 1
+        if not parts.has(row):
+            tables = []
+            for tile, instances in _timed(segmenter.stream(reader, plan, tiles=tiles, window=window), tally):
+                with tally.stage("measure"):
+                    tables.append(_measure_tile(tile, instances, reader, plan, mpp))
+                if progress is not None:
+                    progress(done + len(tables), len(plan.tiles))
+            with tally.stage("parts"), translated(folder):
+                parts.write(row, pa.concat_tables(tables))
+        elif progress is not None:
+            progress(done + len(tiles), len(plan.tiles))
+        done += len(tiles)
+    return n_rows
+
+
+def _timed(stream: Iterator[tuple[Tile, Instances]], tally: _Tally) -> Iterator[tuple[Tile, Instances]]:
     while True:
         with tally.stage("detect"):
             found = next(stream, None)
@@ -196,85 +275,25 @@ def _find(
         yield found
 
 
-def _measured(
-    found: Iterable[tuple[Tile, Instances]],
-    reader: Reader,
-    plan: SlidePlan,
-    mpp: tuple[float, float] | None,
-    tally: _Tally,
-    progress: Progress | None,
-) -> Iterator[tuple[Tile, pa.Table]]:
-    for done, (tile, instances) in enumerate(found, start=1):
-        with tally.stage("measure"):
-            table = _measure_tile(instances, reader, plan, mpp)
-        tally.n_objects += table.num_rows
-        tally.n_truncated += int(instances.truncated.sum())
-        tally.n_tiles_with_objects += table.num_rows > 0
-        yield tile, table
-        if progress is not None:
-            progress(done, len(plan.tiles))
-
-
-def _noted(measured: Iterable[tuple[Tile, pa.Table]], fit: ModelFit) -> Iterator[tuple[Tile, pa.Table]]:
-    """Yield what comes, and let `fit` see the objects."""
-    for tile, table in measured:
-        fit.add(*(table[name].to_numpy().astype(np.float64) for name in ("area_px", "score")))
-        yield tile, table
-
-
 def _measure_tile(
-    instances: Instances, reader: Reader, plan: SlidePlan, mpp: tuple[float, float] | None
+    tile: Tile, instances: Instances, reader: Reader, plan: SlidePlan, mpp: tuple[float, float] | None
 ) -> pa.Table:
-    """Measure the objects of one tile; their raw pixels are read a second time, a block at a time."""
-    names = reader.info.channel_names
-    if not len(instances):
-        return object_schema(names).empty_table()
-    step = _BLOCK_PX * plan.level.downsample
-    cells = np.floor((instances.origins - instances.origins.min(axis=0)) / step).astype(np.int64)  # (N, 2)
-    _, block = np.unique(cells, axis=0, return_inverse=True)
-    block = block.reshape(-1)
-    tables = []
-    for number in range(int(block.max()) + 1):
-        members = instances.select(block == number)
-        region = _cover(members, plan)
-        pixels = reader.read(region, level=plan.level.index)
-        tables.append(measure(members, pixels, region, plan.level.downsample, names, mpp))
-    order = np.argsort(np.argsort(block, kind="stable"), kind="stable")  # back to the order found
-    return pa.concat_tables(tables).take(order)
+    """Measure the objects of one tile, for its part file."""
+    height, width = instances.shape
+    near = lies_near_seam(
+        tile,
+        instances.boxes,
+        factor=(width / plan.width, height / plan.height),
+        extent=(plan.width, plan.height),
+    )
+    return with_tile(measure_on_slide(instances, reader, plan.level, mpp), tile.index, near)
 
 
-def _cover(instances: Instances, plan: SlidePlan) -> Region:
-    """Return the region of the plan's level that holds all masks; at least one pixel."""
-    sizes = np.array([mask.shape[::-1] for mask in instances.masks])  # (N, 2) w h
-    low = np.floor(instances.origins.min(axis=0) / plan.level.downsample).astype(int)
-    high = np.ceil((instances.origins + sizes).max(axis=0) / plan.level.downsample).astype(int)
-    last = np.array([plan.level.width_px, plan.level.height_px]) - 1
-    low = np.clip(low, 0, last)
-    high = np.clip(high, low + 1, last + 1)
-    return Region(int(low[0]), int(low[1]), int(high[0]), int(high[1]))
-
-
-def _write_parts(measured: Iterable[tuple[Tile, pa.Table]], claimed: ResultFolder, tally: _Tally) -> None:
-    """Write one part file for each row of tiles that has objects."""
-    for row, (_, tables) in enumerate(groupby(measured, key=lambda item: item[0].core.y0)):
-        part = pa.concat_tables([table for _, table in tables])
-        if part.num_rows:
-            with (
-                tally.stage("parts"),
-                translated(claimed.path),
-                atomic_file(claimed.parts / f"row-{row:05d}.parquet") as file,
-            ):
-                pq.write_table(part, file)
-
-
-def _numbered(claimed: ResultFolder) -> Iterator[pa.Table]:
-    """Yield the parts in the order of the lattice, with ids 1, 2, ..."""
-    first = 1
-    for path in sorted(claimed.parts.glob("row-*.parquet")):
-        part = pq.read_table(path)
-        ids = pa.array(np.arange(first, first + part.num_rows), pa.int64())
-        yield part.set_column(part.schema.get_field_index("id"), part.schema.field("id"), ids)
-        first += part.num_rows
+def _counted(parts: Parts, n_rows: int, tally: _Tally) -> Iterator[pa.Table]:
+    """Yield the final objects row by row, and count them."""
+    for table, tiles in parts.read(n_rows):
+        tally.count(table, tiles)
+        yield table
 
 
 def _write_outputs(
@@ -283,6 +302,8 @@ def _write_outputs(
     plan: SlidePlan,
     window: Window,
     claimed: ResultFolder,
+    parts: Parts,
+    n_rows: int,
     mpp: tuple[float, float] | None,
     tally: _Tally,
 ) -> None:
@@ -290,7 +311,7 @@ def _write_outputs(
     table = built / TABLE_FILE
     with translated(claimed.path):
         with tally.stage("table"):
-            write_parquet(table, _numbered(claimed), object_schema(info.channel_names))
+            write_parquet(table, _counted(parts, n_rows, tally), object_schema(info.channel_names))
         with tally.stage("geojson"):
             write_geojson(built / GEOJSON_FILE, table, slide_name=info.name, class_name=model)
         with tally.stage("labels"):
@@ -308,13 +329,13 @@ def _write_outputs(
             )
 
 
-def _warnings(tally: _Tally, fit: ModelFit, mpp: tuple[float, float] | None) -> tuple[str, ...]:
+def _warnings(tally: _Tally, mpp: tuple[float, float] | None) -> tuple[str, ...]:
     warnings = []
     if not tally.n_objects:
         warnings.append("no objects found")
     if tally.n_truncated:
         warnings.append(f"{tally.n_truncated} objects reach beyond their tile and may be cut")
-    warnings.extend(fit.warnings())
+    warnings.extend(tally.fit.warnings())
     if mpp is None:
         warnings.append("pixel size unknown: micrometre columns are empty")
     return tuple(warnings)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from darcnn.runtime.errors import InputError
-from darcnn.runtime.manifest import manifest_to_json
+from darcnn.runtime.manifest import Manifest, manifest_to_json
 from darcnn.runtime.readers.protocol import SlideInfo
 from darcnn.runtime.segmenter import Segmenter, SlidePlan
 
-__all__ = ["fingerprint", "installed_version", "make_record"]
+__all__ = ["fingerprint", "installed_version", "make_record", "model_hash", "read_record"]
 
 _RECORD_FORMAT = 1
 _LIBRARIES = (
@@ -38,26 +38,28 @@ def make_record(
     info: SlideInfo,
     plan: SlidePlan,
     *,
-    options: Mapping[str, Any],
+    asked: Mapping[str, Any],
     diameter_px: float | None,
     counts: Mapping[str, int],
     seconds: Mapping[str, float],
     warnings: Sequence[str],
 ) -> bytes:
-    """Return the content of run.json: versions, model, options, slide, plan, counts, times, warnings."""
-    manifest = manifest_to_json(segmenter.manifest)
+    """Return the content of run.json: versions, model, options, slide, plan, counts, times, warnings.
+
+    `asked` is all that the objects depend on; its "options" are what the user chose.
+    """
     content: dict[str, Any] = {
         "format": _RECORD_FORMAT,
         "versions": _versions(),
         "model": {
             "name": segmenter.manifest.name,
-            # the manifest holds the sha256 of every graph, so its own says which model it was
-            "manifest_sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
+            "manifest_sha256": model_hash(segmenter.manifest),
             "files": dict(segmenter.manifest.files),
             "min_score": segmenter.min_score,
         },
         "engine": segmenter.engine.spec.name,
-        "options": dict(options),
+        "options": dict(asked["options"]),
+        "asked_sha256": _hash_of(asked),
         "input": {
             "name": info.name,
             "file": None if info.path is None else fingerprint(info.path),
@@ -81,6 +83,24 @@ def make_record(
         "warnings": list(warnings),
     }
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the record of a complete run that asked for the same, None if there is none at `path`."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if content.get("asked_sha256") == _hash_of(asked) else None
+
+
+def _hash_of(asked: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(asked, sort_keys=True).encode())
+
+
+def model_hash(manifest: Manifest) -> str:
+    """Return what tells one model from another: the manifest holds the sha256 of every graph."""
+    return _sha256(json.dumps(manifest_to_json(manifest), sort_keys=True).encode())
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from darcnn.runtime.planning import SlidePlan, plan_slide
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.sampling import TileSampler, measure_slide
-from darcnn.runtime.tiling import Tile, owns
+from darcnn.runtime.seams import drop_twins, lies_near_seam
+from darcnn.runtime.tiling import SEAM_PX, Tile, owns
 
 if TYPE_CHECKING:
     from darcnn.runtime.pipeline import RunOptions, RunSummary
@@ -171,8 +172,9 @@ class Segmenter:
         tiles: Sequence[Tile] | None = None,
         window: Window | None = None,
     ) -> Iterator[tuple[Tile, Instances]]:
-        """Yield each tile with the objects that it owns, in the order given.
+        """Yield each tile with the objects that it reports, in the order given.
 
+        An object on the seam of two tiles may come with both: `darcnn.runtime.seams.drop_twins` keeps one.
         At most one batch of tiles is held. What a tile yields depends on neither the batch size nor
         the other tiles asked for.
 
@@ -198,7 +200,7 @@ class Segmenter:
         tiles: Sequence[Tile],
         pixels: Sequence[NDArray[np.uint8]],
     ) -> list[Instances]:
-        """Return the objects that each of up to `engine.spec.batch` tiles owns, level-0 pixels.
+        """Return the objects that each of up to `engine.spec.batch` tiles reports, level-0 pixels.
 
         Args:
             plan: of the slide.
@@ -210,7 +212,7 @@ class Segmenter:
         batch = np.zeros((spec.batch, spec.tile_px, spec.tile_px, spec.channels), np.uint8)
         batch[: len(tiles)] = np.stack(pixels)
         detections = self._engine.detect(batch)
-        slots = [self._owned(detections, index, tile, plan) for index, tile in enumerate(tiles)]
+        slots = [self._reported(detections, index, tile, plan) for index, tile in enumerate(tiles)]
         tile_index = np.repeat(np.arange(len(tiles)), [len(slot) for slot in slots])
         boxes = detections.boxes[tile_index, np.concatenate(slots)]  # (M, 4) tile px
         scores = detections.scores[tile_index, np.concatenate(slots)]  # (M,)
@@ -226,10 +228,21 @@ class Segmenter:
     def segment(self, reader: Reader, plan: SlidePlan) -> Instances:
         """Return the objects of the whole slide as `plan` reads it; for images that fit in memory."""
         shape = (reader.info.height_px0, reader.info.width_px0)
-        return Instances.concatenate(shape, [found for _, found in self.stream(reader, plan)])
+        factor = (shape[1] / plan.width, shape[0] / plan.height)
+        parts, tiles, near = [], [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)]
+        for tile, found in self.stream(reader, plan):
+            parts.append(found)
+            tiles.append(np.full(len(found), tile.index))
+            near.append(lies_near_seam(tile, found.boxes, factor=factor, extent=(plan.width, plan.height)))
+        joint = Instances.concatenate(shape, parts)
+        kept = np.ones(len(joint), np.bool_)
+        rows = np.flatnonzero(np.concatenate(near))
+        candidates = joint.select(rows)
+        kept[rows] = drop_twins(candidates.polygons(), candidates.scores, np.concatenate(tiles)[rows])
+        return joint.select(kept)
 
-    def _owned(self, detections: Detections, index: int, tile: Tile, plan: SlidePlan) -> NDArray[np.int64]:
-        """Return the slots of tile number `index` whose objects are good enough and lie in its core."""
+    def _reported(self, detections: Detections, index: int, tile: Tile, plan: SlidePlan) -> NDArray[np.int64]:
+        """Return the slots of tile number `index` whose objects are good enough and its to report."""
         scores = detections.scores[index]
         slots = np.flatnonzero((scores > 0) & (scores >= self._min_score))
         if not detections.converged[index]:
@@ -245,8 +258,11 @@ class Segmenter:
         inside = _lies_inside(boxes, plan.width, plan.height)
         clipped = np.clip(boxes, 0, [plan.width, plan.height, plan.width, plan.height])
         centres = (clipped[:, :2] + clipped[:, 2:]) / 2
-        owned: NDArray[np.int64] = slots[inside & owns(tile, centres)]
-        return owned
+        # beyond its core a tile reports only what it sees whole: half an object has its centre elsewhere
+        near = owns(tile, centres, margin_px=SEAM_PX)
+        near &= ~_is_cut(detections.boxes[index, slots], tile, plan)
+        reported: NDArray[np.int64] = slots[inside & (owns(tile, centres) | near)]
+        return reported
 
     def _is_small_enough(self, boxes: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Tell which boxes (N, 4) are not larger than what the model looks for; sides by geometric mean."""
@@ -290,6 +306,18 @@ def _lies_inside(boxes: NDArray[np.float64], width: int, height: int) -> NDArray
     return np.logical_and(is_covered[:, 0], is_covered[:, 1])
 
 
+def _is_cut(boxes: NDArray[np.float32], tile: Tile, plan: SlidePlan) -> NDArray[np.bool_]:
+    """Tell which boxes (N, 4), tile px, touch an edge of the tile beyond which the slide goes on."""
+    read, size = tile.read, tile.read.width
+    cut: NDArray[np.bool_] = (
+        ((boxes[:, 0] <= EDGE_PX) & (read.x0 > 0))
+        | ((boxes[:, 1] <= EDGE_PX) & (read.y0 > 0))
+        | ((boxes[:, 2] >= size - EDGE_PX) & (read.x1 < plan.width))
+        | ((boxes[:, 3] >= size - EDGE_PX) & (read.y1 < plan.height))
+    )
+    return cut
+
+
 def _place(
     plan: SlidePlan,
     shape: tuple[int, int],
@@ -300,13 +328,7 @@ def _place(
 ) -> Instances:
     """Return the objects of one tile at level 0, without those that have no pixel there or lie in another."""
     height, width = shape
-    read, size = tile.read, tile.read.width
-    truncated = (
-        ((boxes[:, 0] <= EDGE_PX) & (read.x0 > 0))
-        | ((boxes[:, 1] <= EDGE_PX) & (read.y0 > 0))
-        | ((boxes[:, 2] >= size - EDGE_PX) & (read.x1 < plan.width))
-        | ((boxes[:, 3] >= size - EDGE_PX) & (read.y1 < plan.height))
-    )
+    truncated = _is_cut(boxes, tile, plan)
     factor_x, factor_y = width / plan.width, height / plan.height
     boxes0 = _to_slide(boxes, tile) * np.array([factor_x, factor_y] * 2)
     outlined = [outline_mask(mask, box, shape) for mask, box in zip(masks, boxes0, strict=True)]

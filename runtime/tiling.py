@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from darcnn.runtime.errors import ShapeError
 from darcnn.runtime.geometry import Region
 
-__all__ = ["Tile", "owns", "plan_tiles"]
+__all__ = ["SEAM_PX", "Tile", "owns", "plan_tiles"]
+
+SEAM_PX = 4  # two tiles see an object slightly differently: its centre may lie in neither core, or in both
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +50,20 @@ def plan_tiles(width: int, height: int, *, tile_px: int, halo_px: int) -> tuple[
     )
 
 
-def owns(tile: Tile, centres: NDArray[np.floating]) -> NDArray[np.bool_]:
+def owns(tile: Tile, centres: NDArray[np.floating], *, margin_px: float = 0.0) -> NDArray[np.bool_]:
     """Tell which of `centres` (N, 2), x y in network pixels of the slide, lie in the tile's core.
 
-    Half-open: of the tiles of one lattice exactly one owns a point of the slide.
+    Half-open: of the tiles of one lattice exactly one owns a point of the slide. With a margin, those that
+    lie up to so far beyond the core count too.
 
     >>> tile = plan_tiles(10, 4, tile_px=10, halo_px=2)[0]
     >>> owns(tile, np.array([[0.0, 0.0], [6.0, 1.0]]))
     array([ True, False])
+    >>> owns(tile, np.array([[6.0, 1.0], [9.0, 1.0]]), margin_px=2.0)
+    array([ True, False])
     """
     x, y = centres[:, 0], centres[:, 1]
     core = tile.core
-    inside: NDArray[np.bool_] = (core.x0 <= x) & (x < core.x1) & (core.y0 <= y) & (y < core.y1)
+    inside: NDArray[np.bool_] = (core.x0 - margin_px <= x) & (x < core.x1 + margin_px)
+    inside &= (core.y0 - margin_px <= y) & (y < core.y1 + margin_px)
     return inside

@@ -32,6 +32,7 @@ OVERVIEW_FILE = "overview.png"
 RUN_FILE = "run.json"  # where it exists the folder is complete
 _RESULTS = (TABLE_FILE, GEOJSON_FILE, LABELS_FOLDER, OVERVIEW_FILE, RUN_FILE)  # run.json last, always
 _PARTS = ".parts"
+_COMMITTED = "committed"  # in the parts: the results are in place, the parts are of no more use
 _LOCK = ".lock"
 
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # in names on Windows; results move between systems
@@ -62,7 +63,7 @@ class ResultFolder:
         Raises:
             OSError: something cannot be moved.
         """
-        earlier = self.parts / "earlier"
+        earlier = self.built / "earlier"
         earlier.mkdir()
         moves = [(self.path / name, earlier / name) for name in reversed(_RESULTS)]
         moves += [(self.built / name, self.path / name) for name in _RESULTS]
@@ -76,15 +77,20 @@ class ResultFolder:
             for source, target in reversed(done):
                 target.replace(source)
             raise
+        (self.parts / _COMMITTED).touch()
 
 
 @contextmanager
-def claim_folder(folder: Path, *, overwrite: bool) -> Iterator[ResultFolder]:
+def claim_folder(folder: Path, *, overwrite: bool, restart: bool = False) -> Iterator[ResultFolder]:
     """Claim `folder` for one run; nobody else can until the block ends.
 
-    If the block does not commit, all that it wrote is removed and an earlier result stays. What
-    another run left half-done is cleaned up first.
+    If the block does not commit, its finished parts stay, for the same run to go on with, and an earlier
+    result does too; all else that it wrote is removed. What a killed run left half-done is cleaned up first.
 
+    Args:
+        folder: of one slide's results; made if it is not there.
+        overwrite: a complete result may be replaced.
+        restart: parts of an earlier try are removed.
     Raises:
         OutputError: it cannot be written, another run uses it, it is complete and `overwrite` is False,
             or it holds files that are no results.
@@ -96,12 +102,12 @@ def claim_folder(folder: Path, *, overwrite: bool) -> Iterator[ResultFolder]:
     try:
         with translated(folder):
             _check_state(folder, overwrite=overwrite)  # another run may have ended meanwhile
-            _clear(folder)
+            _clear(folder, keeps_parts=not restart)
             claimed = ResultFolder(folder, folder / _PARTS, folder / _PARTS / "built")
             claimed.built.mkdir(parents=True)
         yield claimed
     finally:
-        _clear(folder)
+        _clear(folder, keeps_parts=any((folder / _PARTS).glob("row-*.parquet")))
         lock.release()  # before the file goes: Windows removes no open files
         with suppress(OSError):  # someone else has it now, or it is not empty: both are as they should be
             (folder / _LOCK).unlink(missing_ok=True)
@@ -143,9 +149,16 @@ def _lock(folder: Path) -> FileLock:
     return lock
 
 
-def _clear(folder: Path) -> None:
-    """Remove the parts, and without run.json the outputs too; never a file that no run writes."""
-    shutil.rmtree(folder / _PARTS, ignore_errors=True)
+def _clear(folder: Path, *, keeps_parts: bool) -> None:
+    """Remove what is half-done, and without run.json the outputs too; never a file that no run writes."""
+    parts = folder / _PARTS
+    if keeps_parts and not (parts / _COMMITTED).exists():
+        shutil.rmtree(parts / "built", ignore_errors=True)
+        for half in parts.glob(".*.tmp"):
+            with suppress(OSError):
+                half.unlink()
+    else:
+        shutil.rmtree(parts, ignore_errors=True)
     if _is_complete(folder):
         return
     for name in _RESULTS:

@@ -100,7 +100,7 @@ def test_only_bad_slides_are_exit_2(loaded, slides, tmp_path):
 def test_complete_results_are_refused_unless_overwritten(loaded, slides, tmp_path):
     arguments = [slides / "a.png", "--model", "oracle", "--out", tmp_path / "out"]
     assert run(*arguments).exit_code == 0
-    again = run(*arguments)
+    again = run(*arguments, "--min-score", "0.9")  # another question
     assert again.exit_code == 2
     assert "--overwrite" in again.stderr
     assert run(*arguments, "--overwrite").exit_code == 0
@@ -122,7 +122,7 @@ def test_a_full_disk_is_one_line(loaded, slides, tmp_path, monkeypatch):
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: ")
     assert "no space left" in result.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out" / "a").iterdir()] == [".parts"]
 
 
 def test_an_unforeseen_system_error_is_one_line_too(loaded, slides, tmp_path, monkeypatch):
@@ -158,8 +158,27 @@ def test_ctrl_c_keeps_finished_slides(loaded, slides, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "write_geojson", interrupt)
     result = run(slides, "--model", "oracle", "--out", tmp_path / "out")
     assert result.exit_code == 130
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    assert [path.name for path in (tmp_path / "out" / "b").iterdir()] == [".parts"]
     assert "Traceback" not in result.output
+    monkeypatch.undo()
+    assert {path.name for path in (tmp_path / "out" / "a").iterdir()} == NAMES
+
+
+def test_the_same_command_goes_on_and_does_no_slide_twice(loaded, slides, tmp_path, monkeypatch):
+    from darcnn.runtime import pipeline
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "write_geojson", interrupt)
+        assert run(slides / "b.png", "--model", "oracle", "--out", tmp_path / "out").exit_code == 130
+    assert run(slides / "a.png", "--model", "oracle", "--out", tmp_path / "out").exit_code == 0
+    result = run(slides, "--model", "oracle", "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "a: " in result.stdout.splitlines()[0]
+    assert ", done before, " in result.stdout.splitlines()[0]
+    assert {path.name for path in (tmp_path / "out" / "b").iterdir()} == NAMES
 
 
 @pytest.mark.parametrize(("n_before", "code"), [(0, 2), (1, 1)])

@@ -189,12 +189,21 @@ def test_progress_counts_every_tile(segmenter, reader, tmp_path):
 # --- the folder
 
 
+def test_a_finished_slide_is_not_done_again(segmenter, reader, tmp_path, monkeypatch):
+    first = run_slide(segmenter, reader, tmp_path)
+    before = contents(first.folder)
+    monkeypatch.setattr(segmenter, "stream", stream_that_must_not(segmenter, False))
+    again = run_slide(segmenter, reader, tmp_path)
+    assert (again.was_done, again.n_objects) == (True, first.n_objects)
+    assert contents(first.folder) == before
+
+
 def test_a_complete_folder_is_refused_and_overwritten_when_asked(segmenter, reader, tmp_path):
     folder = run_slide(segmenter, reader, tmp_path).folder
     (folder / "notes.txt").write_text("mine")
     before = contents(folder)
     with pytest.raises(OutputError, match="--overwrite"):
-        run_slide(segmenter, reader, tmp_path)
+        run_slide(segmenter, reader, tmp_path, options=RunOptions(mpp=0.3))  # another question
     assert contents(folder) == before
     (folder / "overview.png").write_bytes(b"old")
     run_slide(segmenter, reader, tmp_path, options=RunOptions(overwrite=True))
@@ -219,7 +228,7 @@ def test_a_folder_with_other_files_is_left_alone(segmenter, reader, tmp_path):
     assert contents(tmp_path) == {"slide 1/scan.dat": b"mine"}
 
 
-def test_what_a_killed_run_left_is_cleaned_up(segmenter, reader, tmp_path):
+def test_parts_without_a_journal_are_cleaned_up(segmenter, reader, tmp_path):
     folder = tmp_path / "slide 1"
     (folder / ".parts" / "built").mkdir(parents=True)
     (folder / ".parts" / "row-00000.parquet").write_bytes(b"half")
@@ -257,7 +266,7 @@ def test_a_folder_in_use_by_a_thread_is_refused(tmp_path):
 
 STEPS = {
     "find": "darcnn.runtime.pipeline._measure_tile",
-    "parts": "darcnn.runtime.pipeline.pq.write_table",
+    "parts": "darcnn.runtime.parts.pq.write_table",
     "table": "darcnn.runtime.pipeline.write_parquet",
     "geojson": "darcnn.runtime.pipeline.write_geojson",
     "labels": "darcnn.runtime.sinks.ome_zarr._put",
@@ -269,7 +278,7 @@ STEPS = {
 @pytest.mark.parametrize(
     "failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError()]
 )
-def test_a_failure_leaves_nothing_and_keeps_an_earlier_result(
+def test_a_failure_leaves_finished_rows_only_and_keeps_an_earlier_result(
     segmenter, reader, tmp_path, monkeypatch, step, failure
 ):
     def fail(*_, **__):
@@ -281,10 +290,75 @@ def test_a_failure_leaves_nothing_and_keeps_an_earlier_result(
     monkeypatch.setattr(STEPS[step], fail)
     with pytest.raises(expected):
         run_slide(segmenter, reader, tmp_path / "new")
-    assert list((tmp_path / "new").iterdir()) == []
+    left = contents(tmp_path / "new")
+    if step in ("find", "parts"):
+        assert list((tmp_path / "new").iterdir()) == []
+    else:  # all rows were done, and will not be done again
+        assert {name.split("/")[1] for name in left} == {".parts"}
+    options = RunOptions(overwrite=True)
     with pytest.raises(expected):
-        run_slide(segmenter, reader, tmp_path / "kept", options=RunOptions(overwrite=True))
-    assert contents(folder) == before
+        run_slide(segmenter, reader, tmp_path / "kept", options=options)
+    assert results(folder) == before
+    monkeypatch.undo()
+    monkeypatch.setattr(segmenter, "stream", stream_that_must_not(segmenter, step in ("find", "parts")))
+    run_slide(segmenter, reader, tmp_path / "new")
+    run_slide(segmenter, reader, tmp_path / "kept", options=options)
+    for name in ("objects.parquet", "objects.geojson.gz", "overview.png"):
+        assert (tmp_path / "new" / "slide 1" / name).read_bytes() == before[name]
+    assert {path.name for path in folder.iterdir()} == NAMES
+
+
+def results(folder):
+    """Return the contents of a folder without the parts of a run that goes on."""
+    return {name: data for name, data in contents(folder).items() if not name.startswith(".parts")}
+
+
+def stream_that_must_not(segmenter, may_run):
+    original = segmenter.stream
+
+    def stream(*arguments, **options):
+        assert may_run, "a finished row was done again"
+        return original(*arguments, **options)
+
+    return stream
+
+
+def test_another_question_does_not_go_on_with_the_parts_of_the_first(
+    segmenter, reader, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("darcnn.runtime.pipeline.write_overview", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_slide(segmenter, reader, tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match=r"begun with another options; pass --restart"):
+        run_slide(segmenter, reader, tmp_path, options=RunOptions(mpp=0.3))
+    run_slide(segmenter, reader, tmp_path, options=RunOptions(mpp=0.3, restart=True))
+    assert {path.name for path in (tmp_path / "slide 1").iterdir()} == NAMES
+
+
+def test_a_run_stopped_in_any_row_ends_as_one_that_never_stopped(segmenter, reader, tmp_path, monkeypatch):
+    whole = contents(run_slide(segmenter, reader, tmp_path / "whole").folder)
+    rows = len({tile.core.y0 for tile in segmenter.plan(reader.info).tiles})
+    original = segmenter.stream
+    for stop in range(rows):
+        calls = []
+
+        def stream(*arguments, calls=calls, stop=stop, **options):
+            calls.append(options["tiles"][0].core.y0)
+            if len(calls) == stop + 1:
+                raise KeyboardInterrupt
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(segmenter, "stream", stream)
+        with pytest.raises(KeyboardInterrupt):
+            run_slide(segmenter, reader, tmp_path / "stopped" / str(stop))
+        monkeypatch.setattr(segmenter, "stream", original)
+        folder = run_slide(segmenter, reader, tmp_path / "stopped" / str(stop)).folder
+        assert len(calls) == stop + 1
+        stopped = contents(folder)
+        assert {name: data for name, data in stopped.items() if name != "run.json"} == {
+            name: data for name, data in whole.items() if name != "run.json"
+        }
 
 
 def test_a_failed_swap_puts_the_earlier_result_back(segmenter, reader, tmp_path, monkeypatch):
@@ -300,7 +374,7 @@ def test_a_failed_swap_puts_the_earlier_result_back(segmenter, reader, tmp_path,
     monkeypatch.setattr(type(folder), "replace", fail)
     with pytest.raises(OutputError, match="no permission"):
         run_slide(segmenter, reader, tmp_path, options=RunOptions(overwrite=True))
-    assert contents(folder) == before
+    assert results(folder) == before
 
 
 def test_nothing_is_made_for_a_slide_that_cannot_be_planned(segmenter, tmp_path):

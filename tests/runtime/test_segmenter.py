@@ -247,7 +247,8 @@ def test_a_tile_means_the_same_whatever_else_is_asked_for() -> None:
             ((_, alone),) = streaming.stream(reader, plan, tiles=[tile])
             assert np.array_equal(alone.boxes, together[tile.index].boxes)
             assert np.array_equal(alone.labels(), together[tile.index].labels())
-    assert sum(len(found) for found in together.values()) == 48
+        assert len(streaming.segment(reader, plan)) == 48
+    assert sum(len(found) for found in together.values()) >= 48  # those on seams come with both tiles
 
 
 def test_the_window_is_that_of_the_whole_slide() -> None:

@@ -1,0 +1,121 @@
+"""What a run has done so far: one part file for each row of tiles, and a journal of what they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+from numpy.typing import NDArray
+
+from darcnn.runtime.errors import OutputError
+from darcnn.runtime.seams import drop_twins
+from darcnn.runtime.sinks.atomic import atomic_file
+
+__all__ = ["Parts", "with_tile"]
+
+_JOURNAL = "journal.json"
+_TILE, _SEAM = "tile", "near_seam"  # columns of the parts that the result does not have
+
+
+def with_tile(table: pa.Table, tile: int, near_seam: NDArray[np.bool_]) -> pa.Table:
+    """Return the measured objects of a tile with its index, and which of them lie near a seam."""
+    return table.append_column(_TILE, pa.array(np.full(table.num_rows, tile, np.int64))).append_column(
+        _SEAM, pa.array(near_seam)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The part files in `folder`; a file that exists is complete."""
+
+    folder: Path
+
+    def begin(self, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return what an earlier try of the same run noted, None if there was none.
+
+        Args:
+            asked: all that the objects depend on: model, options, slide.
+        Raises:
+            OutputError: an earlier try asked for something else.
+        """
+        path = self.folder / _JOURNAL
+        try:
+            journal: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            for stray in self.folder.glob("row-*.parquet"):  # of what, nobody knows
+                stray.unlink()
+            return None
+        except ValueError:
+            journal = {}
+        wanted = json.loads(json.dumps(asked))
+        if journal.get("asked") == wanted:
+            found: dict[str, Any] = journal["found"]
+            return found
+        earlier = journal.get("asked", {})
+        differing = sorted(key for key in wanted if earlier.get(key) != wanted[key])
+        raise OutputError(
+            f"holds a run that was begun with another {' and '.join(differing)}",
+            where=self.folder.parent,
+            fix="pass --restart to begin anew, or the same options to go on",
+        )
+
+    def note(self, asked: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        """Write the journal: what was asked for, and what was found out before the first tile."""
+        with atomic_file(self.folder / _JOURNAL) as file:
+            file.write(json.dumps({"asked": asked, "found": found}, indent=1).encode())
+
+    def has(self, row: int) -> bool:
+        """Tell whether a row of tiles is done."""
+        return self._path(row).is_file()
+
+    def write(self, row: int, table: pa.Table) -> None:
+        """Write the objects of a row of tiles, in the order of the lattice, each from `with_tile`."""
+        with atomic_file(self._path(row)) as file:
+            pq.write_table(table, file)
+
+    def read(self, n_rows: int) -> Iterator[tuple[pa.Table, NDArray[np.int64]]]:
+        """Yield the objects of each row of tiles and the tile of each: seams resolved, ids 1, 2, ...
+
+        Three rows are in memory at once: an object on a seam has its twin in its own row or in one beside.
+        """
+        first = 1
+        before: pa.Table | None = None
+        current = self._load(0) if n_rows else None
+        for row in range(n_rows):
+            assert current is not None
+            after = self._load(row + 1) if row + 1 < n_rows else None
+            table = current.filter(pa.array(_stays(before, current, after)))
+            tiles = table[_TILE].to_numpy()
+            ids = pa.array(np.arange(first, first + table.num_rows), pa.int64())
+            numbered = table.set_column(table.schema.get_field_index("id"), table.schema.field("id"), ids)
+            yield numbered.drop_columns([_TILE, _SEAM]), tiles
+            first += table.num_rows
+            before, current = current, after
+
+    def _load(self, row: int) -> pa.Table:
+        return pq.read_table(self._path(row))
+
+    def _path(self, row: int) -> Path:
+        return self.folder / f"row-{row:05d}.parquet"
+
+
+def _stays(before: pa.Table | None, current: pa.Table, after: pa.Table | None) -> NDArray[np.bool_]:
+    """Return which objects of `current` stay, with the rows of tiles above and below it at hand."""
+    neighbours = [table for table in (before, current, after) if table is not None]
+    near = [table.filter(table[_SEAM]) for table in neighbours]
+    own = neighbours.index(current)
+    start = sum(table.num_rows for table in near[:own])
+    joint = pa.concat_tables(near)
+    kept = drop_twins(
+        shapely.from_wkb(joint["geometry"].to_numpy()), joint["score"].to_numpy(), joint[_TILE].to_numpy()
+    )
+    stays = np.ones(current.num_rows, np.bool_)
+    stays[np.flatnonzero(current[_SEAM].to_numpy())] = kept[start : start + near[own].num_rows]
+    return stays

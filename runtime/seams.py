@@ -1,0 +1,76 @@
+"""Objects on the seams of tiles: two tiles may both report one, and only one report stays."""
+
+from __future__ import annotations
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from darcnn.runtime.tiling import SEAM_PX, Tile
+
+__all__ = ["drop_twins", "lies_near_seam"]
+
+_SAME_IOU = 0.5  # outlines that overlap more are one object
+# A neighbour reports what it sees up to SEAM_PX beyond its core; the tile that owns the object may see it
+# further from the seam than that.
+_REACH_PX = 2 * SEAM_PX
+
+
+def lies_near_seam(
+    tile: Tile, boxes0: NDArray[np.floating], *, factor: tuple[float, float], extent: tuple[int, int]
+) -> NDArray[np.bool_]:
+    """Tell which objects of `tile` another tile may have reported too.
+
+    Args:
+        tile: the tile that reported them.
+        boxes0: (N, 4) level-0 pixels, clipped to the slide.
+        factor: level-0 pixels per network pixel, along x and y.
+        extent: width and height of the slide, network pixels; its edges are no seams.
+    """
+    core = tile.core
+    near = np.zeros(len(boxes0), np.bool_)
+    for axis, (low, high) in enumerate(((core.x0, core.x1), (core.y0, core.y1))):
+        centre = (boxes0[:, axis] + boxes0[:, axis + 2]).astype(np.float64) / 2 / factor[axis]
+        if low > 0:
+            near |= np.abs(centre - low) <= _REACH_PX
+        if high < extent[axis]:
+            near |= np.abs(centre - high) <= _REACH_PX
+    return near
+
+
+def drop_twins(
+    polygons: NDArray[np.object_], scores: NDArray[np.floating], tiles: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Return which reports stay, (N,): of two from different tiles that are one object, the better one.
+
+    The higher score stays, of equal ones that of the lower tile. What is decided for an object depends
+    on those that overlap it only, never on the order of work.
+
+    Args:
+        polygons: (N,) outlines of objects near seams, level-0 pixels.
+        scores: (N,).
+        tiles: (N,) the index of the tile that reported each.
+
+    >>> squares = shapely.box(np.array([0, 1, 50]), 0, np.array([10, 11, 60]), 10)
+    >>> drop_twins(squares, np.array([0.8, 0.9, 0.7]), np.array([0, 1, 1]))
+    array([False,  True,  True])
+    """
+    kept = np.ones(len(polygons), np.bool_)
+    if len(polygons) < 2:
+        return kept
+    first, second = shapely.STRtree(polygons).query(polygons, predicate="intersects")
+    others = tiles[first] != tiles[second]
+    first, second = first[others], second[others]
+    common = shapely.area(shapely.intersection(polygons[first], polygons[second]))
+    areas = shapely.area(polygons)
+    is_same = common > _SAME_IOU * (areas[first] + areas[second] - common)
+    twins: dict[int, list[int]] = {}
+    for one, other in zip(first[is_same].tolist(), second[is_same].tolist(), strict=True):
+        twins.setdefault(one, []).append(other)
+    is_decided = np.zeros(len(polygons), np.bool_)
+    for row in np.lexsort((np.arange(len(polygons)), tiles, -scores)).tolist():  # the best first
+        if kept[row]:
+            is_decided[row] = True
+            for other in twins.get(row, []):
+                kept[other] = is_decided[other]
+    return kept
