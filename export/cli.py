@@ -81,13 +81,20 @@ def bundle(
     licence: Path | None,
     overwrite: bool,
 ) -> None:
-    """Export CHECKPOINT, a folder that darcnn-train wrote, and write the bundle if it agrees with PyTorch."""
+    """Export CHECKPOINT, a folder that darcnn-train wrote, and write the bundle if it agrees with PyTorch.
+
+    Of the folder of a whole run, the round that is trusted most on the unlabelled images is taken.
+    """
     _require_export()
     from darcnn.export.pack import make_licence, make_members, make_training, options_of
     from darcnn.training.checkpoint import load_network
+    from darcnn.training.trust import most_trusted_round
 
     if out.exists() and not overwrite:
         raise OutputError("exists already", where=out, fix="pass --overwrite, or choose another name")
+    if not (checkpoint / "checkpoint.json").is_file() and (checkpoint / "refine").is_dir():
+        checkpoint = most_trusted_round(checkpoint)
+        click.echo(f"taking the most trusted round, {checkpoint.name}", err=True)
     network, info = load_network(checkpoint)
     recipe = info.recipe
     name = name or recipe.name

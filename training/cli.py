@@ -168,6 +168,7 @@ def run(recipe: Path, out: Path | None, data: Path | None, resume: bool, device:
     from darcnn.training.parallel import is_first
     from darcnn.training.report import write_report
     from darcnn.training.stages import run_all
+    from darcnn.training.trust import most_trusted_round
 
     with _open_run(recipe, out, data, resume, device) as plan:
 
@@ -180,7 +181,7 @@ def run(recipe: Path, out: Path | None, data: Path | None, resume: bool, device:
             write_report(plan.out, plan.recipe)
         _tell(
             f"report: {plan.out / 'report.html'}\n"
-            f"checkpoint: {plan.out / 'refine'}; next: darcnn-export bundle {plan.out / 'refine'}"
+            f"most trusted round: {most_trusted_round(plan.out).name}; next: darcnn-export bundle {plan.out}"
         )
 
 

@@ -6,7 +6,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from darcnn.runtime.errors import InputError
 from darcnn.runtime.readers.array import ArrayReader
+from darcnn.training.checkpoint import is_complete
 from darcnn.training.config import Recipe
 from darcnn.training.contact_sheet import spread
 from darcnn.training.data.target import TargetImages
@@ -16,7 +18,7 @@ from darcnn.training.parallel import is_first
 from darcnn.training.unlabelled import Trust, judge_image, mean_trust
 from darcnn.training.writing import new_file
 
-__all__ = ["TRUST_FILE", "note_trust", "read_trust"]
+__all__ = ["TRUST_FILE", "most_trusted_round", "note_trust", "read_trust"]
 
 TRUST_FILE = "trust.json"
 _IMAGES = 8  # looked at, evenly spread over the targets and always the same
@@ -52,3 +54,21 @@ def read_trust(folder: Path) -> Trust | None:
     """Return what the stage in `folder` noted, None if nothing."""
     path = folder / TRUST_FILE
     return Trust(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def most_trusted_round(out: Path) -> Path:
+    """Return the folder of the round of stage 2 in the run `out` whose network is trusted most.
+
+    No label decides: the figure is that of `note_trust`. Of equal ones, and where none is noted, the last.
+
+    Raises:
+        InputError: the run has no finished last round.
+    """
+    last = out / "refine"
+    if not is_complete(last):
+        raise InputError("no finished run", where=out, fix="give a folder that darcnn-train run finished")
+    rounds = sorted(out.glob("refine-[0-9]*"), key=lambda folder: int(folder.name.split("-")[1]))
+    noted = [(folder, read_trust(folder)) for folder in (*rounds, last)]
+    known = [(folder, trust.trust) for folder, trust in noted if trust is not None]
+    best = max((value for _, value in known), default=0.0)
+    return [last, *(folder for folder, value in known if value == best)][-1]

@@ -151,3 +151,16 @@ def test_an_engine_is_built_for_gpus_that_are_not_here(run, bundle_path, tmp_pat
     assert code == 2
     assert "no target 'sm99'" in error
     assert not (tmp_path / "other").exists()
+
+
+def test_of_a_whole_run_the_most_trusted_round_is_exported(run, checkpoint, tmp_path, pictures):
+    import json
+    import shutil
+
+    for name, trust in (("refine-1", 0.8), ("refine", 0.7)):
+        shutil.copytree(checkpoint, tmp_path / "run" / name)
+        content = {"agreement": trust, "separation": trust, "n_objects": 5}
+        (tmp_path / "run" / name / "trust.json").write_text(json.dumps(content))
+    code, _, error = run("bundle", tmp_path / "run", "--out", tmp_path / "a.darcnn", "--data", pictures)
+    assert code == 0
+    assert "taking the most trusted round, refine-1" in error
