@@ -84,6 +84,12 @@ def _show_machine(context: click.Context, parameter: click.Parameter, value: boo
 @click.option(
     "--min-score", type=click.FloatRange(0, 1), help="Leave out objects below this score; else the model's."
 )
+@click.option(
+    "--filter",
+    "row_filter",
+    metavar="CONDITION",
+    help='Report only objects that satisfy it, "mean_intensity < 140 and area_um2 > 20" say.',
+)
 @click.option("--overwrite", is_flag=True, help="Replace complete results.")
 @click.option("--restart", is_flag=True, help="Begin anew what an earlier run left unfinished.")
 @click.option("--quiet", is_flag=True, help="No progress line.")
@@ -103,6 +109,7 @@ def main(
     z: int | None,
     t: int | None,
     min_score: float | None,
+    row_filter: str | None,
     overwrite: bool,
     restart: bool,
     quiet: bool,
@@ -119,6 +126,7 @@ def main(
         channel=int(channel) if channel is not None and channel.isdecimal() else channel,
         z=z,
         t=t,
+        row_filter=row_filter,
         overwrite=overwrite,
         restart=restart,
     )

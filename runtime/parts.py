@@ -15,6 +15,7 @@ import shapely
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import OutputError
+from darcnn.runtime.row_filter import RowFilter
 from darcnn.runtime.seams import drop_twins
 from darcnn.runtime.sinks.atomic import atomic_file
 
@@ -80,8 +81,12 @@ class Parts:
         with atomic_file(self._path(row)) as file:
             pq.write_table(table, file)
 
-    def read(self, n_rows: int) -> Iterator[tuple[pa.Table, NDArray[np.int64]]]:
+    def read(
+        self, n_rows: int, row_filter: RowFilter | None = None
+    ) -> Iterator[tuple[pa.Table, NDArray[np.int64]]]:
         """Yield the objects of each row of tiles and the tile of each: seams resolved, ids 1, 2, ...
+
+        Objects that do not satisfy `row_filter` are left out, and have no id.
 
         Three rows are in memory at once: an object on a seam has its twin in its own row or in one beside.
         """
@@ -92,6 +97,8 @@ class Parts:
             assert current is not None
             after = self._load(row + 1) if row + 1 < n_rows else None
             table = current.filter(pa.array(_stays(before, current, after)))
+            if row_filter is not None:
+                table = table.filter(pa.array(row_filter.keep(table)))
             tiles = table[_TILE].to_numpy()
             ids = pa.array(np.arange(first, first + table.num_rows), pa.int64())
             numbered = table.set_column(table.schema.get_field_index("id"), table.schema.field("id"), ids)

@@ -24,6 +24,7 @@ from darcnn.runtime.measure import measure_on_slide, object_schema
 from darcnn.runtime.parts import Parts, with_tile
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.record import fingerprint, make_record, model_hash, read_record
+from darcnn.runtime.row_filter import parse_filter
 from darcnn.runtime.seams import lies_near_seam
 from darcnn.runtime.segmenter import Segmenter, SlidePlan
 from darcnn.runtime.sinks.atomic import atomic_file, translated
@@ -58,6 +59,7 @@ class RunOptions:
     channel: int | str | None = None  # number or name
     z: int | None = None  # the plane that the reader was opened at; recorded
     t: int | None = None  # the moment, likewise
+    row_filter: str | None = None  # a condition on the measurements of the objects that are reported
     overwrite: bool = False  # replace a complete result
     restart: bool = False  # begin anew where an earlier try stopped
 
@@ -132,8 +134,12 @@ def run_slide(
     start = time.perf_counter()
     channel = _find_channel(info, chosen.channel)
     folder = out_dir / make_folder_name(info.name)
+    row_filter = None
+    if chosen.row_filter is not None:
+        row_filter = parse_filter(chosen.row_filter, object_schema(info.channel_names).names)
     asked = _asked(segmenter, info, chosen)
-    if not chosen.overwrite and (earlier := read_record(folder / RUN_FILE, asked)) is not None:
+    final = {**asked, "filter": chosen.row_filter}
+    if not chosen.overwrite and (earlier := read_record(folder / RUN_FILE, final)) is not None:
         return RunSummary(
             info.name,
             folder,
@@ -161,13 +167,14 @@ def run_slide(
         with translated(folder):
             parts.note(asked, {"diameter_px": diameter_px})
         rows = _find_rows(segmenter, reader, plan, window, parts, mpp, tally, progress, folder)
-        _write_outputs(segmenter, reader, plan, window, claimed, parts, rows, mpp, tally)
+        final_rows = _counted(parts.read(rows, row_filter), tally)
+        _write_outputs(segmenter, reader, plan, window, claimed, final_rows, mpp, tally)
         warnings = _warnings(tally, mpp)
         record = make_record(
             segmenter,
             info,
             plan,
-            asked=asked,
+            asked=final,
             diameter_px=diameter_px,
             counts={
                 "objects": tally.n_objects,
@@ -206,7 +213,8 @@ def _find_channel(info: SlideInfo, channel: int | str | None) -> int | None:
 
 def _asked(segmenter: Segmenter, info: SlideInfo, chosen: RunOptions) -> dict[str, Any]:
     """Return all that the objects depend on: parts of an earlier try are used only if it asked the same."""
-    options = {key: value for key, value in asdict(chosen).items() if key not in ("overwrite", "restart")}
+    others = ("overwrite", "restart", "row_filter")
+    options = {key: value for key, value in asdict(chosen).items() if key not in others}
     return {
         "model": model_hash(segmenter.manifest),
         "min_score": segmenter.min_score,
@@ -289,9 +297,9 @@ def _measure_tile(
     return with_tile(measure_on_slide(instances, reader, plan.level, mpp), tile.index, near)
 
 
-def _counted(parts: Parts, n_rows: int, tally: _Tally) -> Iterator[pa.Table]:
+def _counted(rows: Iterator[tuple[pa.Table, NDArray[np.int64]]], tally: _Tally) -> Iterator[pa.Table]:
     """Yield the final objects row by row, and count them."""
-    for table, tiles in parts.read(n_rows):
+    for table, tiles in rows:
         tally.count(table, tiles)
         yield table
 
@@ -302,8 +310,7 @@ def _write_outputs(
     plan: SlidePlan,
     window: Window,
     claimed: ResultFolder,
-    parts: Parts,
-    n_rows: int,
+    rows: Iterator[pa.Table],
     mpp: tuple[float, float] | None,
     tally: _Tally,
 ) -> None:
@@ -311,7 +318,7 @@ def _write_outputs(
     table = built / TABLE_FILE
     with translated(claimed.path):
         with tally.stage("table"):
-            write_parquet(table, _counted(parts, n_rows, tally), object_schema(info.channel_names))
+            write_parquet(table, rows, object_schema(info.channel_names))
         with tally.stage("geojson"):
             write_geojson(built / GEOJSON_FILE, table, slide_name=info.name, class_name=model)
         with tally.stage("labels"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -23,12 +26,14 @@ from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.tiling import Tile
 
-__all__ = ["MAX_SAMPLE_PX", "TileSampler", "measure_slide", "sample_slide"]
+__all__ = ["MAX_SAMPLE_PX", "TileSampler", "measure_slide", "read_ahead", "sample_slide"]
 
 MIN_SAMPLE_PX = 1 << 18  # 0.25 Mpx say enough of the brightness of a slide
 MAX_SAMPLE_PX = 1 << 24  # 16 Mpx at most are held to measure it
 SAMPLE_GRID = 8  # 8 x 8 regions stand for a level that is larger
 MAX_COARSER = 4.0  # a level up to 4 times coarser than the model's pixels still shows its objects
+READERS = 2  # threads that read tiles while the engine computes; decoders work outside Python's lock
+BATCHES_AHEAD = 2
 MAX_BLOCK_PX = 4096  # the side of what is read at once, pixels of the level
 
 
@@ -105,6 +110,29 @@ class TileSampler:
         is_rgb = self._reader.info.is_rgb
         chosen = select_channels(pixels, is_rgb=is_rgb, channels=self._channels, channel=self._plan.channel)
         return apply_window(chosen, self._window)
+
+
+def read_ahead(
+    sampler: TileSampler, tiles: Iterable[Tile], *, batch: int
+) -> Iterator[tuple[list[Tile], list[NDArray[np.uint8]]]]:
+    """Yield `tiles` in batches with their pixels; threads read the next two batches meanwhile.
+
+    Raises:
+        InputError: a tile cannot be read.
+    """
+    waiting = iter(tiles)
+    ahead: deque[tuple[list[Tile], list[Future[NDArray[np.uint8]]]]] = deque()
+    with ThreadPoolExecutor(READERS, "darcnn-read") as pool:
+        try:
+            while True:
+                while len(ahead) <= BATCHES_AHEAD and (group := list(islice(waiting, batch))):
+                    ahead.append((group, [pool.submit(sampler.read, tile) for tile in group]))
+                if not ahead:
+                    return
+                group, reads = ahead.popleft()
+                yield group, [read.result() for read in reads]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def measure_slide(reader: Reader, plan: SlidePlan, rule: IntensityRule, *, channels: int) -> Window:

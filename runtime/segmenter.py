@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -22,7 +21,7 @@ from darcnn.runtime.masks import drop_covered, outline_mask
 from darcnn.runtime.planning import SlidePlan, plan_slide
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
-from darcnn.runtime.sampling import TileSampler, measure_slide
+from darcnn.runtime.sampling import TileSampler, measure_slide, read_ahead
 from darcnn.runtime.seams import drop_twins, lies_near_seam
 from darcnn.runtime.tiling import SEAM_PX, Tile, owns
 
@@ -175,8 +174,8 @@ class Segmenter:
         """Yield each tile with the objects that it reports, in the order given.
 
         An object on the seam of two tiles may come with both: `darcnn.runtime.seams.drop_twins` keeps one.
-        At most one batch of tiles is held. What a tile yields depends on neither the batch size nor
-        the other tiles asked for.
+        Three batches of tiles are held at most: while one is computed, threads read the next. What a tile
+        yields depends on neither the batch size nor the other tiles asked for.
 
         Args:
             reader: the open slide; stays open.
@@ -188,9 +187,8 @@ class Segmenter:
         window = self.measure(reader, plan) if window is None else window
         sampler = self.sampler(reader, plan, window)
         shape = (reader.info.height_px0, reader.info.width_px0)
-        waiting = iter(plan.tiles if tiles is None else tiles)
-        while batch := list(islice(waiting, self._engine.spec.batch)):
-            pixels = [sampler.read(tile) for tile in batch]
+        chosen = plan.tiles if tiles is None else tiles
+        for batch, pixels in read_ahead(sampler, chosen, batch=self._engine.spec.batch):
             yield from zip(batch, self.segment_batch(plan, shape, batch, pixels), strict=True)
 
     def segment_batch(

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import geopandas
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import zarr
 from filelock import FileLock
@@ -321,6 +322,22 @@ def stream_that_must_not(segmenter, may_run):
         return original(*arguments, **options)
 
     return stream
+
+
+def test_a_filter_leaves_out_objects_and_their_numbers(segmenter, reader, tmp_path):
+    everything = pq.read_table(run_slide(segmenter, reader, tmp_path / "all").folder / "objects.parquet")
+    limit = int(np.median(everything["area_px"].to_numpy()))
+    options = RunOptions(row_filter=f"area_px > {limit}")
+    summary = run_slide(segmenter, reader, tmp_path / "some", options=options)
+    some = pq.read_table(summary.folder / "objects.parquet")
+    assert 0 < some.num_rows == summary.n_objects < everything.num_rows
+    assert some["area_px"].to_pylist() == [a for a in everything["area_px"].to_pylist() if a > limit]
+    assert some["id"].to_pylist() == list(range(1, some.num_rows + 1))
+    with pytest.raises(OutputError, match="--overwrite"):
+        run_slide(segmenter, reader, tmp_path / "some")  # without the filter it is another result
+    with pytest.raises(UsageError, match="no column colour"):
+        run_slide(segmenter, reader, tmp_path / "new", options=RunOptions(row_filter="colour > 3"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_another_question_does_not_go_on_with_the_parts_of_the_first(

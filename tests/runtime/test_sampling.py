@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darcnn.runtime import sampling
+from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.intensity import IntensityRule, Window, apply_window
 from darcnn.runtime.readers.array import ArrayReader
-from darcnn.runtime.sampling import SlidePlan, TileSampler, measure_slide
+from darcnn.runtime.sampling import SlidePlan, TileSampler, measure_slide, read_ahead
 from darcnn.runtime.tiling import plan_tiles
 
 BYTES = Window(0.0, 255.0)
@@ -192,3 +193,28 @@ def test_percentiles_come_from_a_level_that_still_shows_objects() -> None:
     measure_slide(reader, make_plan(levels[1], 4096, 4096, tile_px=512), rule, channels=1)
     # scale is network px over level px in `make_plan`: 1, so at most 4 times coarser than level 0
     assert set(asked) == {2}
+
+
+def test_tiles_are_read_ahead_in_their_order_and_errors_are_raised():
+    tiles = plan_tiles(100, 100, tile_px=16, halo_px=4)
+
+    class Sampler:
+        n_read = 0
+
+        def read(self, tile):
+            self.n_read += 1
+            if tile.index == 40:
+                raise InputError("damaged", where="x", fix="y")
+            return np.full((16, 16, 1), tile.index, np.uint8)
+
+    sampler, seen = Sampler(), []
+
+    def read_all():
+        for batch, pixels in read_ahead(sampler, tiles, batch=3):
+            assert [tile.index for tile in batch] == [int(one[0, 0, 0]) for one in pixels]
+            seen.extend(tile.index for tile in batch)
+
+    with pytest.raises(InputError, match="damaged"):
+        read_all()
+    assert seen == list(range(39))
+    assert sampler.n_read <= 39 + 3 * 3

@@ -1,0 +1,72 @@
+"""Conditions on measurements: what they keep, and that they are never run as code."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from darcnn.runtime.errors import UsageError
+from darcnn.runtime.row_filter import parse_filter
+
+TABLE = pa.table(
+    {
+        "area_px": pa.array([5, 30, 80], pa.int64()),
+        "area_um2": pa.array([None, None, 4.0], pa.float64()),
+        "score": pa.array([0.9, 0.5, 0.7], pa.float32()),
+        "mean_intensity_R": pa.array([10.0, 100.0, 200.0], pa.float32()),
+        "mean_intensity_G": pa.array([30.0, 120.0, 220.0], pa.float32()),
+        "truncated": pa.array([False, True, False]),
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("area_px > 20", [False, True, True]),
+        ("20 < area_px <= 30", [False, True, False]),
+        ("area_px > 20 and score >= 0.6", [False, False, True]),
+        ("area_px < 6 or not score < 0.6", [True, False, True]),
+        ("mean_intensity < 115", [True, True, False]),
+        ("mean_intensity_G - mean_intensity_R == 20", [True, True, True]),
+        ("area_px * 2 / 10 > 1 + -0.5", [True, True, True]),
+        ("area_um2 < 10", [False, False, True]),  # what is not known satisfies nothing
+        ("not truncated", [True, False, True]),
+        ("(area_px != 5)", [False, True, True]),
+    ],
+)
+def test_a_condition_keeps_the_rows_that_satisfy_it(text, kept):
+    found = parse_filter(text, TABLE.column_names).keep(TABLE)
+    assert found.dtype == np.bool_
+    assert found.tolist() == kept
+    assert parse_filter(text, TABLE.column_names).keep(TABLE.slice(0, 0)).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "area_px",
+        "area_px >",
+        "area_px > 'a'",
+        "area_px > True",
+        "__import__('os').system('x') > 1",
+        "area_px.real > 1",
+        "area_px[0] > 1",
+        "(lambda: 1) > 0",
+        "[x for x in area_px] > 1",
+        "area_px ** 99 > 1",
+        "area_px in (1, 2)",
+        "area_px > 1; score > 1",
+        "score := 1",
+    ],
+)
+def test_all_else_is_refused(text):
+    with pytest.raises(UsageError, match="--filter"):
+        parse_filter(text, TABLE.column_names)
+
+
+def test_a_column_that_is_not_there_is_named():
+    with pytest.raises(UsageError, match="no column perimeter; use area_px"):
+        parse_filter("perimeter > 3", TABLE.column_names)
+    with pytest.raises(UsageError, match="no column std_intensity"):
+        parse_filter("std_intensity > 3", TABLE.column_names)
