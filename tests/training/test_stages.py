@@ -334,3 +334,21 @@ def test_a_stage_that_was_killed_ends_with_the_same_bits_as_one_that_never_stopp
     for name in ("checkpoint.safetensors", "history.csv"):
         one, other = (tmp_path / run / stage / name for run in ("killed", "whole"))
         assert one.read_bytes() == other.read_bytes(), name
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05, 1.0])
+def test_the_target_encoder_moves_at_its_own_rate(
+    rate: float, tiny: Recipe, network: Darcnn, data: Path, tmp_path: Path
+) -> None:
+    stage = replace(tiny.adapt_stage, steps=1, warm_up=1, target_encoder_rate=rate)
+    recipe = replace(tiny, adapt_stage=stage)
+    save_checkpoint(tmp_path / "source", network, CheckpointInfo("source", 1, True, recipe))
+    adapted = run_adapt(Run(recipe, data, tmp_path), tmp_path / "source")
+    start = network.shared_encoder.state_dict()
+
+    def moved(part: torch.nn.Module) -> float:
+        return max(float((p.detach() - start[name]).abs().max()) for name, p in part.named_parameters())
+
+    # Adam's first step is the learning rate, whatever the gradient
+    assert moved(adapted.target_encoder) == pytest.approx(rate * stage.learning_rate, rel=0.05, abs=1e-9)
+    assert moved(adapted.source_encoder) == pytest.approx(stage.learning_rate, rel=0.05)
