@@ -23,7 +23,7 @@ from darcnn.runtime.intensity import Window
 from darcnn.runtime.measure import measure_on_slide, object_schema
 from darcnn.runtime.parts import Parts, with_tile
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
-from darcnn.runtime.record import fingerprint, make_record, model_hash, read_record
+from darcnn.runtime.record import fingerprint, fingerprint_pixels, make_record, model_hash, read_record
 from darcnn.runtime.row_filter import parse_filter
 from darcnn.runtime.seams import lies_near_seam
 from darcnn.runtime.segmenter import Segmenter, SlidePlan
@@ -137,7 +137,7 @@ def run_slide(
     row_filter = None
     if chosen.row_filter is not None:
         row_filter = parse_filter(chosen.row_filter, object_schema(info.channel_names).names)
-    asked = _asked(segmenter, info, chosen)
+    asked = _asked(segmenter, reader, chosen)
     final = {**asked, "filter": chosen.row_filter}
     if not chosen.overwrite and (earlier := read_record(folder / RUN_FILE, final)) is not None:
         return RunSummary(
@@ -211,15 +211,15 @@ def _find_channel(info: SlideInfo, channel: int | str | None) -> int | None:
     raise UsageError(f"no channel {channel} in {where}", where="--channel", fix=f"choose from {names}")
 
 
-def _asked(segmenter: Segmenter, info: SlideInfo, chosen: RunOptions) -> dict[str, Any]:
+def _asked(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> dict[str, Any]:
     """Return all that the objects depend on: parts of an earlier try are used only if it asked the same."""
     others = ("overwrite", "restart", "row_filter")
     options = {key: value for key, value in asdict(chosen).items() if key not in others}
     return {
         "model": model_hash(segmenter.manifest),
         "min_score": segmenter.min_score,
-        "slide": None if info.path is None else fingerprint(info.path),
-        "size": [info.width_px0, info.height_px0],
+        "slide": fingerprint_pixels(reader) if reader.info.path is None else fingerprint(reader.info.path),
+        "size": [reader.info.width_px0, reader.info.height_px0],
         "options": options,
     }
 

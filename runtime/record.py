@@ -10,12 +10,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from darcnn.runtime.errors import InputError
+from darcnn.runtime.geometry import Region
 from darcnn.runtime.manifest import Manifest, manifest_to_json
-from darcnn.runtime.readers.protocol import SlideInfo
+from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.segmenter import Segmenter, SlidePlan
 
-__all__ = ["fingerprint", "installed_version", "make_record", "model_hash", "read_record"]
+__all__ = [
+    "fingerprint",
+    "fingerprint_pixels",
+    "installed_version",
+    "make_record",
+    "model_hash",
+    "read_record",
+]
 
 _RECORD_FORMAT = 1
 _LIBRARIES = (
@@ -31,6 +41,7 @@ _LIBRARIES = (
 )
 _END_BYTES = 1 << 20  # a slide is known by its first and last MiB; reading all of it would take minutes
 _DIGITS = 3  # of seconds
+_STRIP_PX = 1024  # rows that are hashed at once
 
 
 def make_record(
@@ -124,6 +135,15 @@ def fingerprint(path: Path) -> dict[str, Any]:
     except OSError as err:
         raise InputError(f"cannot be read ({err.strerror})", where=path, fix="check the disk") from err
     return {"name": path.name, "size": size, "sha256": _sha256(content), "of": "first and last MiB and size"}
+
+
+def fingerprint_pixels(reader: Reader) -> dict[str, Any]:
+    """Return the sha256 of all pixels of an image that lies in memory, read in strips."""
+    info, digest = reader.info, hashlib.sha256(str(reader.info.dtype).encode())
+    for y0 in range(0, info.height_px0, _STRIP_PX):
+        strip = Region(0, y0, info.width_px0, min(y0 + _STRIP_PX, info.height_px0))
+        digest.update(np.ascontiguousarray(reader.read(strip, level=0)).tobytes())
+    return {"name": info.name, "size": None, "sha256": digest.hexdigest(), "of": "pixels"}
 
 
 def installed_version() -> str:

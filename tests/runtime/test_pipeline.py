@@ -199,6 +199,20 @@ def test_a_finished_slide_is_not_done_again(segmenter, reader, tmp_path, monkeyp
     assert contents(first.folder) == before
 
 
+def test_another_image_of_the_same_name_is_not_done_before(segmenter, labels, tmp_path):
+    def run(pixels, **options):
+        with ArrayReader(pixels, name="same") as reader:
+            return run_slide(segmenter, reader, tmp_path, options=RunOptions(**options))
+
+    pixels = encode_labels(labels)
+    run(pixels)
+    assert run(pixels).was_done
+    changed = pixels.copy()
+    changed[0, 0] = 0 if changed[0, 0].any() else 1
+    with pytest.raises(OutputError, match="--overwrite"):
+        run(changed)
+
+
 def test_a_complete_folder_is_refused_and_overwritten_when_asked(segmenter, reader, tmp_path):
     folder = run_slide(segmenter, reader, tmp_path).folder
     (folder / "notes.txt").write_text("mine")
