@@ -112,14 +112,8 @@ def test_an_ablation_that_was_stopped_goes_on_and_leaves_a_row_for_every_arm(
         figures = json.loads((folder / row["arm"] / "figures.json").read_text())["figures"]
         assert row["aji"] == f"{figures['aji']:.4f}"
         assert all(0.0 <= figure <= 1.0 for figure in figures.values())
-    assert [row["paper_aji"] for row in rows if row["run"] == "1"] == [
-        "0.0315",
-        "0.1414",
-        "0.325",
-        "0.3371",
-        "0.4349",
-        "0.4725",
-    ]
+    theirs = ["0.0315", "", "0.1414", "0.325", "0.3371", "0.4349", "0.4725"]
+    assert [row["paper_aji"] for row in rows if row["run"] == "1"] == theirs
     lines = (run.out / "ablation.md").read_text().splitlines()
     assert len(lines) == 2 + len(NAMES)
     assert lines[2].startswith("| source only | ")
