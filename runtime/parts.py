@@ -117,7 +117,7 @@ def _stays(before: pa.Table | None, current: pa.Table, after: pa.Table | None) -
     """Return which objects of `current` stay, with the rows of tiles above and below it at hand."""
     neighbours = [table for table in (before, current, after) if table is not None]
     near = [table.filter(table[_SEAM]) for table in neighbours]
-    own = neighbours.index(current)
+    own = int(before is not None)
     start = sum(table.num_rows for table in near[:own])
     joint = pa.concat_tables(near)
     kept = drop_twins(

@@ -64,7 +64,7 @@ def make_record(
         "versions": _versions(),
         "model": {
             "name": segmenter.manifest.name,
-            "manifest_sha256": model_hash(segmenter.manifest),
+            "manifest_sha256": asked["model"],
             "files": dict(segmenter.manifest.files),
             "min_score": segmenter.min_score,
         },
@@ -73,7 +73,7 @@ def make_record(
         "asked_sha256": _hash_of(asked),
         "input": {
             "name": info.name,
-            "file": None if info.path is None else fingerprint(info.path),
+            "file": None if info.path is None else asked["slide"],
             "width_px": info.width_px0,
             "height_px": info.height_px0,
             "channels": list(info.channel_names),

@@ -15,7 +15,7 @@ from darcnn.training.data.target import TargetImage, TargetImages
 from darcnn.training.engine import halo_for, make_segmenter
 from darcnn.training.model.network import Darcnn
 
-__all__ = ["ContactSheet", "draw_outlines", "spread"]
+__all__ = ["ContactSheet", "draw_outlines", "lay_out", "spread"]
 
 _COLUMNS, _ROWS = 4, 2
 _SIDE_PX = 384  # of one picture on the sheet
@@ -36,10 +36,7 @@ class ContactSheet:
         recipe = self._recipe
         target = recipe.target.with_intensity_done()
         halo = halo_for(target.nominal_diameter_px, network.preset.strides_px[-1])
-        columns = min(_COLUMNS, len(self._middles))
-        rows = -(-len(self._middles) // columns)
-        pitch = _SIDE_PX + _GAP_PX
-        page = Image.new("RGB", (columns * pitch - _GAP_PX, rows * pitch - _GAP_PX), "white")
+        pictures = []
         with make_segmenter(
             network,
             target,
@@ -47,12 +44,24 @@ class ContactSheet:
             tile_px=recipe.tile_px + 2 * halo,  # a middle is the core of one tile
             source_branch=self._source_branch,
         ) as segmenter:
-            for number, image in enumerate(self._middles):
+            for image in self._middles:
                 found = segmenter(image.pixels, diameter_px=target.nominal_diameter_px / image.scale)
                 enlarged = _SIDE_PX / max(image.pixels.shape[:2])
-                picture = draw_outlines(image.pixels, found.outlines, f"{len(found)}", enlarged=enlarged)
-                page.paste(picture, (number % columns * pitch, number // columns * pitch))
-        return page
+                pictures.append(
+                    draw_outlines(image.pixels, found.outlines, f"{len(found)}", enlarged=enlarged)
+                )
+        return lay_out(pictures, columns=_COLUMNS, side_px=_SIDE_PX)
+
+
+def lay_out(pictures: Sequence[Image.Image], *, columns: int, side_px: int) -> Image.Image:
+    """Return one page with `pictures`, at most `side_px` a side, in rows of at most `columns`."""
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    pitch = side_px + _GAP_PX
+    page = Image.new("RGB", (columns * pitch - _GAP_PX, rows * pitch - _GAP_PX), "white")
+    for number, picture in enumerate(pictures):
+        page.paste(picture, (number % columns * pitch, number // columns * pitch))
+    return page
 
 
 def draw_outlines(

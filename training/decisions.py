@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from darcnn.training.adapt.fit_masks import contrast_of
 from darcnn.training.adapt.pseudo_labels import share_of_bright
 from darcnn.training.config import Recipe
-from darcnn.training.contact_sheet import draw_outlines, spread
+from darcnn.training.contact_sheet import draw_outlines, lay_out, spread
 from darcnn.training.data.target import TargetImages
 from darcnn.training.engine import make_segmenter
 from darcnn.training.model.network import Darcnn
@@ -26,7 +26,6 @@ _PICTURE = "decisions.png"
 _IMAGES = 6  # looked at and shown, evenly spread
 _COLUMNS = 3
 _SIDE_PX = 480  # of one picture
-_GAP_PX = 6
 _RULER = (255, 200, 0)
 
 
@@ -71,12 +70,9 @@ def decide(network: Darcnn, recipe: Recipe, targets: TargetImages, out: Path) ->
     as_they_are = recipe.target.with_intensity_done()
     nominal = recipe.target.nominal_diameter_px
     shown = spread(targets.images, _IMAGES)
-    columns, rows = min(_COLUMNS, len(shown)), -(-len(shown) // _COLUMNS)
-    pitch = _SIDE_PX + _GAP_PX
-    page = Image.new("RGB", (columns * pitch - _GAP_PX, rows * pitch - _GAP_PX), "white")
-    found = []
+    found, pictures = [], []
     with make_segmenter(network, as_they_are, min_score=recipe.refine_stage.min_score) as segmenter:
-        for number, image in enumerate(shown):
+        for image in shown:
             diameter = nominal / image.scale
             instances = segmenter(image.pixels, diameter_px=diameter)
             found.append(instances)
@@ -84,9 +80,9 @@ def decide(network: Darcnn, recipe: Recipe, targets: TargetImages, out: Path) ->
             caption = f"{image.name[:24]}  {len(instances)} found, {diameter:.0f} px"
             picture = draw_outlines(image.pixels, instances.outlines, caption, enlarged=enlarged)
             _draw_ruler(picture, diameter * enlarged)
-            page.paste(picture, (number % columns * pitch, number // columns * pitch))
+            pictures.append(picture)
     with new_file(out / _PICTURE) as temporary:
-        page.save(temporary, format="PNG")
+        lay_out(pictures, columns=_COLUMNS, side_px=_SIDE_PX).save(temporary, format="PNG")
     diameters = np.array([nominal / image.scale for image in targets.images])
     contrasts = [contrast_of(image.pixels, one) for image, one in zip(shown, found, strict=True)]
     return Decisions(

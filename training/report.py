@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from darcnn.training.checkpoint import read_info
 from darcnn.training.config import Recipe, recipe_to_table
 from darcnn.training.history import read_history, sheets_of
-from darcnn.training.trust import read_trust
+from darcnn.training.trust import read_trust, round_folders
 from darcnn.training.writing import new_file
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def write_report(out: Path, recipe: Recipe) -> Path:
 
 def _stage_folders(out: Path) -> Iterator[Path]:
     """Yield the folders of stages that left a checkpoint, in the order in which they ran."""
-    rounds = sorted(out.glob("refine-[0-9]*"), key=lambda folder: int(folder.name.split("-")[1]))
-    for folder in (out / "source", out / "adapt", *rounds, out / "refine"):
+    for folder in (out / "source", out / "adapt", *round_folders(out)):
         if (folder / "checkpoint.json").is_file():
             yield folder
 

@@ -18,7 +18,7 @@ from darcnn.training.parallel import is_first
 from darcnn.training.unlabelled import Trust, judge_image, mean_trust
 from darcnn.training.writing import new_file
 
-__all__ = ["TRUST_FILE", "most_trusted_round", "note_trust", "read_trust"]
+__all__ = ["TRUST_FILE", "most_trusted_round", "note_trust", "read_trust", "round_folders"]
 
 TRUST_FILE = "trust.json"
 _IMAGES = 8  # looked at, evenly spread over the targets and always the same
@@ -56,6 +56,12 @@ def read_trust(folder: Path) -> Trust | None:
     return Trust(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
+def round_folders(out: Path) -> list[Path]:
+    """Return the folders of the rounds of stage 2 in the run `out`, in the order in which they ran."""
+    earlier = sorted(out.glob("refine-[0-9]*"), key=lambda folder: int(folder.name.split("-")[1]))
+    return [*earlier, out / "refine"]
+
+
 def most_trusted_round(out: Path) -> Path:
     """Return the folder of the round of stage 2 in the run `out` whose network is trusted most.
 
@@ -67,8 +73,7 @@ def most_trusted_round(out: Path) -> Path:
     last = out / "refine"
     if not is_complete(last):
         raise InputError("no finished run", where=out, fix="give a folder that darcnn-train run finished")
-    rounds = sorted(out.glob("refine-[0-9]*"), key=lambda folder: int(folder.name.split("-")[1]))
-    noted = [(folder, read_trust(folder)) for folder in (*rounds, last)]
+    noted = [(folder, read_trust(folder)) for folder in round_folders(out)]
     known = [(folder, trust.trust) for folder, trust in noted if trust is not None]
     best = max((value for _, value in known), default=0.0)
     return [last, *(folder for folder, value in known if value == best)][-1]

@@ -68,13 +68,7 @@ def _open(bundle: Bundle, device: str, backend: str, tell: Callable[[str], None]
                     return open_tensorrt(bundle, name)
                 except DeviceError as err:
                     tell(f"not on {name}: {err}")
-    if device == "auto":
-        try:
-            return OnnxRuntimeEngine(bundle, device="cuda")
-        except DeviceError as err:
-            tell(f"not on CUDA: {err}")
-        return OnnxRuntimeEngine(bundle, device="cpu")
-    return OnnxRuntimeEngine(bundle, device=device)
+    return OnnxRuntimeEngine(bundle, device=device, tell=tell)
 
 
 def examine_machine() -> Iterator[str]:

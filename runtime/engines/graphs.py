@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ __all__ = [
     "check_signature",
     "check_tiles",
     "expected_signatures",
+    "first_line",
     "make_spec",
     "run_masks",
 ]
@@ -90,18 +92,18 @@ def check_signature(bundle: Bundle, graph: str, found: Signature) -> None:
                 )
 
 
-def check_tiles(spec: EngineSpec, tiles: NDArray[np.uint8]) -> None:
-    """Raise a ShapeError unless `tiles` are exactly one batch, (B, S, S, C) uint8."""
+def check_tiles(spec: EngineSpec, tiles: Any) -> None:
+    """Raise a ShapeError unless `tiles`, on the host or on a GPU, are one batch, (B, S, S, C) uint8."""
     wanted = (spec.batch, spec.tile_px, spec.tile_px, spec.channels)
-    if tiles.shape != wanted or tiles.dtype != np.uint8:
-        raise ShapeError(f"tiles are {tiles.dtype} {tiles.shape}, not uint8 {wanted}")
+    if tuple(tiles.shape) != wanted or str(tiles.dtype).removeprefix("torch.") != "uint8":
+        raise ShapeError(f"tiles are {tiles.dtype} {tuple(tiles.shape)}, not uint8 {wanted}")
 
 
 def run_masks(
     spec: EngineSpec,
     boxes: NDArray[np.float32],
     tile_index: NDArray[np.int64],
-    run: Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float32]],
+    run: Callable[[dict[str, NDArray[Any]]], NDArray[np.float32]],
 ) -> NDArray[np.float32]:
     """Return (M, m, m) masks of `boxes` (M, 4) px on tiles `tile_index` (M,), M free.
 
@@ -109,8 +111,8 @@ def run_masks(
         spec: of the engine.
         boxes: tile pixels.
         tile_index: 0..batch-1.
-        run: full batches of boxes (mask_batch, 4) and indices (mask_batch,) -> (mask_batch, m, m), which
-            is read before the next call.
+        run: the inputs `boxes` (mask_batch, 4) and `tile_index` (mask_batch,) -> `masks` (mask_batch, m, m),
+            which are read before the next call.
     Raises:
         ShapeError: the arrays do not fit each other, or an index names no tile of the batch.
     """
@@ -127,8 +129,17 @@ def run_masks(
         padded = np.tile(np.array([0, 0, spec.tile_px, spec.tile_px], np.float32), (spec.mask_batch, 1))
         index = np.zeros(spec.mask_batch, np.int64)
         padded[:size], index[:size] = boxes[rows], tile_index[rows]
-        masks[rows] = run(padded, index)[:size]
+        masks[rows] = run({"boxes": padded, "tile_index": index})[:size]
     return masks
+
+
+def first_line(error: object) -> str:
+    """Return what a library says of an error, short enough for our one line.
+
+    >>> first_line(RuntimeError("no memory\\nat line 7"))
+    'no memory'
+    """
+    return str(error).strip().split("\n", 1)[0][:200]
 
 
 def _describe(name: str, signature: Signature) -> str:

@@ -6,9 +6,8 @@ The CUDA path of the ONNX Runtime backend never ran on a GPU.
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -32,6 +31,7 @@ from darcnn.runtime.engines.graphs import (
     Signature,
     check_signature,
     check_tiles,
+    first_line,
     make_spec,
     run_masks,
 )
@@ -66,19 +66,20 @@ _DTYPES = {
     "tensor(bool)": "bool",
 }
 
-_log = logging.getLogger(__name__)
-
 
 class OnnxRuntimeEngine:
     """An `Engine` on ONNX Runtime; all results are the caller's, the atlas lies on the host."""
 
-    def __init__(self, bundle: Bundle, *, device: str) -> None:
+    def __init__(
+        self, bundle: Bundle, *, device: str, tell: Callable[[str], None] = lambda words: None
+    ) -> None:
         """Load both graphs.
 
         Args:
             bundle: the model; not needed afterwards.
             device: "cpu", "cuda", or "auto": CUDA where ONNX Runtime offers it and the model loads
                 there, else the CPU.
+            tell: is told why "auto" does not take CUDA.
         Raises:
             UsageError: no such device.
             DeviceError: "cuda" was asked for and does not serve.
@@ -88,7 +89,7 @@ class OnnxRuntimeEngine:
             raise UsageError(
                 f"no device {device!r}", where="--device", fix=f"choose one of {', '.join(DEVICES)}"
             )
-        self._sessions: dict[str, Any] = _make_sessions(bundle, device)
+        self._sessions: dict[str, Any] = _make_sessions(bundle, device, tell)
         self._provider: str = self._sessions["detect"].get_providers()[0]
         self._spec = make_spec(bundle, f"onnxruntime {onnxruntime.__version__} {self._provider}")
 
@@ -120,13 +121,8 @@ class OnnxRuntimeEngine:
             ShapeError: the arrays do not fit each other, or an index names no tile of the batch.
             DeviceError: memory or the device gave out.
         """
-
-        def run(padded: NDArray[np.float32], index: NDArray[np.int64]) -> NDArray[np.float32]:
-            feeds = {"atlas": detections.atlas, "boxes": padded, "tile_index": index}
-            found: NDArray[np.float32] = self._run("mask", feeds)[0]
-            return found
-
-        return run_masks(self._spec, boxes, tile_index, run)
+        atlas = {"atlas": detections.atlas}
+        return run_masks(self._spec, boxes, tile_index, lambda feeds: self._run("mask", atlas | feeds)[0])
 
     def close(self) -> None:
         """Release both graphs; closing twice is allowed."""
@@ -139,21 +135,21 @@ class OnnxRuntimeEngine:
             outputs: Sequence[Any] = self._sessions[graph].run(list(OUTPUTS[graph]), feeds)
         except _RUN_ERRORS as err:
             raise DeviceError(
-                f"ONNX Runtime failed on the {graph} graph ({_first_line(err)})",
+                f"ONNX Runtime failed on the {graph} graph ({first_line(err)})",
                 where=self._provider,
                 fix="free memory, or pass --device cpu",
             ) from err
         return outputs
 
 
-def _make_sessions(bundle: Bundle, device: str) -> dict[str, Any]:
+def _make_sessions(bundle: Bundle, device: str, tell: Callable[[str], None]) -> dict[str, Any]:
     if device != "cpu":
         try:
             return _load_graphs(bundle, _CUDA)
         except DeviceError as err:
             if device == "cuda":
                 raise
-            _log.info("running on the CPU: %s", err)
+            tell(f"not on CUDA: {err}")
     return _load_graphs(bundle, _CPU)
 
 
@@ -184,9 +180,9 @@ def _make_session(bundle: Bundle, graph: str, provider: str) -> Any:
         session = onnxruntime.InferenceSession(content, options, providers=providers, enable_fallback=0)
     except _LOAD_ERRORS as err:
         if provider == _CUDA:
-            raise _cuda_error(_first_line(err)) from err
+            raise _cuda_error(first_line(err)) from err
         raise BundleError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {graph}.onnx ({_first_line(err)})",
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {graph}.onnx ({first_line(err)})",
             where=bundle.path,
             fix="upgrade with `pip install --upgrade onnxruntime`, or export the model again",
         ) from err
@@ -224,7 +220,3 @@ def _signature(session: Any) -> Signature:
         tensor.name: (_DTYPES.get(tensor.type, tensor.type), tuple(tensor.shape))
         for tensor in (*session.get_inputs(), *session.get_outputs())
     }
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:200]

@@ -8,7 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.bundle import Bundle
-from darcnn.runtime.engines.graphs import OUTPUTS, check_signature, check_tiles, make_spec, run_masks
+from darcnn.runtime.engines.graphs import (
+    OUTPUTS,
+    check_signature,
+    check_tiles,
+    first_line,
+    make_spec,
+    run_masks,
+)
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
 from darcnn.runtime.errors import BundleError, DeviceError
 
@@ -46,7 +53,7 @@ class OpenVinoEngine:
                 model = core.compile_model(core.read_model(bundle.read(f"{graph}.onnx")), _DEVICE, _OPTIONS)
             except RuntimeError as err:
                 raise BundleError(
-                    f"OpenVINO {openvino.__version__} cannot compile {graph}.onnx ({_first_line(err)})",
+                    f"OpenVINO {openvino.__version__} cannot compile {graph}.onnx ({first_line(err)})",
                     where=bundle.path,
                     fix="upgrade with `pip install --upgrade openvino`, or pass --backend onnxruntime",
                 ) from err
@@ -91,13 +98,10 @@ class OpenVinoEngine:
             ShapeError: the arrays do not fit each other, or an index names no tile of the batch.
             DeviceError: memory gave out.
         """
-
-        def run(padded: NDArray[np.float32], index: NDArray[np.int64]) -> NDArray[np.float32]:
-            feeds = {"atlas": detections.atlas, "boxes": padded, "tile_index": index}
-            masks: NDArray[np.float32] = self._run("mask", feeds)["masks"]
-            return masks
-
-        return run_masks(self._spec, boxes, tile_index, run)
+        atlas = {"atlas": detections.atlas}
+        return run_masks(
+            self._spec, boxes, tile_index, lambda feeds: self._run("mask", atlas | feeds)["masks"]
+        )
 
     def close(self) -> None:
         """Release both graphs; closing twice is allowed."""
@@ -111,12 +115,8 @@ class OpenVinoEngine:
             found = self._requests[graph].infer(feeds, share_inputs=True, share_outputs=False)
         except RuntimeError as err:
             raise DeviceError(
-                f"OpenVINO failed on the {graph} graph ({_first_line(err)})",
+                f"OpenVINO failed on the {graph} graph ({first_line(err)})",
                 where=_DEVICE,
                 fix="free memory, or pass --backend onnxruntime",
             ) from err
         return {name: found[name] for name in OUTPUTS[graph]}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:200]

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.cuda import DeviceBuffer, Stream, copy_in, copy_out, gpu_capability, pinned_array
 from darcnn.runtime.engines.engine_cache import CompiledEngine, find_engines, read_engine
-from darcnn.runtime.engines.graphs import INPUTS, OUTPUTS, check_signature, make_spec, run_masks
+from darcnn.runtime.engines.graphs import INPUTS, OUTPUTS, check_signature, check_tiles, make_spec, run_masks
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
 from darcnn.runtime.engines.tensorrt_build import load_backend
-from darcnn.runtime.errors import DeviceError, ShapeError
+from darcnn.runtime.errors import DeviceError
 
 __all__ = ["TensorRtEngine", "has_engine", "open_tensorrt"]
 
@@ -102,10 +102,7 @@ class TensorRtEngine:
             ShapeError: `tiles` has another shape or type.
             DeviceError: memory or the device gave out.
         """
-        spec = self._spec
-        wanted = (spec.batch, spec.tile_px, spec.tile_px, spec.channels)
-        if tuple(tiles.shape) != wanted or str(tiles.dtype).removeprefix("torch.") != "uint8":
-            raise ShapeError(f"tiles are {tiles.dtype} {tuple(tiles.shape)}, not uint8 {wanted}")
+        check_tiles(self._spec, tiles)
         found = self._open("detect").run({"tile": tiles})
         return Detections(found["boxes"], found["scores"], found["converged"], atlas=None)
 
@@ -118,14 +115,8 @@ class TensorRtEngine:
             ShapeError: the arrays do not fit each other, or an index names no tile of the batch.
             DeviceError: memory or the device gave out.
         """
-
-        def run(padded: NDArray[np.float32], index: NDArray[np.int64]) -> NDArray[np.float32]:
-            masks: NDArray[np.float32] = self._open("mask").run({"boxes": padded, "tile_index": index})[
-                "masks"
-            ]
-            return masks
-
-        return run_masks(self._spec, boxes, tile_index, run)
+        graph = self._open("mask")
+        return run_masks(self._spec, boxes, tile_index, lambda feeds: graph.run(feeds)["masks"])
 
     def close(self) -> None:
         """Release the GPU's memory; closing twice is allowed."""

@@ -11,7 +11,7 @@ from typing import Any
 from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.cuda import gpu_name
 from darcnn.runtime.engines.engine_cache import EngineFacts, engine_folder, timing_cache_path, write_engine
-from darcnn.runtime.engines.graphs import OUTPUTS
+from darcnn.runtime.engines.graphs import OUTPUTS, first_line
 from darcnn.runtime.errors import BundleError, DeviceError, UsageError
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 
@@ -193,7 +193,7 @@ def _make_logger(trt: Any) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:  # the lower, the worse
-                self.last = message.strip().split("\n", 1)[0][:200]
+                self.last = first_line(message)
 
     return _Logger()
 
