@@ -223,12 +223,12 @@ class Segmenter:
             for rows in [np.flatnonzero(tile_index == index)]
         ]
 
-    def segment(self, reader: Reader, plan: SlidePlan) -> Instances:
+    def segment(self, reader: Reader, plan: SlidePlan, *, window: Window | None = None) -> Instances:
         """Return the objects of the whole slide as `plan` reads it; for images that fit in memory."""
         shape = (reader.info.height_px0, reader.info.width_px0)
         factor = (shape[1] / plan.width, shape[0] / plan.height)
         parts, tiles, near = [], [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)]
-        for tile, found in self.stream(reader, plan):
+        for tile, found in self.stream(reader, plan, window=window):
             parts.append(found)
             tiles.append(np.full(len(found), tile.index))
             near.append(lies_near_seam(tile, found.boxes, factor=factor, extent=(plan.width, plan.height)))

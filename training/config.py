@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import IntensityRule
+from darcnn.runtime.slab import Slab
 from darcnn.training.config_checks import problems_of
 
 __all__ = [
@@ -72,6 +73,7 @@ class Target:
     # the size of the objects is estimated in each image, in training (where a set gives none) and in a run
     finds_diameter: bool = False
     jitter: float = 1.4  # training crops are scaled at random by up to this factor either way
+    slab: Slab | None = None  # of volumes: planes that are averaged, and how much they are smoothed
 
     def with_intensity_done(self) -> Target:
         """Return the same for images that have been through the intensity rule already."""
