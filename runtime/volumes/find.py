@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from darcnn.runtime.diameter import estimate_diameter
+from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.array import ArrayReader
@@ -51,8 +52,13 @@ def plan_view(
         n_joined: planes that a slab joins, an odd number; None: as many as the model's rule says.
     Raises:
         InputError: no voxel size, none given, or planes of voxels that are not square.
+        UsageError: `n_joined` is even.
     """
     model = segmenter.manifest.input
+    if n_joined is not None and n_joined % 2 == 0:
+        raise UsageError(
+            f"a slab of {n_joined} planes has none in its middle", where="--slab", fix="give an odd number"
+        )
     with _reader_of(volume, axis, np.zeros(volume.info.plane_shape(axis), np.float32)) as reader:
         plan = segmenter.plan(reader.info, diameter_px=diameter_px, pixels=pixels)
     stack = Stack.of(volume, axis, model.slab, model.nominal_diameter_px / plan.scale)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.volumes.sections import Section
 
-__all__ = ["Chain", "link_sections"]
+__all__ = ["Chain", "link_sections", "shared_pixels"]
 
 Chain = list[Section]  # one section a plane, in order; at most one plane in a row is missing
 
@@ -155,7 +155,7 @@ def _overlaps(one: list[Section], other: list[Section]) -> list[tuple[int, int, 
     first, second = shapely.STRtree(_boxes(one)).query(_boxes(other), predicate="intersects")[::-1]
     found = []
     for a, b in sorted(zip(first.tolist(), second.tolist(), strict=True)):
-        shared = _shared_px(one[a], other[b])
+        shared = shared_pixels(one[a], other[b])
         if shared:
             found.append((a, b, shared))
     return found
@@ -168,7 +168,8 @@ def _boxes(sections: list[Section]) -> NDArray[np.object_]:
     return boxes
 
 
-def _shared_px(one: Section, other: Section) -> int:
+def shared_pixels(one: Section, other: Section) -> int:
+    """Return how many pixels two sections have in common, whatever their planes."""
     x0, y0 = max(one.x, other.x), max(one.y, other.y)
     x1 = min(one.x + one.mask.shape[1], other.x + other.mask.shape[1])
     y1 = min(one.y + one.mask.shape[0], other.y + other.mask.shape[0])

@@ -24,6 +24,7 @@ from darcnn.runtime.readers.nifti import open_nifti
 from darcnn.runtime.readers.open import count_planes, open_source
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.readers.tiff import read_section_um
+from darcnn.runtime.volumes.ome_zarr import is_zarr_volume, unpack_zarr
 from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo
 
 __all__ = ["is_volume", "open_volume"]
@@ -41,6 +42,8 @@ def is_volume(path: Path, *, t: int | None = None) -> bool:
     """
     if _inner_suffix(path) is not None:
         return True
+    if _is_zarr(path):
+        return is_zarr_volume(path)
     planes = count_planes(path)
     return planes.n_z > 1 or (planes.n_t > 1 and t is None)
 
@@ -56,7 +59,7 @@ def open_volume(
     """Open the volume in `path`; a context manager.
 
     Args:
-        path: MRC (.mrc, .rec, .map, .st, also packed as .gz or .bz2), NIfTI or TIFF stack.
+        path: MRC (.mrc, .rec, .map, .st, also packed as .gz or .bz2), NIfTI, TIFF stack or OME-Zarr folder.
         scratch: a folder that may be written to; what must be unpacked lies there until the volume is closed.
         t: which moment of a series of volumes. A series of single planes is a volume along t.
         channel: which of several channels, number or name.
@@ -72,11 +75,17 @@ def open_volume(
         choose_plane("t", t, 1, where=path)
     elif suffix in (".nii", ".nii.gz"):
         volume = _open_nifti(path, scratch, t)
+    elif _is_zarr(path):
+        volume = unpack_zarr(path, scratch, t=t, channel=channel)
     else:
         volume = _unpack_stack(path, scratch, t, channel)
     if voxel_nm is not None:
         volume.info = replace(volume.info, voxel_nm=voxel_nm, voxel_source="--voxel-size")
     return volume
+
+
+def _is_zarr(path: Path) -> bool:
+    return path.suffix.lower() == ".zarr" and path.is_dir()
 
 
 def _inner_suffix(path: Path) -> str | None:

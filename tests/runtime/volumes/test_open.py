@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import zarr
 
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.volumes.open import is_volume, open_volume
@@ -64,6 +65,34 @@ def ome_tiff(path: Path) -> Path:
     return path
 
 
+def ome_zarr(path: Path, axes: str = "zyx", version: str = "0.5") -> Path:
+    sizes = {"t": 1, "c": 1, "z": 5, "y": 14, "x": 11}
+    described = [
+        {"name": axis, "type": "space", **({"unit": "nanometer"} if axis in "zyx" else {})} for axis in axes
+    ]
+    scale = {"type": "scale", "scale": [1.0] * len(axes)}
+    content = {
+        "multiscales": [
+            {"axes": described, "datasets": [{"path": "0", "coordinateTransformations": [scale]}]}
+        ]
+    }
+    group = zarr.create_group(
+        path,
+        zarr_format=3 if version == "0.5" else 2,
+        attributes={"ome": {"version": version, **content}} if version == "0.5" else content,
+    )
+    order = [one for one in axes if one in "zyx"]
+    values = np.transpose(VALUES, ["zyx".index(one) for one in order])
+    shape = tuple(sizes[one] for one in axes)
+    array = group.create_array("0", shape=shape, dtype="uint16", chunks=tuple(min(4, n) for n in shape))
+    array[:] = values.reshape(shape).astype(np.uint16)
+    return path
+
+
+def ome_zarr_turned(path: Path) -> Path:
+    return ome_zarr(path, axes="tcxzy", version="0.4")
+
+
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "a.mrc": write_mrc,
     "a.rec": write_mrc,
@@ -74,6 +103,8 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "a.nii": nifti,
     "a.nii.gz": nifti,
     "a.ome.tif": ome_tiff,
+    "a.ome.zarr": ome_zarr,
+    "b.zarr": ome_zarr_turned,
 }
 
 
