@@ -15,12 +15,14 @@ from tqdm import tqdm
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.segmenter import Segmenter
-from darcnn.runtime.sinks.result_folder import LABELS_FOLDER
 from darcnn.runtime.volumes.metrics import VolumeScores, score_volume
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
 
 __all__ = ["as_rows", "evaluate_volumes", "labelled_volumes", "read_label_volume"]
+
+
+_LABELS = "labels.ome.zarr/0"  # of a result: the labels in full
 
 
 def labelled_volumes(folder: Path) -> list[tuple[Path, Path]]:
@@ -69,8 +71,7 @@ def evaluate_volumes(
         truth = read_label_volume(label)
         with TemporaryDirectory() as out:
             result = run_volume(segmenter, volume, Path(out), options=options).folder
-            array = zarr.open_group(result / LABELS_FOLDER, mode="r")["0"]
-            prediction = np.asarray(array[:])  # type: ignore[index]  # an array, never a group
+            prediction = np.asarray(zarr.open_array(result / _LABELS, mode="r")[:])
         if truth.shape != prediction.shape:
             raise InputError(
                 f"is {truth.shape}, its volume {prediction.shape}", where=label, fix="match the sizes"
