@@ -98,7 +98,7 @@ def _rows_of(model: str, volume: Volume, truth: Labels, diameter: float | None) 
     with darcnn.runtime.load(model) as segmenter:
         view = plan_view(segmenter, volume, "z", diameter_px=diameter)
         planes = list(find_sections(segmenter, view, 0, n_planes))
-    shortest = (view.stack.n_joined + 1) // 2
+    shortest = view.stack.n_joined
     ways: dict[str, Callable[[], Iterable[Chain]]] = {
         "plain stitching": lambda: stitch(planes),
         "plain stitching, short ones left out": lambda: (c for c in stitch(planes) if len(c) >= shortest),
