@@ -19,8 +19,8 @@ from darcnn.runtime.volumes.volume import AXES, Axis
 __all__ = ["write_overview", "write_scroll"]
 
 _SIDE_PX = 1024  # a plane is at most so large
-_SCROLL_PX = 480
-_FRAMES = 64
+_SCROLL_PX = 384
+_FRAMES = 48
 _FRAME_MS = 90
 _CROPS = 24
 _CROP_PX = 96
@@ -71,14 +71,14 @@ def write_overview(
 
 
 def write_scroll(path: Path, stack: Stack, window: Window, numbered: Numbered) -> None:
-    """Write up to 64 planes with outlines, one after another, as an animated GIF.
+    """Write up to 48 planes with outlines, one after another, as an animated GIF.
 
     Raises:
         InputError: the volume cannot be read.
         OSError: the file cannot be written; nothing is left behind.
     """
     frames = [
-        _shrunk(_plane_with_outlines(stack, index, window, numbered), _SCROLL_PX).quantize(64)
+        _shrunk(_plane_with_outlines(stack, index, window, numbered), _SCROLL_PX).quantize(32)
         for index in even_steps(len(stack), _FRAMES)
     ]
     with atomic_file(path) as file:
