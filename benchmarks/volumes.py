@@ -91,9 +91,7 @@ def bare_seconds(segmenter: Segmenter, view: View) -> float:
 @click.argument("model")
 @click.option("--folder", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--shape", default="32,512,512", show_default=True, help="Of the volume: z,y,x.")
-@click.option(
-    "--pixels", is_flag=True, help="Take the voxels as they are: faster, not as trained."
-)
+@click.option("--pixels", is_flag=True, help="Take the voxels as they are: faster, not as trained.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
 def main(model: str, folder: Path, shape: str, pixels: bool, out: Path | None) -> None:
     """Time a run of MODEL on a volume made of those in FOLDER."""

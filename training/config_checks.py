@@ -68,6 +68,11 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "refine_stage.doubt_score is not from 0 to refine_stage.min_score",
             "use 0.2, say, or leave it out",
         )
+    if refine.extra_noise < 0:
+        yield (
+            f"refine_stage.extra_noise = {refine.extra_noise} is below 0",
+            "use 1.7 to double the noise, or 0",
+        )
     if target.slab is not None and not 0.0 <= target.slab.smoothing <= 1.0:
         yield "target.slab.smoothing is not from 0 to 1", "use 0.1 diameters, say"
     for name in ("heads_average", "encoder_average"):
