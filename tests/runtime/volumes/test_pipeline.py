@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -164,3 +165,38 @@ def test_an_empty_volume_has_a_complete_result(oracle16: Segmenter, tmp_path: Pa
     assert "no objects found" in summary.warnings
     assert pq.read_table(summary.folder / "objects.parquet").num_rows == 0
     assert starfile.read(summary.folder / "particles.star") is not None
+
+
+def test_a_disk_that_fills_at_the_labels_is_one_line_and_loses_nothing(
+    oracle16: Segmenter, mrc_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zarr.storage.LocalStore.set", full)
+        with pytest.raises(OutputError, match="no space left on the disk"):
+            run_volume(oracle16, mrc_file, tmp_path / "out")
+    assert {one.name for one in (tmp_path / "out" / "balls").iterdir()} <= {".parts", ".lock"}
+    seen: list[int] = []
+    run_volume(oracle16, mrc_file, tmp_path / "out", progress=lambda done, total: seen.append(done))
+    assert seen == [8, 16, 20]  # block by block: nothing had to be searched again
+
+
+def test_planes_without_values_have_no_objects_and_disturb_no_others(
+    oracle: Segmenter, balls: np.ndarray, tmp_path: Path
+) -> None:
+    import mrcfile
+
+    values = balls.astype(np.float32)
+    values[5] = np.nan
+    values[6] = 0.0
+    with mrcfile.new(tmp_path / "holes.mrc") as file:
+        file.set_data(values)
+    rule = IntensityRule("range", 0.0, 255.0)
+    manifest = replace(oracle.manifest, input=replace(oracle.manifest.input, intensity=rule))
+    summary = run_volume(Segmenter(oracle.engine, manifest), tmp_path / "holes.mrc", tmp_path / "out")
+    labels = zarr.open_group(summary.folder / "labels.ome.zarr", mode="r")["0"][:]
+    assert not labels[5:7].any()  # two planes in a row are an end
+    assert np.array_equal(labels[:5] > 0, balls[:5] > 0)
+    assert np.array_equal(labels[7:] > 0, balls[7:] > 0)
