@@ -1,0 +1,36 @@
+// How a frame goes through a model: scale, tiles, and their pixels; darcnn.runtime's planning, tiling and sampling.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "pixels.hpp"
+
+namespace darcnn {
+
+constexpr double kSeamPx = 4;  // two tiles see an object slightly differently: its centre may lie in neither core
+
+// Half-open regions in network pixels of the frame.
+struct Tile {
+    int index;                                // row-major number
+    int core_x0, core_y0, core_x1, core_y1;  // the ground it owns
+    int x, y;                                 // its first pixel; it may stick out of the frame
+
+    bool owns(double cx, double cy, double margin = 0) const {
+        return core_x0 - margin <= cx && cx < core_x1 + margin && core_y0 - margin <= cy && cy < core_y1 + margin;
+    }
+};
+
+struct Plan {
+    int width, height;           // of the frame, network pixels
+    double factor_x, factor_y;  // pixels of the frame per network pixel
+    std::vector<Tile> tiles;
+};
+
+// Throws Error where a size is none, or far from the model's.
+Plan make_plan(const Manifest &manifest, int width, int height, const darcnn_options &options);
+
+// Write the (S, S, C) pixels of a tile to `out`; beyond the frame's edges its pixels are reflected.
+void read_tile(const Image &image, const Plan &plan, const Tile &tile, int tile_px, std::uint8_t *out);
+
+}  // namespace darcnn

@@ -1,0 +1,117 @@
+// Runs the two graphs with OpenVINO, on a CPU.
+#include <cstring>
+#include <openvino/openvino.hpp>
+
+#include "engine.hpp"
+
+namespace darcnn {
+namespace {
+
+constexpr const char *kDevice = "CPU";
+
+std::string first_line(const std::exception &error) {
+    const std::string text = error.what();
+    const std::size_t start = text.find_first_not_of(" \n");
+    return start == std::string::npos ? "" : text.substr(start, text.find('\n', start) - start).substr(0, 200);
+}
+
+std::string version() {
+    const std::string build = ov::get_openvino_version().buildNumber;
+    return build.substr(0, build.find('-'));
+}
+
+std::string type_name(const ov::element::Type &type) {
+    static const std::map<std::string, std::string> names = {
+        {"u8", "uint8"}, {"f32", "float32"}, {"i64", "int64"}, {"boolean", "bool"}};
+    const auto found = names.find(type.get_type_name());
+    return found == names.end() ? type.get_type_name() : found->second;
+}
+
+Signature signature_of(const ov::CompiledModel &model) {
+    Signature found;
+    for (const auto &ports : {model.inputs(), model.outputs()}) {
+        for (const auto &port : ports) {
+            found[port.get_any_name()] = describe_tensor(type_name(port.get_element_type()), port.get_shape());
+        }
+    }
+    return found;
+}
+
+template <typename T>
+std::vector<T> copy_out(ov::InferRequest &request, const char *name) {
+    const ov::Tensor tensor = request.get_tensor(name);
+    const T *start = static_cast<const T *>(tensor.data());
+    return {start, start + tensor.get_size()};
+}
+
+template <typename T>
+void copy_in(ov::InferRequest &request, const char *name, const std::vector<T> &values) {
+    ov::Tensor tensor = request.get_tensor(name);
+    if (tensor.get_byte_size() != values.size() * sizeof(T)) throw std::logic_error("an input has the wrong size");
+    std::memcpy(tensor.data(), values.data(), tensor.get_byte_size());
+}
+
+class OpenVinoEngine final : public Engine {
+  public:
+    OpenVinoEngine(const Bundle &bundle, int threads)
+        : detect_(compile(bundle, "detect", threads)), mask_(compile(bundle, "mask", threads)) {
+        mask_.set_tensor("atlas", detect_.get_tensor("atlas"));  // one memory: it is never copied
+    }
+
+    Detections detect(const std::vector<std::uint8_t> &tiles) override {
+        copy_in(detect_, "tile", tiles);
+        infer(detect_, "detect");
+        return {copy_out<float>(detect_, "boxes"), copy_out<float>(detect_, "scores"),
+                copy_out<std::uint8_t>(detect_, "converged")};
+    }
+
+    std::vector<float> masks(const std::vector<float> &boxes, const std::vector<std::int64_t> &tile_index) override {
+        copy_in(mask_, "boxes", boxes);
+        copy_in(mask_, "tile_index", tile_index);
+        infer(mask_, "mask");
+        return copy_out<float>(mask_, "masks");
+    }
+
+  private:
+    ov::InferRequest compile(const Bundle &bundle, const std::string &graph, int threads) {
+        // float32 throughout: on CPUs with bfloat16 OpenVINO would take that unasked, and scores would differ
+        ov::AnyMap options = {ov::hint::inference_precision(ov::element::f32),
+                              ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)};
+        if (threads > 0) options.insert(ov::inference_num_threads(threads));
+        const std::string file = graph + ".onnx";
+        ov::CompiledModel model;
+        try {
+            model = core_.compile_model(core_.read_model(std::string(bundle.member(file)), ov::Tensor()), kDevice, options);
+        } catch (const ov::Exception &err) {
+            throw Error(DARCNN_ERROR_BUNDLE, bundle.path(),
+                        "OpenVINO " + version() + " cannot compile " + file + " (" + first_line(err) + ")",
+                        "build libdarcnn with a newer openvino");
+        }
+        try {
+            check_signature(bundle.manifest(), graph, file, signature_of(model));
+        } catch (const JsonError &err) {
+            throw Error(DARCNN_ERROR_BUNDLE, bundle.path(), err.what(), "export the model again");
+        }
+        return model.create_infer_request();
+    }
+
+    void infer(ov::InferRequest &request, const char *graph) {
+        try {
+            request.infer();
+        } catch (const ov::Exception &err) {
+            throw Error(DARCNN_ERROR_ENGINE, kDevice,
+                        std::string("OpenVINO failed on the ") + graph + " graph (" + first_line(err) + ")", "free memory");
+        }
+    }
+
+    ov::Core core_;
+    ov::InferRequest detect_, mask_;
+};
+
+}  // namespace
+
+std::unique_ptr<Engine> open_openvino(const Bundle &bundle, int threads) {
+    return std::make_unique<OpenVinoEngine>(bundle, threads);
+}
+
+}  // namespace darcnn
