@@ -48,16 +48,18 @@ void demand(const void *pointer, const char *name) {
 
 std::unique_ptr<darcnn::Engine> open_engine(const darcnn::Bundle &bundle, const darcnn_open_options &options) {
     const std::string engine = options.engine ? options.engine : "openvino";
-    if (engine == "openvino" && options.threads >= 0) return darcnn::open_openvino(bundle, options.threads);
-    if (engine == "openvino") throw darcnn::Error(DARCNN_ERROR_ARGUMENT, "options", "threads is negative", "give 0 or more");
-    if (engine != "tensorrt") {
-        throw darcnn::Error(DARCNN_ERROR_ARGUMENT, "options", "no engine " + engine, "choose openvino or tensorrt");
-    }
+    const auto refuse = [](darcnn_status status, const std::string &what, const char *fix) {
+        throw darcnn::Error(status, "options", what, fix);
+    };
+    if (options.threads < 0) refuse(DARCNN_ERROR_ARGUMENT, "threads is negative", "give 0 or more");
+    if (engine == "openvino") return darcnn::open_openvino(bundle, options.threads);
+    if (engine != "tensorrt") refuse(DARCNN_ERROR_ARGUMENT, "no engine " + engine, "choose openvino or tensorrt");
 #ifdef DARCNN_WITH_TENSORRT
     demand(options.engine_dir, "options.engine_dir");
     return darcnn::open_tensorrt(bundle, options.engine_dir);
 #else
-    throw darcnn::Error(DARCNN_ERROR_ENGINE, "options", "TensorRT was not built in", "configure with -DDARCNN_TENSORRT=ON");
+    refuse(DARCNN_ERROR_ENGINE, "TensorRT was not built in", "configure with -DDARCNN_TENSORRT=ON");
+    return nullptr;
 #endif
 }
 

@@ -112,26 +112,13 @@ class Parser {
             if (at_ == text_.size() || static_cast<unsigned char>(text_[at_]) < 0x20) fail("has a string that does not end");
             if (!accept('\\')) {
                 found += text_[at_++];
-            } else if (accept('u')) {
-                found += parse_code();
-            } else {
+            } else {  // \u is not known: darcnn-export writes UTF-8
                 const std::size_t place = kFrom.find(peek());
                 if (place == std::string_view::npos) fail("has an unknown escape");
                 found += kTo[place], ++at_;
             }
         }
         return found;
-    }
-
-    char parse_code() {  // darcnn-export writes UTF-8, and escapes control characters only
-        int code = 0;
-        for (int i = 0; i < 4; ++i, ++at_) {
-            const std::size_t digit = std::string_view("0123456789abcdef").find(peek());
-            if (digit == std::string_view::npos) fail("has an unknown escape");
-            code = code * 16 + static_cast<int>(digit);
-        }
-        if (code > 127) fail("has an escape beyond ASCII");
-        return static_cast<char>(code);
     }
 
     std::string_view text_;

@@ -1,10 +1,8 @@
-#include "lattice.hpp"
+#include "frame.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-
-#include "bundle.hpp"
 
 namespace darcnn {
 namespace {
@@ -97,9 +95,8 @@ std::vector<std::uint8_t> resample(const Image &image, const Plan &plan, int x0,
 Plan make_plan(const Manifest &manifest, int width, int height, const darcnn_options &options) {
     const double scale = choose_scale(manifest, options);
     if (!(scale >= kMinScale && scale <= kMaxScale)) {
-        throw Error(DARCNN_ERROR_INPUT, "frame",
-                    "its pixels would have to be scaled by " + std::to_string(scale) + " to fit the model",
-                    "check diameter_px and mpp");
+        const std::string problem = "its pixels would have to be scaled by " + std::to_string(scale) + " to fit the model";
+        throw Error(DARCNN_ERROR_INPUT, "frame", problem, "check diameter_px and mpp");
     }
     Plan plan{width, height, 1, 1, {}};
     if (std::abs(scale - 1) >= kSnap) {
@@ -127,14 +124,12 @@ void read_tile(const Image &image, const Plan &plan, const Tile &tile, int tile_
     }
     const auto [left, right] = std::minmax_element(xs.begin(), xs.end());
     const auto [top, bottom] = std::minmax_element(ys.begin(), ys.end());
-    const bool is_scaled = plan.factor_x != 1 || plan.factor_y != 1;
-    std::vector<std::uint8_t> scaled;
-    if (is_scaled) scaled = resample(image, plan, *left, *top, *right + 1, *bottom + 1);
-    const std::uint8_t *source = is_scaled ? scaled.data() : image.bytes.data();
-    const int x0 = is_scaled ? *left : 0, y0 = is_scaled ? *top : 0, width = is_scaled ? *right + 1 - *left : image.width;
+    // at scale 1 each pixel has the whole weight of its own: nothing changes
+    const std::vector<std::uint8_t> scaled = resample(image, plan, *left, *top, *right + 1, *bottom + 1);
+    const std::size_t width = *right + 1 - *left;
     for (const int y : ys) {
         for (const int x : xs) {
-            const std::uint8_t *pixel = source + (static_cast<std::size_t>(y - y0) * width + (x - x0)) * image.channels;
+            const std::uint8_t *pixel = scaled.data() + ((y - *top) * width + (x - *left)) * image.channels;
             out = std::copy_n(pixel, image.channels, out);
         }
     }

@@ -1,4 +1,4 @@
-#include "manifest.hpp"
+#include "bundle.hpp"
 
 #include <vector>
 
@@ -85,11 +85,9 @@ void parse_input(Fields &fields, Manifest &m) {
     const bool is_full = m.intensity == "full_range", is_percentile = m.intensity == "percentile";
     if (!is_full && !is_percentile && m.intensity != "range") throw JsonError("has an unknown intensity rule " + m.intensity);
     const double lowest = is_percentile ? 0 : -1e38, highest = is_percentile ? 100 : 1e38;
-    const auto limit = [&](const char *path) {
-        return fields.has(path, Kind::number) ? fields.number(path, lowest, highest) : 0.0;
-    };
-    m.intensity_low = limit("input/intensity/low");
-    m.intensity_high = limit("input/intensity/high");
+    const std::string low = "input/intensity/low", high = "input/intensity/high";
+    if (fields.has(low, Kind::number)) m.intensity_low = fields.number(low, lowest, highest);
+    if (fields.has(high, Kind::number)) m.intensity_high = fields.number(high, lowest, highest);
     if (!is_full && m.intensity_low >= m.intensity_high) throw JsonError("input/intensity/high is out of range");
     m.nominal_diameter_px = fields.number("input/nominal_diameter_px", 1e-3, kMaxSide);
     m.mpp = fields.size_or_null("input/mpp", false);

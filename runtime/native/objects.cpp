@@ -2,16 +2,14 @@
 
 #include <algorithm>
 #include <array>
-#include <climits>
 #include <cmath>
-#include <map>
 #include <numeric>
-#include <utility>
 
 namespace darcnn {
 namespace {
 
 constexpr double kLevel = 0.5;       // a pixel belongs to an object where its probability is above
+constexpr double kNudge = 1e-9;      // a value of exactly 0.5 is outside; so near to it no contour touches itself
 constexpr double kMaxCovered = 0.5;  // share of its pixels that an object may lose to better ones
 constexpr double kSameIou = 0.5;     // masks that overlap more are one object
 
@@ -52,7 +50,10 @@ void interpolate(Grid &grid, const float *cells, int m, const double box[4]) {
     std::vector<double> row(m);
     for (const Sample &y : make_samples(grid.y0, grid.height, box[1], box[3], m)) {
         for (int j = 0; j < m; ++j) row[j] = cells[y.lower * m + j] * (1 - y.weight) + cells[y.upper * m + j] * y.weight;
-        for (const Sample &x : across) grid.values.push_back(row[x.lower] * (1 - x.weight) + row[x.upper] * x.weight);
+        for (const Sample &x : across) {
+            const double value = row[x.lower] * (1 - x.weight) + row[x.upper] * x.weight;
+            grid.values.push_back(value == kLevel ? kLevel - kNudge : value);
+        }
     }
 }
 
@@ -96,25 +97,6 @@ Crossing advance(const Grid &grid, const Crossing &c) {
     return {c.x + kNextX[out], c.y + kNextY[out], (out + 2) % 4};
 }
 
-// The part of largest area of a ring that touches itself (at a value of exactly 0.5).
-Ring make_simple(const Ring &ring) {
-    Ring open, best;
-    std::map<std::pair<double, double>, std::size_t> places;  // of the points of `open`
-    for (const Point &point : ring) {
-        const auto [found, is_new] = places.try_emplace({point.x, point.y}, open.size());
-        if (!is_new) {  // a loop is closed: it is a part, and the ring goes on without it
-            Ring part(open.begin() + static_cast<std::ptrdiff_t>(found->second), open.end());
-            for (std::size_t i = 1; i < part.size(); ++i) places.erase({part[i].x, part[i].y});
-            open.resize(found->second + 1);
-            part.push_back(point);
-            if (double_area(part) > double_area(best)) best = std::move(part);
-        } else {
-            open.push_back(point);
-        }
-    }
-    return best;
-}
-
 // The closed contour at 0.5 that has the largest area; empty if there is none.
 Ring largest_contour(const Grid &grid) {
     Ring best;
@@ -134,7 +116,7 @@ Ring largest_contour(const Grid &grid) {
             if (double_area(ring) > double_area(best)) best = std::move(ring);
         }
     }
-    return make_simple(best);
+    return best;
 }
 
 int clipped_ceil(double value, int first, int n) {
@@ -153,25 +135,28 @@ std::vector<std::uint8_t> draw_ring(const Ring &ring, const Grid &grid) {
             turns[stride * row + clipped_ceil(x, grid.x0, grid.width)] ^= 1;
         }
     }
-    for (int y = 0; y < grid.height; ++y) {
+    for (int y = 0; y < grid.height; ++y)
         for (int x = 1; x < grid.width; ++x) turns[stride * y + x] ^= turns[stride * y + x - 1];
-    }
     return turns;
 }
 
-std::int64_t count_pixels(const Object &object) {
-    return std::accumulate(object.mask.begin(), object.mask.end(), std::int64_t{0});
-}
-
-std::int64_t count_shared(const Object &a, const Object &b) {
-    const int x1 = std::min(a.mask_x + a.mask_width, b.mask_x + b.mask_width);
-    const int y1 = std::min(a.mask_y + a.mask_height, b.mask_y + b.mask_height);
-    std::int64_t n = 0;
-    for (int y = std::max(a.mask_y, b.mask_y); y < y1; ++y) {
-        for (int x = std::max(a.mask_x, b.mask_x); x < x1; ++x) n += a.at(x, y) & b.at(x, y);
+// How many pixels of `object` any of `others` has too.
+double count_shared(const Object &object, const std::vector<const Object *> &others) {
+    std::vector<const Object *> near;
+    for (const Object *other : others) {
+        const bool is_beside = other->mask_x >= object.mask_x + object.mask_width || other->mask_x + other->mask_width <= object.mask_x;
+        if (!is_beside) near.push_back(other);
+    }
+    int n = 0;
+    for (int y = object.mask_y; y < object.mask_y + object.mask_height; ++y) {
+        for (int x = object.mask_x; x < object.mask_x + object.mask_width; ++x) {
+            n += object.has(x, y) && std::any_of(near.begin(), near.end(), [&](const Object *other) { return other->has(x, y); });
+        }
     }
     return n;
 }
+
+double count_pixels(const Object &object) { return count_shared(object, {&object}); }
 
 // The best first; of equal scores the earlier one.
 std::vector<std::size_t> rank(const std::vector<Object> &objects) {
@@ -183,9 +168,8 @@ std::vector<std::size_t> rank(const std::vector<Object> &objects) {
 
 void keep(std::vector<Object> &objects, const std::vector<bool> &is_kept) {
     std::vector<Object> kept;
-    for (std::size_t i = 0; i < objects.size(); ++i) {
+    for (std::size_t i = 0; i < objects.size(); ++i)
         if (is_kept[i]) kept.push_back(std::move(objects[i]));
-    }
     objects = std::move(kept);
 }
 
@@ -210,31 +194,18 @@ bool draw_object(Object &object, const float *probabilities, int m, const double
     if (x1 == 0) return false;
     object.mask_x = grid.x0 + x0, object.mask_y = grid.y0 + y0;
     object.mask_width = x1 - x0, object.mask_height = y1 - y0;
-    for (int y = y0; y < y1; ++y) {
+    for (int y = y0; y < y1; ++y)
         for (int x = x0; x < x1; ++x) object.mask.push_back(pixel(x, y));
-    }
     for (const Point &point : ring) object.outline.insert(object.outline.end(), {point.x, point.y});
     return true;
 }
 
 void drop_covered(std::vector<Object> &objects) {
-    Grid taken{INT_MAX, INT_MAX, 0, 0, {}};
-    for (const Object &o : objects) taken.x0 = std::min(taken.x0, o.mask_x), taken.y0 = std::min(taken.y0, o.mask_y);
-    for (const Object &o : objects) {
-        taken.width = std::max(taken.width, o.mask_x + o.mask_width - taken.x0);
-        taken.height = std::max(taken.height, o.mask_y + o.mask_height - taken.y0);
-    }
-    std::vector<std::uint8_t> is_taken(static_cast<std::size_t>(taken.width) * taken.height);
-    const auto place = [&](const Object &o, int x, int y) -> std::uint8_t & {
-        return is_taken[taken.index(o.mask_x + x - taken.x0, o.mask_y + y - taken.y0)];
-    };
     std::vector<bool> is_kept(objects.size());
+    std::vector<const Object *> better;
     for (const std::size_t i : rank(objects)) {
-        const Object &o = objects[i];
-        std::int64_t covered = 0;
-        o.visit([&](int x, int y) { covered += place(o, x, y); });
-        is_kept[i] = static_cast<double>(covered) <= kMaxCovered * static_cast<double>(count_pixels(o));
-        if (is_kept[i]) o.visit([&](int x, int y) { place(o, x, y) = 1; });
+        is_kept[i] = count_shared(objects[i], better) <= kMaxCovered * count_pixels(objects[i]);
+        if (is_kept[i]) better.push_back(&objects[i]);
     }
     keep(objects, is_kept);
 }
@@ -246,9 +217,8 @@ void drop_twins(std::vector<Object> &objects) {
         is_decided[i] = true;
         for (std::size_t j = 0; j < objects.size(); ++j) {
             if (!objects[j].is_near_seam || is_decided[j] || objects[j].tile == objects[i].tile) continue;
-            const double shared = static_cast<double>(count_shared(objects[i], objects[j]));
-            const double all = static_cast<double>(count_pixels(objects[i]) + count_pixels(objects[j])) - shared;
-            if (shared > kSameIou * all) is_kept[j] = false;
+            const double shared = count_shared(objects[i], {&objects[j]});
+            if (shared > kSameIou * (count_pixels(objects[i]) + count_pixels(objects[j]) - shared)) is_kept[j] = false;
         }
     }
     keep(objects, is_kept);

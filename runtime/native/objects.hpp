@@ -17,15 +17,10 @@ struct Object {
     std::vector<std::uint8_t> mask;  // 0 or 1
     std::vector<double> outline;     // x y, closed
 
-    std::uint8_t at(int x, int y) const {  // of the frame, where the mask lies
-        return mask[static_cast<std::size_t>(y - mask_y) * mask_width + (x - mask_x)];
-    }
-
-    template <typename Function>
-    void visit(Function function) const {  // each pixel, from the mask's first
-        for (std::size_t i = 0; i < mask.size(); ++i) {
-            if (mask[i]) function(static_cast<int>(i % mask_width), static_cast<int>(i / mask_width));
-        }
+    bool has(int x, int y) const {  // a pixel of the frame
+        const int column = x - mask_x, row = y - mask_y;
+        return column >= 0 && column < mask_width && row >= 0 && row < mask_height &&
+               mask[static_cast<std::size_t>(row) * mask_width + column];
     }
 };
 

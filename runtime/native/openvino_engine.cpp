@@ -9,22 +9,13 @@ namespace {
 
 constexpr const char *kDevice = "CPU";
 
-std::string first_line(const std::exception &error) {
-    const std::string text = error.what();
-    const std::size_t start = text.find_first_not_of(" \n");
-    return start == std::string::npos ? "" : text.substr(start, text.find('\n', start) - start).substr(0, 200);
-}
-
-std::string version() {
-    const std::string build = ov::get_openvino_version().buildNumber;
-    return build.substr(0, build.find('-'));
-}
+std::string shorten(const std::exception &error) { return std::string(error.what()).substr(0, 200); }
 
 std::string type_name(const ov::element::Type &type) {
-    static const std::map<std::string, std::string> names = {
-        {"u8", "uint8"}, {"f32", "float32"}, {"i64", "int64"}, {"boolean", "bool"}};
-    const auto found = names.find(type.get_type_name());
-    return found == names.end() ? type.get_type_name() : found->second;
+    if (type == ov::element::u8) return "uint8";
+    if (type == ov::element::f32) return "float32";
+    if (type == ov::element::i64) return "int64";
+    return type == ov::element::boolean ? "bool" : type.get_type_name();
 }
 
 Signature signature_of(const ov::CompiledModel &model) {
@@ -46,8 +37,7 @@ std::vector<T> copy_out(ov::InferRequest &request, const char *name) {
 
 template <typename T>
 void copy_in(ov::InferRequest &request, const char *name, const std::vector<T> &values) {
-    ov::Tensor tensor = request.get_tensor(name);
-    if (tensor.get_byte_size() != values.size() * sizeof(T)) throw std::logic_error("an input has the wrong size");
+    ov::Tensor tensor = request.get_tensor(name);  // of the size that check_signature asked for
     std::memcpy(tensor.data(), values.data(), tensor.get_byte_size());
 }
 
@@ -84,7 +74,7 @@ class OpenVinoEngine final : public Engine {
             model = core_.compile_model(core_.read_model(std::string(bundle.member(file)), ov::Tensor()), kDevice, options);
         } catch (const ov::Exception &err) {
             throw Error(DARCNN_ERROR_BUNDLE, bundle.path(),
-                        "OpenVINO " + version() + " cannot compile " + file + " (" + first_line(err) + ")",
+                        "OpenVINO cannot compile " + file + " (" + shorten(err) + ")",
                         "build libdarcnn with a newer openvino");
         }
         try {
@@ -100,7 +90,7 @@ class OpenVinoEngine final : public Engine {
             request.infer();
         } catch (const ov::Exception &err) {
             throw Error(DARCNN_ERROR_ENGINE, kDevice,
-                        std::string("OpenVINO failed on the ") + graph + " graph (" + first_line(err) + ")", "free memory");
+                        std::string("OpenVINO failed on the ") + graph + " graph (" + shorten(err) + ")", "free memory");
         }
     }
 

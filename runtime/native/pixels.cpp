@@ -1,10 +1,8 @@
-#include "pixels.hpp"
+#include "frame.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-
-#include "bundle.hpp"
 
 namespace darcnn {
 namespace {
@@ -44,10 +42,11 @@ void check_frame(const darcnn_frame &f) {
 // Which channels of a frame a model sees, and their values.
 class Channels {
   public:
-    Channels(const darcnn_frame &frame, int wanted, int channel) : frame_(frame), n(wanted) {
-        const auto refuse = [](const std::string &problem, const char *fix) {
-            throw Error(DARCNN_ERROR_INPUT, "frame", problem, fix);
-        };
+    const int n;
+    bool is_separate = false;  // each channel has brightness limits of its own
+
+    Channels(const darcnn_frame &frame, int wanted, int channel) : n(wanted), frame_(frame) {
+        const auto refuse = [](const std::string &what, const char *fix) { throw Error(DARCNN_ERROR_INPUT, "frame", what, fix); };
         const int available = frame.is_rgb ? 3 : frame.channels;
         if (channel >= available) refuse("has no channel " + std::to_string(channel), "choose one that it has");
         is_separate = !frame.is_rgb && channel < 0 && n > 1 && (n == 3 ? available == 3 : available >= n);
@@ -63,11 +62,9 @@ class Channels {
 
     // Pixels x0..x1-1 of row y, n values each.
     void read(int y, int x0, int x1, float *out) const {
-        switch (frame_.type) {
-            case DARCNN_UINT8: return read_as<std::uint8_t>(y, x0, x1, out);
-            case DARCNN_UINT16: return read_as<std::uint16_t>(y, x0, x1, out);
-            case DARCNN_FLOAT32: return read_as<float>(y, x0, x1, out);
-        }
+        if (frame_.type == DARCNN_UINT8) return read_as<std::uint8_t>(y, x0, x1, out);
+        if (frame_.type == DARCNN_UINT16) return read_as<std::uint16_t>(y, x0, x1, out);
+        read_as<float>(y, x0, x1, out);
     }
 
   private:
@@ -88,10 +85,6 @@ class Channels {
     const darcnn_frame &frame_;
     bool is_mean_ = false;
     int first_ = 0, step_ = 1;
-
-  public:
-    const int n;
-    bool is_separate = false;  // each channel has brightness limits of its own
 };
 
 // The q-th percentile as NumPy interpolates it; reorders `values`.

@@ -5,7 +5,7 @@
 #include <mutex>
 
 #include "engine.hpp"
-#include "lattice.hpp"
+#include "frame.hpp"
 #include "objects.hpp"
 
 namespace darcnn {
@@ -17,19 +17,6 @@ class Segmenter {
     std::vector<Object> segment(const darcnn_frame &frame, const darcnn_options &options);  // throws Error
 
   private:
-    struct Found {  // one box, tile pixels, and its probabilities
-        int tile;
-        float box[4];
-        float score;
-        std::vector<float> mask;
-    };
-    std::vector<Found> run(const Plan &plan, std::size_t first, const std::vector<std::uint8_t> &tiles, float min_score);
-    void add_masks(std::vector<Found> &found, std::size_t first);
-    std::vector<int> choose_slots(const Plan &plan, const Tile &tile, const float *boxes, const float *scores,
-                                  bool is_converged, float min_score) const;
-    bool is_cut(const Plan &plan, const Tile &tile, const float *box) const;
-    std::vector<Object> place(const Plan &plan, const Tile &tile, const std::vector<Found> &found, int width, int height) const;
-
     Manifest manifest_;
     std::unique_ptr<Engine> engine_;
     std::mutex mutex_;  // of the engine

@@ -21,14 +21,6 @@ class Logger final : public nvinfer1::ILogger {
     void log(Severity, nvinfer1::AsciiChar const *) noexcept override {}  // a library prints nothing
 };
 
-struct Stream {
-    Stream() { check(cudaStreamCreateWithFlags(&handle, cudaStreamNonBlocking)); }
-    ~Stream() { cudaStreamDestroy(handle); }
-    Stream(const Stream &) = delete;
-    Stream &operator=(const Stream &) = delete;
-    cudaStream_t handle = nullptr;
-};
-
 struct Buffer {
     explicit Buffer(std::size_t size) : size(size) { check(cudaMalloc(&address, size)); }
     ~Buffer() { cudaFree(address); }
@@ -62,22 +54,20 @@ class Graph {
     }
 
     template <typename T>
-    void copy_in(const char *tensor, const std::vector<T> &values) {
-        const Buffer &buffer = *buffers.at(tensor);
-        if (buffer.size != values.size() * sizeof(T)) throw std::logic_error("an input has the wrong size");
-        check(cudaMemcpyAsync(buffer.address, values.data(), buffer.size, cudaMemcpyHostToDevice, stream_.handle));
+    void copy_in(const char *tensor, const std::vector<T> &values) {  // their sizes are those of check_signature
+        check(cudaMemcpy(buffers.at(tensor)->address, values.data(), buffers.at(tensor)->size, cudaMemcpyHostToDevice));
     }
 
     void run() {
-        if (!context_->enqueueV3(stream_.handle)) fail("GPU", "TensorRT failed on the " + name_ + " graph", kAgain);
+        if (!context_->enqueueV3(cudaStreamPerThread)) fail("GPU", "TensorRT failed on the " + name_ + " graph", kAgain);
+        check(cudaStreamSynchronize(cudaStreamPerThread));
     }
 
     template <typename T>
     std::vector<T> copy_out(const char *tensor) {
         const Buffer &buffer = *buffers.at(tensor);
         std::vector<T> values(buffer.size / sizeof(T));
-        check(cudaMemcpyAsync(values.data(), buffer.address, buffer.size, cudaMemcpyDeviceToHost, stream_.handle));
-        check(cudaStreamSynchronize(stream_.handle));
+        check(cudaMemcpy(values.data(), buffer.address, buffer.size, cudaMemcpyDeviceToHost));
         return values;
     }
 
@@ -88,19 +78,14 @@ class Graph {
     static constexpr const char *kAgain = "free its memory, or use OpenVINO";
 
     static std::pair<std::string, std::size_t> describe(nvinfer1::DataType type) {
-        switch (type) {
-            case nvinfer1::DataType::kUINT8: return {"uint8", 1};
-            case nvinfer1::DataType::kFLOAT: return {"float32", 4};
-            case nvinfer1::DataType::kINT64: return {"int64", 8};
-            case nvinfer1::DataType::kBOOL: return {"bool", 1};
-            default: return {"unknown", 8};
-        }
+        if (type == nvinfer1::DataType::kFLOAT) return {"float32", 4};
+        if (type == nvinfer1::DataType::kINT64) return {"int64", 8};
+        return {type == nvinfer1::DataType::kUINT8 ? "uint8" : type == nvinfer1::DataType::kBOOL ? "bool" : "unknown", 1};
     }
 
     std::string name_;
     std::unique_ptr<nvinfer1::ICudaEngine> engine_;
     std::unique_ptr<nvinfer1::IExecutionContext> context_;
-    Stream stream_;
 };
 
 class TensorRtEngine final : public Engine {

@@ -1,12 +1,21 @@
-// How a frame goes through a model: scale, tiles, and their pixels; darcnn.runtime's planning, tiling and sampling.
+// How a frame goes through a model: bytes, scale, tiles and their pixels; darcnn.runtime's intensity, planning, tiling
+// and sampling.
 #pragma once
 
-#include <cstdint>
 #include <vector>
 
-#include "pixels.hpp"
+#include "bundle.hpp"
 
 namespace darcnn {
+
+struct Image {
+    int width, height, channels;
+    std::vector<std::uint8_t> bytes;  // rows of interleaved channels
+};
+
+// The whole frame as bytes: the model's channels, through the window given or the model's intensity rule.
+// Throws Error where the frame is no image in memory, or its channels do not serve.
+Image to_bytes(const darcnn_frame &frame, const darcnn_options &options, const Manifest &manifest);
 
 constexpr double kSeamPx = 4;  // two tiles see an object slightly differently: its centre may lie in neither core
 
