@@ -118,7 +118,7 @@ JsonTable parse_table(const std::string &path, std::string_view text) {
     const Json &format = table["format"];
     if (!format.is_integer || format.number < 1) refuse(path, "manifest.json names no format");
     if (format.number > kFormat) {
-        refuse(path, "made by a newer darcnn (this one reads up to format " + std::to_string(kFormat) + ")", "upgrade libdarcnn");
+        refuse(path, "made by a newer darcnn, this one reads format " + std::to_string(kFormat), "upgrade libdarcnn");
     }
     return table;
 }
@@ -164,15 +164,15 @@ Bundle::Bundle(const std::string &path) : path_(path), content_(read_file(path, 
     for (const auto &[name, content] : found) {
         const auto cap = kMemberCaps.find(name);
         if (cap == kMemberCaps.end()) refuse(path, "holds '" + name + "', which no bundle has");
-        if (content.size() > cap->second) refuse(path, name + " has more than " + std::to_string(cap->second / kMiB) + " MiB");
+        if (content.size() > cap->second) refuse(path, name + " has too many MiB", kExport);
         if (!members_.emplace(name, content).second) refuse(path, "holds " + name + " more than once");
     }
     for (const auto &[name, cap] : kMemberCaps) {
         if (!members_.count(name)) refuse(path, "lacks " + name);
     }
     try {
-        manifest_ = parse_manifest(table);
-        for (const char *graph : {"detect", "mask"}) check_signature(manifest_, graph, "manifest.json", manifest_.graphs[graph]);
+        Manifest &m = manifest_ = parse_manifest(table);
+        for (const char *graph : {"detect", "mask"}) check_signature(m, graph, "manifest.json", m.graphs[graph]);
     } catch (const JsonError &err) {
         refuse(path, std::string("manifest.json is wrong (") + err.what() + ")", kExport);
     }

@@ -107,12 +107,12 @@ darcnn_status darcnn_result_object(const darcnn_result *result, size_t index, da
         demand(result, "result");
         demand(object, "object");
         if (index >= result->objects.size()) {
-            throw darcnn::Error(DARCNN_ERROR_ARGUMENT, "index", "there are " + std::to_string(result->objects.size()) + " objects",
-                                "count them with darcnn_result_count");
+            const std::string problem = "there are " + std::to_string(result->objects.size()) + " objects";
+            throw darcnn::Error(DARCNN_ERROR_ARGUMENT, "index", problem, "count them with darcnn_result_count");
         }
         const darcnn::Object &o = result->objects[index];
-        *object = {o.x0, o.y0, o.x1, o.y1, o.score, o.is_truncated ? 1 : 0, o.mask_x, o.mask_y, o.mask_width, o.mask_height,
-                   o.mask.data(), o.outline.data(), o.outline.size() / 2};
+        *object = {o.x0, o.y0, o.x1, o.y1, o.score, o.is_truncated ? 1 : 0, o.mask_x, o.mask_y,
+                   o.mask_width, o.mask_height, o.mask.data(), o.outline.data(), o.outline.size() / 2};
     });
 }
 

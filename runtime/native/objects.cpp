@@ -52,7 +52,7 @@ void interpolate(Grid &grid, const float *cells, int m, const double box[4]) {
         for (int j = 0; j < m; ++j) row[j] = cells[y.lower * m + j] * (1 - y.weight) + cells[y.upper * m + j] * y.weight;
         for (const Sample &x : across) {
             const double value = row[x.lower] * (1 - x.weight) + row[x.upper] * x.weight;
-            grid.values.push_back(value == kLevel ? kLevel - kNudge : value);
+            grid.values.push_back(!std::isfinite(value) ? 0.0 : value == kLevel ? kLevel - kNudge : value);
         }
     }
 }
@@ -144,13 +144,14 @@ std::vector<std::uint8_t> draw_ring(const Ring &ring, const Grid &grid) {
 double count_shared(const Object &object, const std::vector<const Object *> &others) {
     std::vector<const Object *> near;
     for (const Object *other : others) {
-        const bool is_beside = other->mask_x >= object.mask_x + object.mask_width || other->mask_x + other->mask_width <= object.mask_x;
-        if (!is_beside) near.push_back(other);
+        const int end = object.mask_x + object.mask_width, other_end = other->mask_x + other->mask_width;
+        if (other->mask_x < end && object.mask_x < other_end) near.push_back(other);
     }
     int n = 0;
     for (int y = object.mask_y; y < object.mask_y + object.mask_height; ++y) {
         for (int x = object.mask_x; x < object.mask_x + object.mask_width; ++x) {
-            n += object.has(x, y) && std::any_of(near.begin(), near.end(), [&](const Object *other) { return other->has(x, y); });
+            const auto has_it = [&](const Object *other) { return other->has(x, y); };
+            n += object.has(x, y) && std::any_of(near.begin(), near.end(), has_it);
         }
     }
     return n;

@@ -120,7 +120,7 @@ std::vector<Object> place(const Manifest &m, const Plan &plan, const Tile &tile,
     std::vector<Object> objects;
     for (const Found &one : found) {
         if (one.tile != tile.index) continue;
-        const double shift[] = {static_cast<double>(tile.x), static_cast<double>(tile.y)}, factor[] = {plan.factor_x, plan.factor_y};
+        const double shift[] = {double(tile.x), double(tile.y)}, factor[] = {plan.factor_x, plan.factor_y};
         double box[4];  // pixels of the frame
         for (int k = 0; k < 4; ++k) box[k] = (one.box[k] + shift[k % 2]) * factor[k % 2];
         Object object{};
@@ -146,7 +146,7 @@ std::vector<Object> Segmenter::segment(const darcnn_frame &frame, const darcnn_o
     const bool has_window = options.window_low != 0 || options.window_high != 0;
     const double contrast = options.window_high - options.window_low;
     if (has_window && !(contrast > 0 && std::isfinite(contrast))) {
-        throw Error(DARCNN_ERROR_ARGUMENT, "options", "window_low is not below window_high", "give the raw values of black and white");
+        throw Error(DARCNN_ERROR_ARGUMENT, "options", "window_low is not below window_high", "give the raw limits");
     }
     if (!(options.min_score <= 1)) throw Error(DARCNN_ERROR_ARGUMENT, "options", "min_score is above 1", "give 0 to 1");
     const double min_score = options.min_score < 0 ? manifest_.min_score : options.min_score;

@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int kThreads = 4;
+constexpr int kThreads = 3;
 
 struct Job {
     darcnn_model *model;
