@@ -38,6 +38,13 @@ _NEEDS = ("torch", "torchvision", "timm", "safetensors", "onnx", "onnxscript")
 
 _folder = click.Path(path_type=Path, file_okay=False)
 _file = click.Path(path_type=Path, dir_okay=False)
+_precision = click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="fp16: layers in half precision, boxes and scores in float32; derived from the bundle.",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -129,12 +136,15 @@ def bundle(
     type=click.Choice([name for name in BACKENDS if name != "auto"]),
     help="What runs the bundle, repeatable; by default ONNX Runtime, and OpenVINO where it is installed.",
 )
-def verify(bundle: Path, checkpoint: Path, data: Path | None, backends: tuple[str, ...]) -> int:
+@_precision
+def verify(
+    bundle: Path, checkpoint: Path, data: Path | None, backends: tuple[str, ...], precision: str
+) -> int:
     """Compare BUNDLE with the checkpoint that it was made of; exit code 1 where they disagree."""
     _require_export()
     from darcnn.training.checkpoint import load_network
 
-    opened = open_bundle(bundle)
+    opened = _in_precision(open_bundle(bundle), precision)
     network, info = load_network(checkpoint)
     if network.preset.name != opened.manifest.preset:
         raise UsageError(
@@ -163,6 +173,7 @@ def verify(bundle: Path, checkpoint: Path, data: Path | None, backends: tuple[st
 @click.option(
     "--target", "targets", multiple=True, help="GPUs to compile for, sm86 say; tensorrt-rtx only, repeatable."
 )
+@_precision
 @click.option("--workspace", type=click.IntRange(1), help="Most scratch memory of a layer, MiB.")
 @click.option("--version-compatible", is_flag=True, help="Later versions run it too; tensorrt only.")
 @click.option("--out", type=_folder, help="Folder to write; the user's cache by default, where runs look.")
@@ -170,6 +181,7 @@ def engine(
     model: str,
     backend: str,
     targets: tuple[str, ...],
+    precision: str,
     workspace: int | None,
     version_compatible: bool,
     out: Path | None,
@@ -182,7 +194,8 @@ def engine(
             click.echo(f"\r\x1b[K{phase} {done}/{total}", err=True, nl=False)
 
     options = BuildOptions(backend, targets, workspace, version_compatible)
-    folder = build_engine(find_bundle(model), options, out=out, progress=show)
+    opened = _in_precision(find_bundle(model), precision)
+    folder = build_engine(opened, options, out=out, progress=show)
     size = sum(path.stat().st_size for path in folder.iterdir())
     click.echo(f"{folder}: {size / 1e6:.1f} MB")
 
@@ -192,6 +205,15 @@ def engine(
 def info(bundle: Path) -> None:
     """Say what BUNDLE is: manifest, sizes, hashes, and the figures of its training."""
     click.echo("\n".join(_describe(open_bundle(bundle))))
+
+
+def _in_precision(bundle: Bundle, precision: str) -> Bundle:
+    if precision == "fp32":
+        return bundle
+    _require_export()
+    from darcnn.export.half import derive_half
+
+    return derive_half(bundle)
 
 
 def _require_export() -> None:

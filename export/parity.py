@@ -43,10 +43,18 @@ Tiles = Mapping[str, NDArray[np.uint8]]  # name -> (S, S, C)
 STRONG_SCORE = 0.1  # weaker objects may flip at the score threshold, 0.05
 MATCH_IOU = 0.9
 MAX_UNMATCHED = 0.01  # share of strong objects that the other side lacks
-MAX_BOX_PX, MEDIAN_BOX_PX = 0.5, 0.05
-MAX_SCORE = 0.01
-MAX_MASK = 0.02  # mean over the cells of one mask
-MAX_FEATURES = 1e-3  # of the largest feature; seen also where there is no object
+# The largest differences of a bundle that agrees, by the precision of its layers.
+LIMITS = {
+    "fp32": {
+        "box_px": 0.5,
+        "box_median_px": 0.05,
+        "score": 0.01,
+        "mask": 0.02,  # mean over the cells of one mask
+        "features": 1e-3,  # of the largest feature; seen also where there is no object
+    },
+    # float16 has 11 bits: a box that lies between two pyramid levels may be pooled from the other one
+    "fp16": {"box_px": 0.5, "box_median_px": 0.05, "score": 0.02, "mask": 0.05, "features": 1e-2},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,7 @@ class Parity:
     """The comparison on all tiles."""
 
     tiles: tuple[TileParity, ...]
+    precision: str = "fp32"  # of the bundle's layers
 
     @property
     def n_objects(self) -> int:
@@ -93,14 +102,7 @@ class Parity:
         found = [f"{unmatched} of {self.n_objects} objects unmatched"] * (
             unmatched > MAX_UNMATCHED * self.n_objects
         )
-        limits = {
-            "box_px": MAX_BOX_PX,
-            "box_median_px": MEDIAN_BOX_PX,
-            "score": MAX_SCORE,
-            "mask": MAX_MASK,
-            "features": MAX_FEATURES,
-        }
-        for name, limit in limits.items():
+        for name, limit in LIMITS[self.precision].items():
             worst = max((float(getattr(tile, name)) for tile in self.tiles), default=0.0)
             if not worst < limit:  # NaN disagrees
                 found.append(f"{name} differs by {worst:.3g}, limit {limit:g}")
@@ -134,9 +136,8 @@ def verify_bundle(bundle: Bundle, network: Darcnn, tiles: Tiles, *, backend: str
     device = "cpu" if backend == "onnxruntime" else "auto"
     with closing(open_engine(bundle, device=device, backend=backend)) as engine:
         found = find_with_engine(engine, tiles, bundle.manifest.limits.nms_threshold)
-        return Parity(
-            tuple(compare_objects(name, find_with_torch(reference, tiles[name]), one) for name, one in found)
-        )
+        pairs = ((name, find_with_torch(reference, tiles[name]), one) for name, one in found)
+        return Parity(tuple(compare_objects(*pair) for pair in pairs), bundle.precision)
 
 
 def find_with_torch(network: Darcnn, tile: NDArray[np.uint8]) -> Objects:

@@ -21,10 +21,11 @@ __all__ = ["MEMBER_CAPS", "Bundle", "open_bundle", "write_bundle"]
 _MIB = 2**20
 
 # Each member of a bundle in the order written, and its largest size in bytes. A network of this kind
-# has some ten million weights; a file beyond its cap is not one of ours, and is not read into memory.
+# has some ten million weights, with ResNet-50 some seventy, of two bytes each; a file beyond its cap is not
+# one of ours, and is not read into memory.
 MEMBER_CAPS: Mapping[str, int] = {
     "manifest.json": _MIB,
-    "detect.onnx": 64 * _MIB,
+    "detect.onnx": 192 * _MIB,
     "mask.onnx": 64 * _MIB,
     "training.json": _MIB,
     "LICENSE": _MIB,
@@ -49,6 +50,7 @@ class Bundle:
     sha256: str  # hex, of the whole file
     manifest: Manifest
     _members: Mapping[str, bytes] = field(repr=False)
+    precision: str = "fp32"  # of the graphs' layers; "fp16" where the graphs were derived from the file's
 
     def read(self, member: str) -> bytes:
         """Return the content of `member`, one of `MEMBER_CAPS`, as it was verified.
@@ -57,6 +59,10 @@ class Bundle:
             KeyError: a bundle has no such member.
         """
         return self._members[member]
+
+    def with_graphs(self, graphs: Mapping[str, bytes], *, precision: str) -> Bundle:
+        """Return this bundle with `graphs`, members derived from its own; file, hash and manifest stay."""
+        return replace(self, precision=precision, _members={**self._members, **graphs})
 
 
 def open_bundle(path: str | Path) -> Bundle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -47,6 +48,14 @@ def test_verify_passes_with_the_checkpoint_it_was_made_of(run, bundle_path, chec
     assert sum(int(row[4]) for row in rows) > 50
 
 
+def test_verify_compares_half_precision_with_pytorch_in_float32(run, bundle_path, checkpoint):
+    code, out, _ = run(
+        "verify", bundle_path, "--checkpoint", checkpoint, "--precision", "fp16", "--backend", "onnxruntime"
+    )
+    assert (code, "they agree" in out) == (0, True)
+    assert max(float(line.split()[-2]) for line in out.splitlines() if line.startswith("discs")) > 1e-5
+
+
 def test_verify_fails_with_another_checkpoint(run, bundle_path, make_network, make_checkpoint):
     network = make_network()
     with torch.no_grad():
@@ -59,7 +68,7 @@ def test_verify_fails_with_another_checkpoint(run, bundle_path, make_network, ma
 def test_nothing_is_written_where_the_graphs_disagree(run, bundle, checkpoint, tmp_path, monkeypatch):
     members = {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
     monkeypatch.setattr(pack, "make_members", lambda *arguments: members)
-    monkeypatch.setattr(parity, "MAX_SCORE", 0.0)
+    monkeypatch.setitem(parity.LIMITS["fp32"], "score", 0.0)
     out = tmp_path / "new.darcnn"
     code, _, err = run("bundle", checkpoint, "--out", out, "--batch", "2")
     assert code == 2
@@ -147,6 +156,9 @@ def test_an_engine_is_built_for_gpus_that_are_not_here(run, bundle_path, tmp_pat
     assert code == 0
     assert str(out) in text
     assert {path.name for path in out.iterdir()} == {"detect.plan", "mask.plan", "engine.json"}
+    half = tmp_path / "half"
+    assert run("engine", bundle_path, "--target", "sm75", "--precision", "fp16", "--out", half)[0] == 0
+    assert json.loads((half / "engine.json").read_text())["facts"]["precision"] == "fp16"
     code, _, error = run("engine", bundle_path, "--target", "sm99", "--out", tmp_path / "other")
     assert code == 2
     assert "no target 'sm99'" in error
@@ -154,7 +166,6 @@ def test_an_engine_is_built_for_gpus_that_are_not_here(run, bundle_path, tmp_pat
 
 
 def test_of_a_whole_run_the_most_trusted_round_is_exported(run, checkpoint, tmp_path, pictures):
-    import json
     import shutil
 
     for name, trust in (("refine-1", 0.8), ("refine", 0.7)):
