@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from darcnn.export.printing import describe_bundle, parity_table
 from darcnn.runtime.bundle import Bundle, open_bundle, write_bundle
 from darcnn.runtime.engines.tensorrt_build import BACKENDS as TENSORRT
 from darcnn.runtime.engines.tensorrt_build import BuildOptions, build_engine
@@ -114,7 +114,7 @@ def bundle(
         draft = Path(folder) / "draft.darcnn"
         write_bundle(draft, manifest, members)
         parity = _compare(open_bundle(draft), network, sources)
-    click.echo(_table(parity), err=True)
+    click.echo(parity_table(parity), err=True)
     if not parity.agrees:
         raise InputError(
             f"the exported graphs do not agree with PyTorch: {', '.join(parity.complaints)}",
@@ -156,7 +156,7 @@ def verify(
     sources, agrees = _sources(info.recipe, data), True
     for backend in backends or ("onnxruntime", *(["openvino"] if has_openvino else [])):
         parity = _compare(opened, network, sources, backend)
-        click.echo(f"{backend}\n{_table(parity)}")
+        click.echo(f"{backend}\n{parity_table(parity)}")
         agrees = agrees and parity.agrees
     return 0 if agrees else EXIT_PARTIAL
 
@@ -201,10 +201,27 @@ def engine(
 
 
 @cli.command()
+@click.argument("model")
+@click.option("--out", required=True, type=_folder, help="The model repository; others in it stay.")
+@click.option("--engine", type=_folder, help="Serve this TensorRT engine of MODEL instead of its graphs.")
+@click.option("--overwrite", is_flag=True, help="Replace what the repository has of this model.")
+def triton(model: str, out: Path, engine: Path | None, overwrite: bool) -> None:
+    """Write a repository from which Triton Inference Server serves MODEL: NAME_detect and NAME_mask."""
+    from darcnn.export.triton import plan_repository, write_repository
+    from darcnn.runtime.engines.engine_cache import read_engine
+    from darcnn.runtime.load import find_bundle
+
+    opened = find_bundle(model)
+    graphs = plan_repository(opened, None if engine is None else read_engine(engine, opened))
+    write_repository(out, graphs, overwrite=overwrite)
+    click.echo("\n".join(str(out / graph.name) for graph in graphs))
+
+
+@cli.command()
 @click.argument("bundle", type=_file)
 def info(bundle: Path) -> None:
     """Say what BUNDLE is: manifest, sizes, hashes, and the figures of its training."""
-    click.echo("\n".join(_describe(open_bundle(bundle))))
+    click.echo("\n".join(describe_bundle(open_bundle(bundle))))
 
 
 def _in_precision(bundle: Bundle, precision: str) -> Bundle:
@@ -282,41 +299,6 @@ def _compare(
     if parity.n_objects == 0:
         click.echo("no object on any tile: only the features were compared", err=True)
     return parity
-
-
-def _table(parity: Parity) -> str:
-    """Return the comparison as a table, one line a tile, and the verdict."""
-    lines = [f"{'tile':32} {'torch':>6} {'bundle':>6} {'matched':>8} {'box px':>8} {'score':>8} {'mask':>8}"]
-    for one in parity.tiles:
-        counts = f"{one.n_torch:6d} {one.n_onnx:6d} {one.n_matched:8d}"
-        lines.append(f"{one.tile[-32:]:32} {counts} {one.box_px:8.4f} {one.score:8.5f} {one.mask:8.5f}")
-    verdict = "they agree" if parity.agrees else f"they disagree: {', '.join(parity.complaints)}"
-    return "\n".join([*lines, verdict])
-
-
-def _describe(bundle: Bundle) -> list[str]:
-    manifest = bundle.manifest
-    sizes, limits, rule = manifest.input, manifest.limits, manifest.input.intensity
-    window = "" if rule.kind == "full_range" else f" {rule.low:g} to {rule.high:g}"
-    training: dict[str, Any] = json.loads(bundle.read("training.json"))
-    lines = [
-        f"{manifest.name}: {manifest.preset}, format {manifest.format}",
-        f"file       {bundle.path.stat().st_size / 1e6:.1f} MB, sha256 {bundle.sha256}",
-        f"input      {sizes.batch} x {sizes.tile_px} x {sizes.tile_px} x {sizes.channels}, "
-        f"halo {sizes.halo_px} px",
-        f"intensity  {rule.kind}{window}",
-        f"scale      objects of {sizes.nominal_diameter_px:g} px, "
-        + ("no pixel size" if sizes.mpp is None else f"{sizes.mpp:g} um per pixel"),
-        f"limits     {limits.proposals} proposals, {limits.detections} objects a tile, "
-        f"score {limits.min_score:g} (graph {limits.score_threshold:g}), NMS {limits.nms_threshold:g}",
-        f"training   stage {training.get('stage')}, step {training.get('step')}",
-        f"data       {training.get('data_licence')}",
-    ]
-    lines += [f"figure     {key} {value}" for key, value in dict(training.get("figures") or {}).items()]
-    return lines + [
-        f"member     {name:14} {len(bundle.read(name)):>10} bytes  {digest}"
-        for name, digest in manifest.files.items()
-    ]
 
 
 def _read_text(path: Path) -> str:

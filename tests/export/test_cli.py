@@ -25,7 +25,7 @@ def run(capsys):
     return call
 
 
-@pytest.mark.parametrize("command", ["bundle", "verify", "info", "engine"])
+@pytest.mark.parametrize("command", ["bundle", "verify", "info", "engine", "triton"])
 def test_every_command_has_help(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -163,6 +163,18 @@ def test_an_engine_is_built_for_gpus_that_are_not_here(run, bundle_path, tmp_pat
     assert code == 2
     assert "no target 'sm99'" in error
     assert not (tmp_path / "other").exists()
+
+
+def test_a_repository_for_triton_is_written_and_named(run, bundle_path, tmp_path):
+    repository = tmp_path / "repository"
+    code, out, _ = run("triton", bundle_path, "--out", repository)
+    assert (code, out.split()) == (0, [str(repository / f"tiny_{graph}") for graph in ("detect", "mask")])
+    assert (repository / "tiny_mask" / "config.pbtxt").is_file()
+    code, _, error = run("triton", bundle_path, "--out", repository)
+    assert (code, len(error.splitlines())) == (2, 1)
+    code, _, error = run("triton", bundle_path, "--out", repository, "--engine", tmp_path, "--overwrite")
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert "no readable engine" in error
 
 
 def test_of_a_whole_run_the_most_trusted_round_is_exported(run, checkpoint, tmp_path, pictures):
