@@ -14,32 +14,27 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import click
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from darcnn.export.half import derive_half
-from darcnn.export.parity import Parity, TileSource, compare_objects, find_with_engine, read_tiles
-from darcnn.runtime.bundle import Bundle
+from darcnn.export.parity import Parity, compare_objects, find_with_engine
+from darcnn.export.quantise import quantise
+from darcnn.export.tiles import images_in, read_tiles
 from darcnn.runtime.engines.choose import open_engine
 from darcnn.runtime.engines.protocol import Engine
 from darcnn.runtime.load import find_bundle
-from darcnn.runtime.readers.open import is_readable
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.training.evaluate import evaluate_folder
 
 _CALIBRATION_TILES = 16
 _TILES, _ROUNDS = 8, 5  # compared and timed
-_INT8_OPS = {"Conv", "Clip", "Relu", "Add", "MaxPool", "Resize"}
 
 
 @click.command()
@@ -73,9 +68,9 @@ def main(
     if "int8" in precisions:
         if calibrate is None:
             raise click.UsageError("int8 needs --calibrate")
-        tiles = read_tiles(_sources(calibrate, diameter), bundle, limit=_CALIBRATION_TILES)
-        bundles["int8"] = _quantise(bundle, list(tiles.values()))
-    tiles = read_tiles(_sources(folder, diameter), bundle, limit=_TILES)
+        tiles = read_tiles(images_in(calibrate / "images", diameter), bundle, limit=_CALIBRATION_TILES)
+        bundles["int8"] = quantise(bundle, list(tiles.values()))
+    tiles = read_tiles(images_in(folder / "images", diameter), bundle, limit=_TILES)
     record: dict[str, object] = {
         "model": model,
         "folder": f"{folder.parent.name}/{folder.name}",
@@ -109,11 +104,6 @@ def main(
         out.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
-def _sources(folder: Path, diameter_px: float) -> list[TileSource]:
-    images = folder / "images"
-    return [TileSource(path, diameter_px) for path in sorted(images.iterdir()) if is_readable(path)]
-
-
 def _time(engines: dict[str, Engine], tiles: list[NDArray[np.uint8]]) -> dict[str, list[float]]:
     """Return the seconds of `detect` on one tile, engines by turns."""
     seconds: dict[str, list[float]] = {name: [] for name in engines}
@@ -135,72 +125,6 @@ def _apart(parity: Parity) -> dict[str, float]:
     }
     unmatched = sum(tile.n_unmatched for tile in parity.tiles)
     return {"objects": parity.n_objects / 2, "unmatched": unmatched / max(parity.n_objects, 1), **worst}
-
-
-class _Tiles(CalibrationDataReader):  # type: ignore[misc]  # untyped
-    def __init__(self, tiles: Sequence[NDArray[np.uint8]], batch: int) -> None:
-        self._feeds: Iterator[dict[str, NDArray[np.uint8]]] = iter(
-            [{"tile": np.repeat(tile[None], batch, axis=0)} for tile in tiles]
-        )
-
-    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-        return next(self._feeds, None)
-
-
-def _quantise(bundle: Bundle, tiles: Sequence[NDArray[np.uint8]]) -> Bundle:
-    """Return `bundle` with the encoders of `detect` in int8."""
-    model = onnx.load_model_from_string(bundle.read("detect.onnx"))
-    _store_as_float(model)
-    for number, node in enumerate(model.graph.node):
-        node.name = f"{number} {node.op_type}"
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        onnx.save(model, source)
-        quantize_static(
-            source,
-            target,
-            _Tiles(tiles, bundle.manifest.input.batch),
-            quant_format=QuantFormat.QDQ,
-            nodes_to_quantize=_encoder_nodes(model.graph),
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
-        return bundle.with_graphs({"detect.onnx": target.read_bytes()}, precision="int8")
-
-
-def _store_as_float(model: onnx.ModelProto) -> None:
-    """Store in float32 what is stored in float16 and cast: the quantiser looks for constants."""
-    constants = {constant.name: constant for constant in model.graph.initializer}
-    nodes = []
-    for node in model.graph.node:
-        stored = constants.get(node.input[0]) if node.op_type == "Cast" else None
-        if stored is None or stored.data_type != TensorProto.FLOAT16:
-            nodes.append(node)
-            continue
-        array = numpy_helper.to_array(constants.pop(stored.name)).astype(np.float32)
-        constants[node.output[0]] = numpy_helper.from_array(array, node.output[0])
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(nodes)
-    model.graph.initializer.extend(constants.values())
-
-
-def _encoder_nodes(graph: onnx.GraphProto) -> list[str]:
-    """Return the names of the nodes that the features come from: all above the atlas and the RPN's head."""
-    makers = {name: node for node in graph.node for name in node.output}
-    heads = [node for node in graph.node if any("proposer.head.conv" in name for name in node.input)]
-    todo = ["atlas", *(node.input[0] for node in heads)]
-    chosen: dict[str, None] = {}
-    seen: set[str] = set()
-    while todo:
-        node = makers.get(todo.pop())
-        if node is None or node.name in seen:
-            continue
-        seen.add(node.name)
-        todo.extend(node.input)
-        if node.op_type in _INT8_OPS:
-            chosen[node.name] = None
-    return list(chosen)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from darcnn.runtime.manifest import Manifest
 from darcnn.runtime.options import BACKENDS
 
 if TYPE_CHECKING:
-    from darcnn.export.parity import Parity, TileSource
+    from darcnn.export.parity import Parity
+    from darcnn.export.tiles import TileSource
     from darcnn.training.config import Recipe
     from darcnn.training.model.network import Darcnn
 
@@ -94,18 +95,18 @@ def bundle(
     """
     _require_export()
     from darcnn.export.pack import make_licence, make_members, make_training, options_of
+    from darcnn.export.tiles import images_of
     from darcnn.training.checkpoint import load_network
     from darcnn.training.trust import most_trusted_round
 
-    if out.exists() and not overwrite:
-        raise OutputError("exists already", where=out, fix="pass --overwrite, or choose another name")
+    _refuse_existing(out, overwrite)
     if not (checkpoint / "checkpoint.json").is_file() and (checkpoint / "refine").is_dir():
         checkpoint = most_trusted_round(checkpoint)
         click.echo(f"taking the most trusted round, {checkpoint.name}", err=True)
     network, info = load_network(checkpoint)
     recipe = info.recipe
     name = name or recipe.name
-    sources = _sources(recipe, data)
+    sources = images_of(recipe, data)
     terms = make_licence(name, recipe.data_licence) if licence is None else _read_text(licence)
     manifest = _make_manifest(network, recipe, name, tile or recipe.export.tile_px, batch)
     click.echo(f"exporting {name}, stage {info.stage}, step {info.step}", err=True)
@@ -142,10 +143,17 @@ def verify(
 ) -> int:
     """Compare BUNDLE with the checkpoint that it was made of; exit code 1 where they disagree."""
     _require_export()
+    from darcnn.export.tiles import images_of
     from darcnn.training.checkpoint import load_network
 
     opened = _in_precision(open_bundle(bundle), precision)
     network, info = load_network(checkpoint)
+    if opened.precision == "int8":
+        raise UsageError(
+            "is in int8, which finds other boxes than PyTorch",
+            where=bundle,
+            fix="score it with `darcnn-train evaluate`, or verify the one that it was made of",
+        )
     if network.preset.name != opened.manifest.preset:
         raise UsageError(
             f"holds preset {network.preset.name}, the bundle {opened.manifest.preset}",
@@ -153,7 +161,7 @@ def verify(
             fix="give the folder that the bundle was made of",
         )
     has_openvino = importlib.util.find_spec("openvino") is not None
-    sources, agrees = _sources(info.recipe, data), True
+    sources, agrees = images_of(info.recipe, data), True
     for backend in backends or ("onnxruntime", *(["openvino"] if has_openvino else [])):
         parity = _compare(opened, network, sources, backend)
         click.echo(f"{backend}\n{parity_table(parity)}")
@@ -202,6 +210,40 @@ def engine(
 
 @cli.command()
 @click.argument("model")
+@click.option("--data", required=True, type=_folder, help="Images like those that the model is to see.")
+@click.option("--diameter", type=float, help="Typical object, pixels; for images without a pixel size.")
+@click.option("--tiles", default=16, show_default=True, type=click.IntRange(1), help="To calibrate on.")
+@click.option("--tensorrt", is_flag=True, help="Without offsets, as TensorRT needs it; slow on ONNX Runtime.")
+@click.option("--out", required=True, type=_file, help="The bundle to write, NAME.darcnn.")
+@click.option("--overwrite", is_flag=True, help="Replace the bundle if it exists.")
+def quantise(
+    model: str,
+    data: Path,
+    diameter: float | None,
+    tiles: int,
+    tensorrt: bool,
+    out: Path,
+    overwrite: bool,
+) -> None:
+    """Write MODEL as a bundle whose encoders compute in int8, calibrated on unlabelled images.
+
+    Score both on labelled images (darcnn-train evaluate) before you use it: findings differ.
+    """
+    _require_export()
+    from darcnn.export.pack import write_quantised
+    from darcnn.export.tiles import images_in, read_tiles
+    from darcnn.runtime.load import find_bundle
+
+    _refuse_existing(out, overwrite)
+    opened = find_bundle(model)
+    chosen = read_tiles(images_in(data, diameter), opened, limit=tiles)
+    click.echo(f"calibrating on {len(chosen)} tiles", err=True)
+    write_quantised(out, opened, list(chosen.values()), has_offsets=not tensorrt)
+    click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+@cli.command()
+@click.argument("model")
 @click.option("--out", required=True, type=_folder, help="The model repository; others in it stay.")
 @click.option("--engine", type=_folder, help="Serve this TensorRT engine of MODEL instead of its graphs.")
 @click.option("--overwrite", is_flag=True, help="Replace what the repository has of this model.")
@@ -224,6 +266,11 @@ def info(bundle: Path) -> None:
     click.echo("\n".join(describe_bundle(open_bundle(bundle))))
 
 
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise OutputError("exists already", where=out, fix="pass --overwrite, or choose another name")
+
+
 def _in_precision(bundle: Bundle, precision: str) -> Bundle:
     if precision == "fp32":
         return bundle
@@ -239,28 +286,6 @@ def _require_export() -> None:
         raise UsageError(
             f"needs {', '.join(missing)}", where="darcnn-export", fix="run pip install 'darcnn[export]'"
         )
-
-
-def _sources(recipe: Recipe, data: Path | None) -> list[TileSource]:
-    """Return the images to verify on: those in the folder `data`, else the recipe's own."""
-    from darcnn.export.parity import TileSource
-    from darcnn.runtime.readers.open import is_readable
-
-    if data is None:
-        found = [
-            TileSource(path, group.diameter_px)
-            for group in recipe.target.sets
-            for path in sorted(Path(recipe.data).glob(group.images))
-        ]
-    else:
-        found = [TileSource(path) for path in sorted(data.rglob("*")) if is_readable(path)]
-    if not found:
-        raise UsageError(
-            f"no image in {recipe.data if data is None else data}",
-            where="--data",
-            fix="give a folder of images like those of the training",
-        )
-    return found
 
 
 def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, batch: int) -> Manifest:
@@ -291,7 +316,8 @@ def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, bat
 def _compare(
     bundle: Bundle, network: Darcnn, sources: list[TileSource], backend: str = "onnxruntime"
 ) -> Parity:
-    from darcnn.export.parity import read_tiles, verify_bundle
+    from darcnn.export.parity import verify_bundle
+    from darcnn.export.tiles import read_tiles
 
     tiles = read_tiles(sources, bundle)
     click.echo(f"comparing on {len(tiles)} tiles", err=True)

@@ -12,6 +12,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from darcnn.export.graph import check_graph
 from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.graphs import OUTPUTS
+from darcnn.runtime.errors import UsageError
 
 __all__ = ["derive_half", "to_half"]
 
@@ -27,11 +28,16 @@ _TYPED_INPUTS = {"Flatten": (0,), "Gather": (0,), "Resize": (0,), "Reshape": (0,
 
 
 def derive_half(bundle: Bundle) -> Bundle:
-    """Return `bundle` with graphs of half precision; its file, its hash and its manifest stay the same.
+    """Return `bundle` with graphs of half precision; its path and its hash stay the file's.
 
     Raises:
+        UsageError: the bundle is not in float32.
         RuntimeError: a graph is not one that `darcnn-export bundle` writes.
     """
+    if bundle.precision != "fp32":
+        raise UsageError(
+            f"is in {bundle.precision} already", where=bundle.path, fix="leave --precision out for this model"
+        )
     graphs = {f"{graph}.onnx": to_half(bundle.read(f"{graph}.onnx")) for graph in OUTPUTS}
     return bundle.with_graphs(graphs, precision="fp16")
 

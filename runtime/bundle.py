@@ -50,7 +50,6 @@ class Bundle:
     sha256: str  # hex, of the whole file
     manifest: Manifest
     _members: Mapping[str, bytes] = field(repr=False)
-    precision: str = "fp32"  # of the graphs' layers; "fp16" where the graphs were derived from the file's
 
     def read(self, member: str) -> bytes:
         """Return the content of `member`, one of `MEMBER_CAPS`, as it was verified.
@@ -60,9 +59,15 @@ class Bundle:
         """
         return self._members[member]
 
+    @property
+    def precision(self) -> str:
+        """What the layers of the graphs compute in: "fp32", or "fp16" or "int8" where derived from such."""
+        return self.manifest.precision
+
     def with_graphs(self, graphs: Mapping[str, bytes], *, precision: str) -> Bundle:
-        """Return this bundle with `graphs`, members derived from its own; file, hash and manifest stay."""
-        return replace(self, precision=precision, _members={**self._members, **graphs})
+        """Return this bundle with `graphs`, members derived from its own; path and hash stay the file's."""
+        manifest = replace(self.manifest, precision=precision)
+        return replace(self, manifest=manifest, _members={**self._members, **graphs})
 
 
 def open_bundle(path: str | Path) -> Bundle:

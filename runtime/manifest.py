@@ -66,6 +66,7 @@ class Manifest:
     limits: Limits
     graphs: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]  # graph -> tensor -> (dtype, shape)
     files: Mapping[str, str]
+    precision: str = "fp32"  # of the layers; "int8": the encoders in Q/DQ
 
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
