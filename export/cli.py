@@ -76,6 +76,8 @@ def cli() -> None:
 @click.option("--name", help="Name of the model; the recipe's by default.")
 @click.option("--tile", type=int, help="Side of a tile, pixels; the recipe's by default.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Tiles per call.")
+@click.option("--proposals", type=int, help="Candidates a level, and proposals of a tile; 400 by default.")
+@click.option("--detections", type=int, help="Most objects of a tile; 256 by default.")
 @click.option("--data", type=_folder, help="Images to verify on; the recipe's by default.")
 @click.option("--licence", type=_file, help="Text of the model's licence.")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle if it exists.")
@@ -85,6 +87,8 @@ def bundle(
     name: str | None,
     tile: int | None,
     batch: int,
+    proposals: int | None,
+    detections: int | None,
     data: Path | None,
     licence: Path | None,
     overwrite: bool,
@@ -108,7 +112,9 @@ def bundle(
     name = name or recipe.name
     sources = images_of(recipe, data)
     terms = make_licence(name, recipe.data_licence) if licence is None else _read_text(licence)
-    manifest = _make_manifest(network, recipe, name, tile or recipe.export.tile_px, batch)
+    sizes = {"proposals_per_level": proposals, "proposals": proposals, "detections": detections}
+    given = {size: value for size, value in sizes.items() if value is not None}
+    manifest = _make_manifest(network, recipe, name, tile or recipe.export.tile_px, batch=batch, **given)
     click.echo(f"exporting {name}, stage {info.stage}, step {info.step}", err=True)
     members = make_members(network, options_of(manifest), make_training(info), terms)
     with tempfile.TemporaryDirectory() as folder:
@@ -288,7 +294,7 @@ def _require_export() -> None:
         )
 
 
-def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, batch: int) -> Manifest:
+def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, **sizes: int) -> Manifest:
     from darcnn.export.pack import make_manifest
     from darcnn.export.static import ExportOptions
     from darcnn.training.engine import halo_for
@@ -297,8 +303,8 @@ def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, bat
     options = ExportOptions(
         channels=target.channels,
         tile_px=tile_px,
-        batch=batch,
         halo_px=halo_for(target.nominal_diameter_px, max(network.preset.strides_px)),
+        **sizes,
     )
     return make_manifest(
         network,

@@ -14,7 +14,7 @@ from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from darcnn.export.static import AtlasPool, DetectGraph, ExportOptions, MaskGraph
+from darcnn.export.static import MAX_TOP_K, AtlasPool, DetectGraph, ExportOptions, MaskGraph
 from darcnn.runtime.errors import InputError
 from darcnn.training.model.network import Darcnn
 
@@ -50,7 +50,7 @@ STANDARD_OPS = frozenset({
 # fmt: on
 QUANTISED_OPS = STANDARD_OPS | {"DequantizeLinear", "QuantizeLinear"}  # of a bundle in int8
 MIN_HALF_ELEMENTS = 256  # below it a float16 saves nothing
-_FOLD_ELEMENTS = 1024  # constants are computed in advance up to this size, else comparisons become tables
+_FOLD_ELEMENTS = MAX_TOP_K  # constants are computed in advance up to this size: ranks, and no tables of them
 
 
 def export_detect(network: Darcnn, options: ExportOptions) -> bytes:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from darcnn.export.graph import export_detect, export_mask
 from darcnn.export.quantise import quantise
-from darcnn.export.static import MASK_PX, AtlasPool, ExportOptions
+from darcnn.export.static import AtlasPool, ExportOptions
 from darcnn.runtime.bundle import MEMBER_CAPS, Bundle, write_bundle
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import IntensityRule
@@ -185,7 +185,7 @@ def _limits(network: Darcnn, options: ExportOptions, min_score: float) -> Limits
         proposals=options.proposals,
         detections=options.detections,
         mask_batch=options.mask_batch,
-        mask_px=MASK_PX,
+        mask_px=network.preset.mask_px,
         score_threshold=network.target_heads.score_thresh,
         nms_threshold=network.target_heads.nms_thresh,
         min_score=min_score,
@@ -208,7 +208,7 @@ def _signatures(network: Darcnn, options: ExportOptions) -> dict[str, dict[str, 
             "atlas": atlas,
             "boxes": ("float32", (boxes, 4)),
             "tile_index": ("int64", (boxes,)),
-            "masks": ("float32", (boxes, MASK_PX, MASK_PX)),
+            "masks": ("float32", (boxes, network.preset.mask_px, network.preset.mask_px)),
         },
     }
 

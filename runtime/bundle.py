@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from darcnn.runtime.errors import BundleError
-from darcnn.runtime.manifest import FORMAT, Manifest, manifest_from_json, manifest_to_json
+from darcnn.runtime.manifest import FORMAT, MAX_TILE_PX, Manifest, manifest_from_json, manifest_to_json
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 
 __all__ = ["MEMBER_CAPS", "Bundle", "open_bundle", "write_bundle"]
@@ -218,11 +218,19 @@ def _check_format(path: Path, table: Mapping[str, Any]) -> None:
 
 def _parse_manifest(path: Path, content: bytes) -> Manifest:
     try:
-        return manifest_from_json(_parse_json(path, content))
+        manifest = manifest_from_json(_parse_json(path, content))
     except _FIELD_ERRORS as err:
         raise BundleError(
             f"manifest.json is wrong ({err})", where=path, fix="export the model again"
         ) from err
+    tile_px = manifest.input.tile_px
+    if not 0 < tile_px <= MAX_TILE_PX:
+        raise BundleError(
+            f"manifest.json states tiles of {tile_px} px, a bundle may have up to {MAX_TILE_PX}",
+            where=path,
+            fix="export the model again",
+        )
+    return manifest
 
 
 def _check_hashes(path: Path, manifest: Manifest, members: Mapping[str, bytes]) -> None:

@@ -8,9 +8,19 @@ from typing import Any, TypeVar, get_type_hints
 
 from darcnn.runtime.intensity import IntensityRule
 
-__all__ = ["FORMAT", "Anchors", "Limits", "Manifest", "ModelInput", "manifest_from_json", "manifest_to_json"]
+__all__ = [
+    "FORMAT",
+    "MAX_TILE_PX",
+    "Anchors",
+    "Limits",
+    "Manifest",
+    "ModelInput",
+    "manifest_from_json",
+    "manifest_to_json",
+]
 
 FORMAT = 1  # the newest bundle format this version reads
+MAX_TILE_PX = 8192  # 256 times the memory of the usual 512; more is a mistake or an attack
 
 T = TypeVar("T")
 

@@ -6,12 +6,13 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from darcnn.export import cli, pack, parity
-from darcnn.runtime.bundle import MEMBER_CAPS
+from darcnn.runtime.bundle import MEMBER_CAPS, write_bundle
 
 
 @pytest.fixture
@@ -54,6 +55,15 @@ def test_verify_compares_half_precision_with_pytorch_in_float32(run, bundle_path
     )
     assert (code, "they agree" in out) == (0, True)
     assert max(float(line.split()[-2]) for line in out.splitlines() if line.startswith("discs")) > 1e-5
+
+
+def test_the_checkpoint_of_another_preset_is_refused(run, bundle, checkpoint, tmp_path):
+    members = {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
+    path = tmp_path / "other.darcnn"
+    write_bundle(path, replace(bundle.manifest, preset="resnet50"), members)
+    code, _, err = run("verify", path, "--checkpoint", checkpoint)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "holds preset lite, the bundle resnet50" in err
 
 
 def test_verify_fails_with_another_checkpoint(run, bundle_path, make_network, make_checkpoint):
@@ -116,7 +126,13 @@ def test_info_says_what_the_bundle_is(run, bundle):
         (["verify", "nowhere.darcnn", "--checkpoint", "nowhere"], "nowhere.darcnn"),
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--data", "{empty}"], "--data"),
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--tile", "100"], "--tile"),
+        (["bundle", "{checkpoint}", "--out", "new.darcnn", "--tile", "1000000"], "--tile"),
+        (["bundle", "{checkpoint}", "--out", "new.darcnn", "--proposals", "3841"], "up to 3840"),
+        (["bundle", "{checkpoint}", "--out", "new.darcnn", "--detections", "401"], "chosen from"),
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--licence", "nowhere.txt"], "nowhere.txt"),
+        (["quantise", "nuclei-he", "--data", "{empty}", "--out", "new.darcnn"], "--data"),
+        (["triton", "nowhere.darcnn", "--out", "repository"], "nowhere.darcnn"),
+        (["engine", "nowhere.darcnn", "--precision", "fp16"], "nowhere.darcnn"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, word, checkpoint, tmp_path, monkeypatch):

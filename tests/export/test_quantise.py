@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -26,6 +27,9 @@ from darcnn.runtime.load import find_bundle
 
 pytestmark = pytest.mark.slow
 
+TISSUE = Path(__file__).resolve().parent.parent / "data" / "tissue"  # three pictures
+OPTIONS = ("--tiles", 2, "--diameter", 19)
+
 
 def call(*arguments):
     with pytest.raises(SystemExit) as done:
@@ -39,18 +43,17 @@ def shipped():
 
 
 @pytest.fixture(scope="module")
-def quantised(example_slide, tmp_path_factory):
+def quantised(tmp_path_factory):
     """What `darcnn-export quantise` wrote of a trained model; an untrained one would not survive it."""
     out = tmp_path_factory.mktemp("int8") / "small.darcnn"
-    data = example_slide.parent
-    assert call("quantise", "nuclei-he", "--data", data, "--tiles", 2, "--out", out) == 0
+    assert call("quantise", "nuclei-he", "--data", TISSUE, *OPTIONS, "--out", out) == 0
     return open_bundle(out)
 
 
 @pytest.fixture(scope="module")
-def tile(shipped, example_slide):
-    """A tile that was not calibrated on."""
-    (tile,) = read_tiles(images_in(example_slide.parent), shipped, limit=1).values()
+def tile(shipped):
+    """The picture between the two that were calibrated on."""
+    (tile,) = read_tiles(images_in(TISSUE, 19.0), shipped, limit=1).values()
     return tile
 
 
