@@ -24,11 +24,12 @@ define check_python
 	echo "darcnn needs Python 3.11 or later, $(PYTHON) is not; run make PYTHON=/path/to/python3.11" >&2; exit 2; }
 endef
 
-.PHONY: help demo test lint models native clean
+.PHONY: help demo test proof lint models native clean
 
 help:
 	@echo "make demo   install darcnn into .venv and find the nuclei of $(SLIDE)"
 	@echo "make test   install everything for a CPU into .venv-test (some 7 GB), run all checks and tests"
+	@echo "make proof  what takes too long for every day: engines of whole tiles for every GPU that TensorRT-RTX knows"
 	@echo "make lint   only the style and type checks"
 	@echo "make models train the shipped models again from the images in $(DATA), in $(RUNS): hours; goes on where it stopped"
 	@echo "make native build the C and C++ library, libdarcnn, and its example into $(NATIVE_BUILD); needs a C++17 compiler"
@@ -38,8 +39,11 @@ demo: .venv/installed
 	.venv/bin/darcnn-run "$(SLIDE)" --model "$(MODEL)" --out "$(OUT)" --overwrite
 
 test: lint
-	$(TEST_ENVIRONMENT) .venv-test/bin/pytest -m "not slow"
+	$(TEST_ENVIRONMENT) .venv-test/bin/pytest -m "not slow and not proof"
 	$(TEST_ENVIRONMENT) .venv-test/bin/pytest -m slow || test $$? -eq 5  # 5: there are none
+
+proof: .venv-test/linked
+	$(TEST_ENVIRONMENT) .venv-test/bin/pytest -m proof
 
 lint: .venv-test/linked
 	.venv-test/bin/ruff check .
