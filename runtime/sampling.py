@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
@@ -26,7 +27,7 @@ from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.tiling import Tile
 
-__all__ = ["MAX_SAMPLE_PX", "TileSampler", "measure_slide", "read_ahead", "sample_slide"]
+__all__ = ["MAX_SAMPLE_PX", "SampledTile", "TileSampler", "measure_slide", "read_ahead", "sample_slide"]
 
 MIN_SAMPLE_PX = 1 << 18  # 0.25 Mpx say enough of the brightness of a slide
 MAX_SAMPLE_PX = 1 << 24  # 16 Mpx at most are held to measure it
@@ -35,6 +36,16 @@ MAX_COARSER = 4.0  # a level up to 4 times coarser than the model's pixels still
 READERS = 2  # threads that read tiles while the engine computes; decoders work outside Python's lock
 BATCHES_AHEAD = 2
 MAX_BLOCK_PX = 4096  # the side of what is read at once, pixels of the level
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTile:
+    """A tile, ready for the engine, with all that its objects need to be placed at level 0."""
+
+    plan: SlidePlan
+    shape: tuple[int, int]  # (H, W) of level 0
+    tile: Tile  # of the plan
+    pixels: NDArray[np.uint8]  # (S, S, C)
 
 
 class TileSampler:
