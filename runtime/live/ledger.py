@@ -14,7 +14,9 @@ __all__ = ["Ledger"]
 
 _log = logging.getLogger(__name__)
 
-_UNREAD = 1024  # results kept for an iteration or a callback that does not keep up
+# What is kept for an iteration or a callback that does not keep up; objects of a large frame are megabytes.
+_UNREAD_RESULTS = 1024
+_UNREAD_WITH_OBJECTS = 64
 
 
 class Ledger:
@@ -29,9 +31,8 @@ class Ledger:
         self._changed = threading.Condition()
         self._n_pushed = 0
         self._counts: Counter[str] = Counter()
-        self._unread: deque[LiveResult] = deque()
-        self._untold: deque[LiveResult] = deque()
-        self._n_lost = 0
+        self._unread = _Backlog()
+        self._untold = _Backlog()
         self._n_callback_errors = 0
         self._is_ended = False
         self.stopwatch = Stopwatch()
@@ -47,9 +48,9 @@ class Ledger:
         """Count a frame out; its ticket, and who iterates, have the result when this returns."""
         with self._changed:
             self._counts[result.status] += 1
-            self._n_lost += _append(self._unread, result)
+            self._unread.append(result)
             if self._on_result is not None:
-                self._n_lost += _append(self._untold, result)
+                self._untold.append(result)
             self._changed.notify_all()
         ticket.resolve(result)
 
@@ -59,9 +60,9 @@ class Ledger:
             return
         while True:
             with self._changed:
-                if not self._untold:
-                    return
-                result = self._untold.popleft()
+                result = self._untold.take()
+            if result is None:
+                return
             try:
                 self._on_result(result)
             except Exception:  # the caller's code: the acquisition goes on without it
@@ -72,8 +73,8 @@ class Ledger:
     def read(self) -> LiveResult | None:
         """Return the next result in order, waiting for it; None once no more can come."""
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._unread) or self._is_ended)
-            return self._unread.popleft() if self._unread else None
+            self._changed.wait_for(lambda: len(self._unread) > 0 or self._is_ended)
+            return self._unread.take()
 
     def wait_settled(self, timeout: float | None) -> bool:
         """Tell whether every frame has a result within `timeout` seconds."""
@@ -96,15 +97,32 @@ class Ledger:
                 waiting=waiting,
                 max_waiting=max_waiting,
                 callback_errors=self._n_callback_errors,
-                unread=self._n_lost,
+                unread=self._unread.n_lost + self._untold.n_lost,
                 stages=self.stopwatch.summary(),
             )
 
 
-def _append(results: deque[LiveResult], result: LiveResult) -> int:
-    """Append; return how many had to go for it."""
-    results.append(result)
-    if len(results) <= _UNREAD:
-        return 0
-    results.popleft()
-    return 1
+class _Backlog:
+    """Results that somebody has yet to take, oldest first; of too many the oldest go, and are counted."""
+
+    def __init__(self) -> None:
+        self._results: deque[LiveResult] = deque()
+        self._n_with_objects = 0
+        self.n_lost = 0
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def append(self, result: LiveResult) -> None:
+        self._results.append(result)
+        self._n_with_objects += result.instances is not None
+        while len(self._results) > _UNREAD_RESULTS or self._n_with_objects > _UNREAD_WITH_OBJECTS:
+            self.take()
+            self.n_lost += 1
+
+    def take(self) -> LiveResult | None:
+        if not self._results:
+            return None
+        result = self._results.popleft()
+        self._n_with_objects -= result.instances is not None
+        return result

@@ -39,7 +39,8 @@ class LiveSegmenter:
     Each frame that is pushed has one result, in its ticket, in the iteration over the segmenter, and as an
     argument of `on_result`: see `LiveResult`. Frames are computed in the order of `push` by one thread, which
     owns the engine and also calls `on_result`: a slow callback slows it down. Iteration and callback may
-    lag behind by 1,024 results; older ones are left out, and counted in `stats().unread`.
+    lag behind by 64 results with objects and 1,024 in all; what is older is left out of them (not of its
+    ticket) and counted in `stats().unread`.
 
     Brightness and scale come from the model's rule, and where that asks for statistics, from `calibration`:
     the statistics are given, or learned from the first frame (which takes longer for it) and kept, or, with

@@ -55,6 +55,7 @@ def test_statistics_are_learned_once_and_never_taken_from_a_later_frame(field):
         assert live.calibration == learned
 
 
+@pytest.mark.slow
 def test_a_frame_learns_anew_where_that_is_asked(field):
     dim = (field // 4).astype(np.uint16)
     given = Calibration(window=Window(0.0, 1e7), diameter_px=27.0)

@@ -304,6 +304,16 @@ def test_nobody_who_listens_too_slowly_grows_the_memory(open_live, engine, frame
     assert live.stats().unread == 1100 - 1024
 
 
+def test_results_with_objects_are_kept_less_long_and_counted_when_they_go(open_live, frame_of):
+    live = open_live(queue=4)
+    tickets = [live.push(frame_of(8, 8)) for _ in range(80)]
+    live.end()
+    live.drain(20)
+    assert [result.number for result in live] == list(range(16, 80))
+    assert live.stats().unread == 16
+    assert tickets[0].result(0).status == "done"
+
+
 def test_times_add_up_by_stage(open_live, make_engine, frame_of):
     live = open_live(make_engine(delay_s=0.02))
     result = live.push(frame_of()).result(10)
