@@ -11,12 +11,14 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from darcnn.runtime.errors import DarcnnError, DeviceError, UsageError
 from darcnn.runtime.live.calibration import Calibration, Calibrator
 from darcnn.runtime.live.frames import BufferPool, check_frame, view_frame
 from darcnn.runtime.live.ledger import Ledger
+from darcnn.runtime.live.mosaic import Mosaic
+from darcnn.runtime.live.mosaic_grid import MosaicGrid
 from darcnn.runtime.live.queue import BoundedQueue, Policy, QueueClosedError
 from darcnn.runtime.live.stats import LiveStats
 from darcnn.runtime.live.ticket import LiveResult, Ticket, check_process
@@ -24,9 +26,6 @@ from darcnn.runtime.live.work import FrameWork, Work, name_frame
 from darcnn.runtime.live.worker import Worker, drop, dropped
 from darcnn.runtime.load import load
 from darcnn.runtime.segmenter import Segmenter
-
-if TYPE_CHECKING:
-    from darcnn.runtime.live.mosaic import Mosaic, MosaicGrid
 
 __all__ = ["LiveSegmenter"]
 
@@ -83,7 +82,6 @@ class LiveSegmenter:
         self._pool = BufferPool(queue + 2)  # those that wait, the one computed, the one coming
         self._push_gate = threading.Lock()  # one push after another: order is that of the numbers
         self._worker = Worker(segmenter, frames, self._ledger, calibrator)
-        self._manifest = segmenter.manifest
         # also when it is forgotten open, or the program ends
         self._finalizer = weakref.finalize(self, _shut, self._worker)
 
@@ -143,9 +141,7 @@ class LiveSegmenter:
 
     def mosaic(self, grid: MosaicGrid) -> Mosaic:
         """Return what takes the fields of view of `grid` in any order and reports each object once."""
-        from darcnn.runtime.live.mosaic import Mosaic
-
-        return Mosaic(grid, self._put, self._manifest.input)
+        return Mosaic(grid, self._put)
 
     def stats(self) -> LiveStats:
         """Return what was pushed, what became of it, and percentiles of the times by stage."""

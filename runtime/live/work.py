@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ from darcnn.runtime.seams import join_tiles
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.tiling import Tile
 
-__all__ = ["FrameWork", "Work", "name_frame"]
+__all__ = ["FrameWork", "Work", "in_words_of_push", "name_frame"]
 
 
 class Work(ABC):
@@ -142,19 +143,14 @@ class FrameWork(Work):
     def open(self, segmenter: Segmenter, calibrator: Calibrator) -> None:
         """Plan the frame; calibrate on it if it is the one to learn from."""
         assert self._frame is not None  # until `release`
-        where = name_frame(self.ticket)
-        try:
-            reader = ArrayReader(self._frame, name=where, mpp=self._pixel_size_um)
+        with in_words_of_push(self.ticket):
+            reader = ArrayReader(self._frame, mpp=self._pixel_size_um)
             channels = len(reader.info.channel_names)
             if segmenter.manifest.input.channels == 1 and channels > 1 and not reader.info.is_rgb:
-                raise InputError(f"has {channels} channels", where=where, fix="push one: frame[..., 0]")
+                raise InputError(f"has {channels} channels", where="frame", fix="push one: frame[..., 0]")
             calibration = calibrator.settle(segmenter, reader, self._frame.dtype, renew=self._calibrates)
             self._plan = calibrator.plan(segmenter, reader, calibration)
             window = calibration.window or segmenter.measure(reader, self._plan)
-        except ShapeError as err:
-            raise InputError(str(err), where=where, fix="push an image that fits the model") from err
-        except DarcnnError as err:
-            raise InputError(err.problem, where=where, fix=_in_python(err.fix)) from err
         self._sampler = segmenter.sampler(reader, self._plan, window)
         self.tiles.extend(self._plan.tiles)
         self.n_tiles = len(self.tiles)
@@ -183,12 +179,17 @@ def name_frame(ticket: Ticket) -> str:
     return f"frame {ticket.key}"
 
 
-def _in_python(fix: str) -> str:
-    """Return the advice of an error in the words of `push` where it speaks of the command line."""
-    words: Sequence[tuple[str, str]] = (
-        ("--mpp", "pixel_size_um"),
-        ("--diameter", "Calibration(diameter_px=...)"),
-    )
-    for option, python in words:
-        fix = fix.replace(option, python)
-    return fix
+@contextmanager
+def in_words_of_push(ticket: Ticket) -> Iterator[None]:
+    """Turn errors about an image into errors about this frame, and options into arguments.
+
+    Raises:
+        InputError: in place of any error of a user, or of a shape that does not serve.
+    """
+    try:
+        yield
+    except ShapeError as err:
+        raise InputError(str(err), where=name_frame(ticket), fix="push an image that fits the model") from err
+    except DarcnnError as err:
+        fix = err.fix.replace("--mpp", "pixel_size_um").replace("--diameter", "Calibration(diameter_px=...)")
+        raise InputError(err.problem, where=name_frame(ticket), fix=fix) from err
