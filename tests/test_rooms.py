@@ -37,6 +37,7 @@ UNPICKLER = {"pickle.Unpickler", "pickle.UnpicklingError"}
 EXTRAS_OF_RUNTIME: dict[str, set[str]] = {
     "runtime/engines/cuda.py": {"cuda"},
     "runtime/engines/openvino.py": {"openvino"},
+    "runtime/live/micromanager.py": {"pymmcore_plus", "useq"},
     "runtime/readers/mrc.py": {"mrcfile"},
     "runtime/readers/nifti.py": {"nibabel"},
 }
