@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from darcnn.runtime.errors import DarcnnError, InputError, ShapeError
+from darcnn.runtime.errors import InputError, ShapeError, UsageError
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.live.calibration import Calibrator
 from darcnn.runtime.live.ticket import FrameTimes, LiveResult, Status, Ticket
@@ -184,12 +184,12 @@ def in_words_of_push(ticket: Ticket) -> Iterator[None]:
     """Turn errors about an image into errors about this frame, and options into arguments.
 
     Raises:
-        InputError: in place of any error of a user, or of a shape that does not serve.
+        InputError: in place of one of another kind, or without the frame's name.
     """
     try:
         yield
     except ShapeError as err:
         raise InputError(str(err), where=name_frame(ticket), fix="push an image that fits the model") from err
-    except DarcnnError as err:
+    except (InputError, UsageError) as err:
         fix = err.fix.replace("--mpp", "pixel_size_um").replace("--diameter", "Calibration(diameter_px=...)")
         raise InputError(err.problem, where=name_frame(ticket), fix=fix) from err
