@@ -51,8 +51,8 @@ class Ledger:
             self._unread.append(result)
             if self._on_result is not None:
                 self._untold.append(result)
+            ticket.resolve(result)
             self._changed.notify_all()
-        ticket.resolve(result)
 
     def tell(self) -> None:
         """Call the callback with each result that it has not seen, in order."""

@@ -23,7 +23,7 @@ from darcnn.runtime.live.queue import BoundedQueue, Policy, QueueClosedError
 from darcnn.runtime.live.stats import LiveStats
 from darcnn.runtime.live.ticket import LiveResult, Ticket, check_process
 from darcnn.runtime.live.work import FrameWork, Work, name_frame
-from darcnn.runtime.live.worker import Worker, drop, dropped
+from darcnn.runtime.live.worker import Worker, drop, dropped, failed
 from darcnn.runtime.load import load
 from darcnn.runtime.segmenter import Segmenter
 
@@ -208,15 +208,17 @@ class LiveSegmenter:
                 self._ledger.settle(ticket, dropped(ticket, "the queue was full"))
                 return ticket
             try:
-                work = make(ticket)
+                self._queue.put(make(ticket))
+            except QueueClosedError:
+                self._ledger.settle(ticket, dropped(ticket, "the segmenter was closed"))
             except DarcnnError as err:
                 error = type(err)(err.problem, where=name_frame(ticket), fix=err.fix)
-                self._ledger.settle(ticket, LiveResult(ticket.key, ticket.number, "failed", None, error))
-                return ticket
-            try:
-                self._queue.put(work)
-            except QueueClosedError:
-                drop(work, self._ledger, "the segmenter was closed")
+                self._ledger.settle(ticket, failed(ticket, error))
+            except Exception as err:  # of the array's library, or no memory: this frame's
+                self._ledger.settle(ticket, failed(ticket, err))
+            except BaseException:  # Ctrl-C: whoever waits for the frame must not wait for ever
+                self._ledger.settle(ticket, dropped(ticket, "the push was interrupted"))
+                raise
             return ticket
 
 

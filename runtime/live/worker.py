@@ -20,7 +20,7 @@ from darcnn.runtime.live.work import Work, name_frame
 from darcnn.runtime.sampling import SampledTile
 from darcnn.runtime.segmenter import Segmenter
 
-__all__ = ["Worker", "drop"]
+__all__ = ["Worker", "drop", "dropped", "failed"]
 
 _log = logging.getLogger(__name__)
 
@@ -234,3 +234,8 @@ def dropped(ticket: Ticket, reason: str) -> LiveResult:
         fix="push more slowly, choose another policy, or push it again",
     )
     return LiveResult(key=ticket.key, number=ticket.number, status="dropped", instances=None, error=error)
+
+
+def failed(ticket: Ticket, error: Exception) -> LiveResult:
+    """Return the result of a frame that could not be queued."""
+    return LiveResult(key=ticket.key, number=ticket.number, status="failed", instances=None, error=error)

@@ -38,3 +38,17 @@ def test_the_soak_watches_memory_threads_and_files(run):
     assert soak["done"] == 30
     assert soak["threads"][0] == soak["threads"][1]
     assert soak["files"][0] == soak["files"][1]
+
+
+def test_the_roofline_counts_a_convolution_and_a_product(root):
+    onnx = pytest.importorskip("onnx")
+    script = runpy.run_path(str(root / "benchmarks" / "roofline.py"))
+    model = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 18]>
+        g (float[1, 3, 8, 8] x, float[5, 3, 3, 3] w, float[4, 6] a, float[6, 2] b)
+            => (float[1, 5, 6, 6] y, float[4, 2] z)
+        { y = Conv (x, w)  z = MatMul (a, b) }"""
+    )
+    cost = script["count"](model.SerializeToString())
+    assert cost.gflop * 1e9 == pytest.approx(2 * (5 * 6 * 6) * (3 * 3 * 3) + 2 * (4 * 2) * 6)
+    assert cost.megabytes * 1e6 == pytest.approx(4 * (5 * 6 * 6 + 4 * 2))

@@ -116,6 +116,18 @@ def test_values_that_are_not_finite_are_black_and_do_not_count(field):
         assert len(nothing.instances) == 0
 
 
+@pytest.mark.slow
+def test_the_first_frame_is_as_fast_as_later_ones(field):
+    calibration = Calibration(window=Window(32.0, 3375.0), diameter_px=27.0)
+
+    def first_to_later():
+        with LiveSegmenter(fluorescence(), calibration=calibration) as live:
+            times = [live.push(field).result(60).times_ms.total for _ in range(6)]
+        return times[0] / np.median(times[1:])
+
+    assert min(first_to_later() for _ in range(3)) < 1.5  # the machine may be busy, once or twice
+
+
 def test_what_is_no_calibration_is_refused_before_anything_is_loaded():
     with pytest.raises(
         UsageError, match="'every' is no calibration; give a Calibration, or one of first, each"

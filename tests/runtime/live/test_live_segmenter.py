@@ -201,6 +201,33 @@ def test_a_bad_frame_fails_by_its_ticket_and_the_next_one_goes_on(open_live, fra
     assert (live.stats().failed, live.stats().done) == (1, 1)
 
 
+def test_whatever_goes_wrong_with_an_array_of_another_library_is_that_frames(open_live, frame_of):
+    class Broken:
+        def __dlpack_device__(self):
+            raise MemoryError("no more")
+
+        def __dlpack__(self, **options):
+            raise NotImplementedError
+
+    live = open_live()
+    assert live.push(Broken()).outcome(10).status == "failed"
+    assert live.push(frame_of()).result(10).status == "done"
+
+
+def test_a_push_that_is_interrupted_still_has_a_result(open_live):
+    class Interrupts:
+        def __dlpack_device__(self):
+            raise KeyboardInterrupt
+
+        __dlpack__ = None
+
+    live = open_live()
+    with pytest.raises(KeyboardInterrupt):
+        live.push(Interrupts())
+    live.drain(10)
+    assert (live.stats().pushed, live.stats().dropped) == (1, 1)
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_an_engine_error_is_that_frames_alone(open_live, make_engine, frame_of, batch):
     engine = make_engine(batch=batch, forbidden=7)
