@@ -79,6 +79,8 @@ class Mosaic:
     def finish(self, *, key: Hashable = "finish") -> Ticket:
         """Take fields that are missing to be black; the result holds all objects that were not certain yet.
 
+        If it fails or is dropped, call it again.
+
         Raises:
             UsageError: the segmenter takes no more frames.
         """
@@ -104,6 +106,11 @@ class _Canvas:
     def shape(self) -> tuple[int, int]:
         """(H, W) of the mosaic."""
         return self._grid.shape
+
+    @property
+    def pixel_size_um(self) -> float:
+        """Micrometres per pixel of the mosaic."""
+        return self._grid.pixel_size_um
 
     def add(self, field: NDArray[Any], index: int, segmenter: Segmenter, calibrator: Calibrator) -> None:
         """Put a field in its place.
@@ -185,6 +192,10 @@ class _FieldWork(Work):
         self._canvas = canvas
         self._fields = fields
         self._taken: list[Tile] = []
+
+    @property
+    def pixel_size_um(self) -> float:
+        return self._canvas.pixel_size_um
 
     def open(self, segmenter: Segmenter, calibrator: Calibrator) -> None:
         with in_words_of_push(self.ticket):

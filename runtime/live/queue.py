@@ -49,6 +49,7 @@ class BoundedQueue(Generic[T]):
         self._items: deque[T] = deque()
         self._changed = threading.Condition()
         self._is_ended = False
+        self._is_woken = False
         self._max_length = 0
 
     def __len__(self) -> int:
@@ -98,14 +99,24 @@ class BoundedQueue(Generic[T]):
             self._changed.notify_all()
 
     def take(self, *, wait: bool = True) -> T | None:
-        """Return the oldest item; None if there is none (and, if it waits, none can come)."""
+        """Return the oldest item, or None.
+
+        Waits for one unless told not to, and until it is woken, or until none can come any more.
+        """
         with self._changed:
             if wait:
-                self._changed.wait_for(lambda: self._is_ended or bool(self._items))
+                self._changed.wait_for(lambda: self._is_ended or self._is_woken or bool(self._items))
+                self._is_woken = False
             if not self._items:
                 return None
             self._changed.notify_all()
             return self._items.popleft()
+
+    def wake(self) -> None:
+        """Let the thread that waits in `take`, or the next that does, look around: it gets None."""
+        with self._changed:
+            self._is_woken = True
+            self._changed.notify_all()
 
     def end(self) -> None:
         """Let nothing more in; what waits can still be taken."""

@@ -107,7 +107,7 @@ class LiveSegmenter:
             deadline_ms: from now; checked between engine calls. What is finished by then is returned, with
                 status `late`. 0 returns at once without objects.
             copy: False reads the frame in place: it must not change until the ticket is ready.
-            calibrate: learn brightness and scale from this frame.
+            calibrate: learn brightness and scale from this frame, if it is neither dropped nor late.
         Raises:
             UsageError: closed, ended, or opened in another process; or a number that does not serve.
         """
@@ -193,6 +193,13 @@ class LiveSegmenter:
         self.close()
 
     def _put(self, make: Callable[[Ticket], Work], key: Hashable) -> Ticket:
+        """Return the ticket of one push; whoever listens is told if it did not get into the queue."""
+        ticket = self._enqueue(make, key)
+        if ticket.is_ready:
+            self._queue.wake()  # `on_result` is the worker's to call
+        return ticket
+
+    def _enqueue(self, make: Callable[[Ticket], Work], key: Hashable) -> Ticket:
         """Make the work of one push, if there is room for it, and queue it."""
         with self._push_gate:
             try:

@@ -133,7 +133,9 @@ class Worker:
                 self._doing = "nothing"
                 work = self._queue.take()
                 if work is None:
-                    return
+                    if self._queue.is_ended and not len(self._queue):
+                        return
+                    continue  # woken to tell of a frame that never came here
                 self._begin(work)
             batch = self._gather()
             if batch and not self._is_stopped:

@@ -305,6 +305,13 @@ def test_a_callback_that_raises_is_logged_and_the_next_frame_goes_on(open_live, 
     assert "on_result raised on frame 'b'" in caplog.text
 
 
+def test_a_callback_is_told_of_a_bad_frame_though_no_other_follows(open_live):
+    told = threading.Event()
+    live = open_live(on_result=lambda result: told.set())
+    assert live.push("no frame").outcome(10).status == "failed"
+    assert told.wait(10)
+
+
 def test_a_callback_may_close(open_live, engine, frame_of):
     closed = threading.Event()
 

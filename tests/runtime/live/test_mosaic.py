@@ -81,6 +81,7 @@ def test_in_any_order_the_fields_give_each_object_of_the_stitched_picture_once(
         tickets = [mosaic.push(fields[n], at_um=grid.positions_um[n], key=n) for n in order]
         results = [ticket.result(30) for ticket in tickets]
         last = mosaic.finish().result(30)
+    assert {result.pixel_size_um for result in results} == {UM}
     assert len(last.instances) == 0  # all was certain once the last field was in
     assert rows_of(join(grid.shape, results)) == rows_of(expected)
 
