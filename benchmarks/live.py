@@ -37,7 +37,7 @@ _LOADS = (0.5, 0.8, 1.0, 1.5, 2.0)  # of what the engine can do
 _BASE_PX = (
     512  # frames of this side are measured as often as asked, larger ones less, as they have more pixels
 )
-_MIN_FRAMES = 5
+_MIN_FRAMES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +112,15 @@ def main(
         record["soak"] = soaked = run_soak(camera, soak, soak_px)
         _say(soaked)
     else:
-        record["alone"] = alone = [run_alone(camera, side, _share(frames, side)) for side in sizes]
-        _say(*alone)
-        record["rates"] = rates = [
-            run_rate(camera, int(row["px"]), share / (row["p50_ms"] / 1e3), _share(frames, int(row["px"])))
-            for row in alone
-            for share in _LOADS
-        ]
-        _say(*rates)
+        record["alone"] = alone = []
+        record["rates"] = rates = []
+        for side in sizes:
+            alone.append(run_alone(camera, side, _share(frames, side)))
+            _say(alone[-1])
+            for share in _LOADS:
+                fps = share / (alone[-1]["p50_ms"] / 1e3)
+                rates.append(run_rate(camera, side, fps, _share(frames, side)))
+                _say(rates[-1])
         if plot is not None:
             draw(rates, alone, plot)
     if out is not None:
@@ -156,12 +157,14 @@ def run_alone(camera: Camera, side: int, n: int) -> dict[str, float]:
     p50, p99 = (float(p) for p in np.percentile(live_ms, (50, 99)))
     return {
         "px": side,
+        "frames": n,
         "tiles": len(tiles),
         "first_ms": first_ms,
         "p50_ms": p50,
         "p99_ms": p99,
         "p99_over_p50": p99 / p50,
         "bare_p50_ms": float(np.median(bare_ms)),
+        "bare_p99_ms": float(np.percentile(bare_ms, 99)),
         "p50_over_bare": float(np.median(np.array(live_ms) / np.array(bare_ms))),
         **{f"{name}_p50_ms": times.p50_ms for name, times in stages.items() if name != "total"},
     }
@@ -275,14 +278,13 @@ def draw(rates: list[dict[str, float]], alone: list[dict[str, float]], path: Pat
     figure.savefig(path, dpi=110)
 
 
-def _say(*rows: dict[str, Any]) -> None:
-    for row in rows:
-        words = (
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in row.items()
-            if name != "memory_mb"
-        )
-        click.echo("  ".join(words))
+def _say(row: dict[str, Any]) -> None:
+    words = (
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.items()
+        if name != "memory_mb"
+    )
+    click.echo("  ".join(words))
 
 
 if __name__ == "__main__":

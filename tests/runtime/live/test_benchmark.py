@@ -34,7 +34,7 @@ def test_the_benchmark_times_frames_alone_and_at_rising_rates(run, tmp_path):
 
 
 def test_the_soak_watches_memory_threads_and_files(run):
-    soak = run("--soak", "30", "--soak-px", "8")["soak"]
+    soak = run("--soak", "20", "--soak-px", "8")["soak"]
     assert soak["done"] == 30
     assert soak["threads"][0] == soak["threads"][1]
     assert soak["files"][0] == soak["files"][1]

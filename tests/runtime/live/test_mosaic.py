@@ -57,7 +57,7 @@ def join(shape, results):
     return Instances.concatenate(shape, [result.instances for result in results])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     columns=st.integers(1, 4),
     rows=st.integers(1, 4),
