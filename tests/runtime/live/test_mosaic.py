@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from darcnn.runtime.engines.oracle import encode_labels
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.live import Calibration, LiveSegmenter, MosaicGrid
 from darcnn.runtime.load import load
+from darcnn.runtime.pipeline import RunOptions
 from darcnn.runtime.readers.array import ArrayReader
+from darcnn.runtime.sinks.result_folder import TABLE_FILE
 
 UM = 0.5  # per pixel
 
@@ -215,7 +218,7 @@ def test_a_grid_that_makes_no_sense_is_refused(positions, options, words):
 
 
 @pytest.mark.slow
-def test_real_nuclei_of_a_mosaic_are_those_of_the_stitched_picture(root):
+def test_real_nuclei_of_a_mosaic_are_those_of_a_run_on_the_stitched_picture(root, tmp_path):
     from PIL import Image
 
     def field(name):
@@ -230,9 +233,14 @@ def test_real_nuclei_of_a_mosaic_are_those_of_the_stitched_picture(root):
         assert len(plan.tiles) > 4
         expected = plain.segment(reader, plan)
         calibration = Calibration(window=plain.measure(reader, plan), diameter_px=16.0)
+        summary = plain.run(reader, tmp_path, options=RunOptions(diameter_px=16.0))
+        written = parquet.read_table(summary.folder / TABLE_FILE)
     order = [5, 0, 3, 7, 1, 2, 4, 6]
     with LiveSegmenter(load("nuclei-fluorescence", device="cpu"), queue=12, calibration=calibration) as live:
         mosaic = live.mosaic(grid)
         results = [mosaic.push(fields[n], at_um=grid.positions_um[n]).result(120) for n in order]
-    assert len(expected) > 20
-    assert rows_of(join(grid.shape, results)) == rows_of(expected)
+    found = join(grid.shape, results)
+    assert len(found) > 20
+    assert rows_of(found) == rows_of(expected)
+    assert sorted(written["score"].to_pylist()) == sorted(found.scores.tolist())
+    assert sorted(written["area_px"].to_pylist()) == sorted(int(mask.sum()) for mask in found.masks)
