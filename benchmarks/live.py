@@ -5,8 +5,8 @@
 
 The image, mirrored to the size of the frame, plays the camera. First each frame size alone: one frame after
 another, by turns with the bare engine on the same tiles. Then a camera with a clock at rising rates, from
-half of what the engine can do to twice as much. A soak pushes so many frames and watches memory, threads and
-files. Figures hold for this machine and load.
+half of what the engine can do to twice as much, and a flood of 100 frames a second. A soak pushes so many
+frames and watches memory, threads and files. Figures hold for this machine and load.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import platform
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ _BASE_PX = (
     512  # frames of this side are measured as often as asked, larger ones less, as they have more pixels
 )
 _MIN_FRAMES = 3
+_FLOOD_PER_S = 100.0  # far more than the engine can do: does it keep the producer?
+_FLOOD_PER_FRAME = 25  # frames of a flood for each that is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,12 @@ def main(
                 fps = share / (alone[-1]["p50_ms"] / 1e3)
                 rates.append(run_rate(camera, side, fps, _share(frames, side)))
                 _say(rates[-1])
+        record["flood"] = [
+            run_rate(replace(camera, policy=dropping), sizes[0], _FLOOD_PER_S, _FLOOD_PER_FRAME * frames)
+            for dropping in ("drop_oldest", "drop_newest")
+        ]
+        for row in record["flood"]:
+            _say(row)
         if plot is not None:
             draw(rates, alone, plot)
     if out is not None:
@@ -131,7 +139,7 @@ def _share(frames: int, side: int) -> int:
     return min(frames, max(_MIN_FRAMES, round(frames * _BASE_PX**2 / side**2)))
 
 
-def run_alone(camera: Camera, side: int, n: int) -> dict[str, float]:
+def run_alone(camera: Camera, side: int, n: int) -> dict[str, Any]:
     """Time single frames, by turns with the bare engine on the same tiles."""
     frame = camera.frame(side)
     live_ms: list[float] = []
@@ -183,7 +191,7 @@ def _run_bare(segmenter: Segmenter, tiles: list[NDArray[np.uint8]]) -> None:
         engine.masks(found, found.boxes[index, slot], index)
 
 
-def run_rate(camera: Camera, side: int, fps: float, n: int) -> dict[str, float]:
+def run_rate(camera: Camera, side: int, fps: float, n: int) -> dict[str, Any]:
     """Push `n` frames by the clock, `fps` a second."""
     frame = camera.frame(side)
     with camera.open(frame, queue=camera.queue, policy=camera.policy) as live:
@@ -200,6 +208,8 @@ def run_rate(camera: Camera, side: int, fps: float, n: int) -> dict[str, float]:
         total = [result.times_ms.total for result in live if result.status == "done"][1:]
     return {
         "px": side,
+        "policy": camera.policy,
+        "frames": n,
         "frames_per_s": fps,
         "done_per_s": (stats.done - 1) / spent,
         "p50_ms": float(np.percentile(total, 50)),
@@ -255,7 +265,7 @@ def n_files() -> int | None:
     return len(list(folder.iterdir())) if folder.is_dir() else None
 
 
-def draw(rates: list[dict[str, float]], alone: list[dict[str, float]], path: Path) -> None:
+def draw(rates: list[dict[str, Any]], alone: list[dict[str, Any]], path: Path) -> None:
     """Draw latency and the share of frames done over the rate, a line for each frame size."""
     from matplotlib.figure import Figure
 
