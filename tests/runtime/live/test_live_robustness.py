@@ -112,6 +112,22 @@ def test_a_thousand_segmenters_leave_nothing_behind(make_engine, to_segmenter, f
     assert resident_bytes() < 1.02 * memory
 
 
+def test_sessions_of_a_real_backend_leave_nothing_behind_either(tiny_bundle):
+    frame = np.full((8, 8, 3), 240, np.uint8)
+
+    def cycle(times):
+        for _ in range(times):
+            with LiveSegmenter(tiny_bundle, device="cpu") as live:
+                live.push(frame).result(10)
+
+    cycle(30)
+    threads, files, memory = threading.active_count(), n_descriptors(), resident_bytes()
+    cycle(100)
+    assert threading.active_count() == threads
+    assert n_descriptors() == files
+    assert resident_bytes() < 1.03 * memory
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_after_opening_gives_a_clear_error(make_engine, to_segmenter, frame_of):
