@@ -41,11 +41,11 @@ lint: .venv-test/linked
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy -p darcnn.runtime -p darcnn.training -p darcnn.export
 
-# The source stage is the same in both recipes and is trained once.
+# The source stage is the same in the recipes of nuclei and is trained once; particles start from what is shipped of it.
 models: .venv-test/linked
-	for name in nuclei-fluorescence nuclei-he; do \
+	for name in nuclei-fluorescence nuclei-he particles-cryoet; do \
 		mkdir -p "$(RUNS)/$$name" && \
-		{ test $$name = nuclei-fluorescence || test -d "$(RUNS)/$$name/source" || \
+		{ test $$name != nuclei-he || test -d "$(RUNS)/$$name/source" || \
 			cp -r "$(RUNS)/nuclei-fluorescence/source" "$(RUNS)/$$name/source"; } && \
 		.venv-test/bin/darcnn-train run examples/recipes/$$name.toml --data "$(DATA)" --out "$(RUNS)/$$name" --resume && \
 		.venv-test/bin/darcnn-export bundle "$(RUNS)/$$name" --data "$(DATA)" --out "$(RUNS)/$$name.darcnn" --overwrite \

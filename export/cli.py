@@ -245,6 +245,7 @@ def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, bat
         mpp=target.mpp,
         min_score=recipe.export.min_score,
         finds_diameter=target.finds_diameter,
+        slab=target.slab,
         max_diameter_px=None if limit is None else limit * target.nominal_diameter_px,
     )
 

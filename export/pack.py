@@ -15,6 +15,7 @@ from darcnn.runtime.bundle import write_bundle
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.manifest import FORMAT, Anchors, Limits, Manifest, ModelInput
+from darcnn.runtime.slab import Slab
 from darcnn.training.checkpoint import CheckpointInfo
 from darcnn.training.config import recipe_to_table
 from darcnn.training.model.network import Darcnn
@@ -39,6 +40,7 @@ def make_manifest(
     mpp: float | None,
     min_score: float,
     finds_diameter: bool = False,
+    slab: Slab | None = None,
     max_diameter_px: float | None = None,
 ) -> Manifest:
     """Return the manifest of a bundle that is not yet written: `files` is empty.
@@ -52,6 +54,7 @@ def make_manifest(
         mpp: micrometres per network pixel, None where the model knows no scale.
         min_score: what a run keeps unless told otherwise.
         finds_diameter: without a given size, a run measures the objects of an image first.
+        slab: how much of a volume one plane stands for.
         max_diameter_px: larger findings are not reported; network pixels, None for no limit.
     Raises:
         UsageError: the tile is too small for its halo or does not fit the network.
@@ -78,6 +81,7 @@ def make_manifest(
             nominal_diameter_px=nominal_diameter_px,
             mpp=mpp,
             finds_diameter=finds_diameter,
+            slab=slab,
         ),
         anchors=Anchors(preset.anchor_sizes_px, preset.anchor_ratios, preset.strides_px),
         limits=replace(_limits(network, options, min_score), max_diameter_px=max_diameter_px),

@@ -23,6 +23,9 @@ from darcnn.runtime.readers.open import is_readable, open_source
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import output_error
 from darcnn.runtime.sinks.result_folder import make_folder_name
+from darcnn.runtime.volumes.open import is_volume
+from darcnn.runtime.volumes.options import VolumeOptions
+from darcnn.runtime.volumes.pipeline import run_volume
 
 __all__ = ["BatchOutcome", "Listener", "list_slides", "run_batch"]
 
@@ -115,9 +118,17 @@ def _expand(text: str) -> list[Path]:
 
 
 def run_batch(
-    segmenter: Segmenter, slides: Sequence[Path], out_dir: Path, *, options: RunOptions, listener: Listener
+    segmenter: Segmenter,
+    slides: Sequence[Path],
+    out_dir: Path,
+    *,
+    options: RunOptions,
+    volume_options: VolumeOptions | None = None,
+    listener: Listener,
 ) -> BatchOutcome:
     """Run all `slides`; those that fail are told to `listener` and the rest goes on.
+
+    A file of several planes is run as a volume, unless `options` choose one of them.
 
     Raises:
         BundleError, DeviceError: no further slide would fare better.
@@ -127,8 +138,15 @@ def run_batch(
     for number, path in enumerate(slides, start=1):
         listener.begin(path, number, len(slides))
         try:
-            with open_source(path, z=options.z, t=options.t) as reader:
-                summary = run_slide(segmenter, reader, out_dir, options=options, progress=listener.advance)
+            if options.z is None and is_volume(path, t=options.t):
+                summary = run_volume(
+                    segmenter, path, out_dir, options=volume_options, progress=listener.advance
+                )
+            else:
+                with open_source(path, z=options.z, t=options.t) as reader:
+                    summary = run_slide(
+                        segmenter, reader, out_dir, options=options, progress=listener.advance
+                    )
         except (BundleError, DeviceError):
             raise
         except DarcnnError as err:

@@ -15,6 +15,7 @@ from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, 
 from darcnn.runtime.options import BACKENDS, read_diameter
 from darcnn.runtime.pipeline import RunOptions, RunSummary
 from darcnn.runtime.record import installed_version
+from darcnn.runtime.volumes.options import VolumeOptions, parse_voxel_size
 
 __all__ = ["main"]
 
@@ -29,6 +30,15 @@ def _show_machine(context: click.Context, parameter: click.Parameter, value: boo
 
         click.echo("\n".join(examine_machine()))
         context.exit()
+
+
+def _read_voxel_size(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> tuple[float, float, float] | None:
+    try:
+        return None if text is None else parse_voxel_size(text)
+    except UsageError as err:
+        raise click.BadParameter(f"{err.problem}; {err.fix}") from err
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,8 +89,25 @@ def _show_machine(context: click.Context, parameter: click.Parameter, value: boo
     help="Diameter of a typical object in pixels of the image, or auto to estimate it; decides the scale.",
 )
 @click.option("--channel", metavar="N|NAME", help="Which of several channels, by number (from 0) or name.")
-@click.option("--z", type=click.IntRange(min=0), help="Which plane of a stack, from 0.")
+@click.option("--z", type=click.IntRange(min=0), help="Only this plane of a volume, from 0.")
 @click.option("--t", type=click.IntRange(min=0), help="Which moment of a series, from 0.")
+@click.option(
+    "--axis",
+    type=click.Choice(["z", "y", "x", "all"]),
+    default="z",
+    show_default=True,
+    help="Of a volume: the planes to look at; all: what two axes agree on.",
+)
+@click.option(
+    "--slab", type=click.IntRange(1, 99), help="Of a volume: planes averaged into one, an odd number."
+)
+@click.option(
+    "--voxel-size",
+    metavar="SIZE",
+    callback=_read_voxel_size,
+    help="Of a volume: 1.35 (nm), 13.5A or Z,Y,X, in place of what the file says.",
+)
+@click.option("--labels-mrc", is_flag=True, help="Of a volume: write labels.mrc too.")
 @click.option(
     "--min-score", type=click.FloatRange(0, 1), help="Leave out objects below this score; else the model's."
 )
@@ -108,13 +135,17 @@ def main(
     channel: str | None,
     z: int | None,
     t: int | None,
+    axis: Literal["z", "y", "x", "all"],
+    slab: int | None,
+    voxel_size: tuple[float, float, float] | None,
+    labels_mrc: bool,
     min_score: float | None,
     row_filter: str | None,
     overwrite: bool,
     restart: bool,
     quiet: bool,
 ) -> None:
-    """Find the objects of slides and images: INPUT is a file, a folder of images or a pattern.
+    """Find the objects of slides, images and volumes: INPUT is a file, a folder of images or a pattern.
 
     One line a slide goes to standard output. The exit code is 0 when every slide is done, 1 when some
     failed, 2 when nothing usable was made, 130 after Ctrl-C.
@@ -130,6 +161,19 @@ def main(
         overwrite=overwrite,
         restart=restart,
     )
+    volume_options = VolumeOptions(
+        axis=axis,
+        n_joined=slab,
+        voxel_nm=voxel_size,
+        diameter_px=diameter,
+        pixels=pixels,
+        t=t,
+        channel=options.channel,
+        row_filter=row_filter,
+        labels_mrc=labels_mrc,
+        overwrite=overwrite,
+        restart=restart,
+    )
     # what tifffile logs of a damaged file would stand beside our one line about it
     logging.getLogger("tifffile").addHandler(logging.NullHandler())
     terminal = _Terminal(shows_progress=not quiet and sys.stderr.isatty())
@@ -142,7 +186,14 @@ def main(
         with load(
             model, device=device, backend=backend, min_score=min_score, tell=terminal.tell
         ) as segmenter:
-            outcome = run_batch(segmenter, slides, out_dir, options=options, listener=terminal)
+            outcome = run_batch(
+                segmenter,
+                slides,
+                out_dir,
+                options=options,
+                volume_options=volume_options,
+                listener=terminal,
+            )
         code = outcome.exit_code
     except DarcnnError as err:
         terminal.fail(str(err))

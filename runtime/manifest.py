@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from darcnn.runtime.intensity import IntensityRule
+from darcnn.runtime.slab import Slab
 
 __all__ = ["FORMAT", "Anchors", "Limits", "Manifest", "ModelInput", "manifest_from_json", "manifest_to_json"]
 
@@ -28,6 +29,7 @@ class ModelInput:
     nominal_diameter_px: float  # typical object, network pixels
     mpp: float | None  # micrometres per network pixel; None where the model knows no scale
     finds_diameter: bool = False  # without a given size, the model measures the objects of an image first
+    slab: Slab | None = None  # of volumes: how much of it one plane stands for; None: a plane is a plane
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,10 @@ def manifest_from_json(content: Mapping[str, Any]) -> Manifest:
     return _parse(Manifest, {**content, "graphs": parsed}, "manifest")
 
 
+def _is_table(kind: Any) -> bool:
+    return isinstance(kind, type) and is_dataclass(kind)
+
+
 def _parse(kind: type[T], content: Any, where: str) -> T:
     """Build the dataclass `kind` from a JSON table, checking names and kinds."""
     if not isinstance(content, Mapping):
@@ -105,8 +111,9 @@ def _parse(kind: type[T], content: Any, where: str) -> T:
         if name not in content:
             raise ValueError(f"{where} lacks {name}")
         value, hint = content[name], hints[name]
-        if isinstance(hint, type) and is_dataclass(hint):
-            value = _parse(hint, value, f"{where}.{name}")
+        table = next((kind for kind in (hint, *get_args(hint)) if _is_table(kind)), None)
+        if table is not None and not (value is None and type(None) in get_args(hint)):
+            value = _parse(table, value, f"{where}.{name}")
         elif isinstance(value, list):
             value = tuple(value)
         elif hint in (bool, int, float, str) and not isinstance(

@@ -92,10 +92,10 @@ class Parts:
         """
         first = 1
         before: pa.Table | None = None
-        current = self._load(0) if n_rows else None
+        current = self.load(0) if n_rows else None
         for row in range(n_rows):
             assert current is not None
-            after = self._load(row + 1) if row + 1 < n_rows else None
+            after = self.load(row + 1) if row + 1 < n_rows else None
             table = current.filter(pa.array(_stays(before, current, after)))
             if row_filter is not None:
                 table = table.filter(pa.array(row_filter.keep(table)))
@@ -106,7 +106,8 @@ class Parts:
             first += table.num_rows
             before, current = current, after
 
-    def _load(self, row: int) -> pa.Table:
+    def load(self, row: int) -> pa.Table:
+        """Return the table that `write` wrote."""
         return pq.read_table(self._path(row))
 
     def _path(self, row: int) -> Path:

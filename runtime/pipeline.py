@@ -16,14 +16,22 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from darcnn.runtime.diameter import choose_diameter
-from darcnn.runtime.errors import UsageError
 from darcnn.runtime.fit import ModelFit
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.measure import measure_on_slide, object_schema
 from darcnn.runtime.parts import Parts, with_tile
+from darcnn.runtime.planning import find_channel
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
-from darcnn.runtime.record import fingerprint, fingerprint_pixels, make_record, model_hash, read_record
+from darcnn.runtime.record import (
+    describe_plan,
+    describe_slide,
+    fingerprint,
+    fingerprint_pixels,
+    make_record,
+    model_hash,
+    read_record,
+)
 from darcnn.runtime.row_filter import parse_filter
 from darcnn.runtime.seams import lies_near_seam
 from darcnn.runtime.segmenter import Segmenter, SlidePlan
@@ -132,7 +140,7 @@ def run_slide(
     """
     chosen, info = options or RunOptions(), reader.info
     start = time.perf_counter()
-    channel = _find_channel(info, chosen.channel)
+    channel = find_channel(info, chosen.channel)
     folder = out_dir / make_folder_name(info.name)
     row_filter = None
     if chosen.row_filter is not None:
@@ -172,10 +180,9 @@ def run_slide(
         warnings = _warnings(tally, mpp)
         record = make_record(
             segmenter,
-            info,
-            plan,
             asked=final,
-            diameter_px=diameter_px,
+            source=describe_slide(info, plan, asked["slide"]),
+            network=describe_plan(plan, diameter_px),
             counts={
                 "objects": tally.n_objects,
                 "truncated": tally.n_truncated,
@@ -194,21 +201,6 @@ def run_slide(
     return RunSummary(
         info.name, folder, folder / OVERVIEW_FILE, tally.n_objects, seconds, megapixels, warnings
     )
-
-
-def _find_channel(info: SlideInfo, channel: int | str | None) -> int | None:
-    """Return the number of the channel that the user named.
-
-    Raises:
-        UsageError: there is no channel of that name, or more than one.
-    """
-    if not isinstance(channel, str):
-        return channel
-    if info.channel_names.count(channel) == 1:
-        return info.channel_names.index(channel)
-    names = ", ".join(f"{index} {name}" for index, name in enumerate(info.channel_names))
-    where = info.path or info.name
-    raise UsageError(f"no channel {channel} in {where}", where="--channel", fix=f"choose from {names}")
 
 
 def _asked(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> dict[str, Any]:

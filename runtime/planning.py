@@ -12,7 +12,7 @@ from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.readers.protocol import SlideInfo
 from darcnn.runtime.tiling import Tile, plan_tiles
 
-__all__ = ["SlidePlan", "plan_slide"]
+__all__ = ["SlidePlan", "find_channel", "plan_slide"]
 
 SNAP = 0.02  # a scale within 2 % of a level's own is that level's: no resampling
 MIN_SCALE, MAX_SCALE = 1 / 64, 16.0  # beyond them the pixel size is a mistake
@@ -124,3 +124,18 @@ def _check_square(info: SlideInfo, where: str) -> None:
             where=where,
             fix="resample it to square pixels, or pass --mpp if the file is wrong",
         )
+
+
+def find_channel(info: SlideInfo, channel: int | str | None) -> int | None:
+    """Return the number of the channel that the user named.
+
+    Raises:
+        UsageError: there is no channel of that name, or more than one.
+    """
+    if not isinstance(channel, str):
+        return channel
+    if info.channel_names.count(channel) == 1:
+        return info.channel_names.index(channel)
+    names = ", ".join(f"{index} {name}" for index, name in enumerate(info.channel_names))
+    where = info.path or info.name
+    raise UsageError(f"no channel {channel} in {where}", where="--channel", fix=f"choose from {names}")

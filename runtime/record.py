@@ -19,6 +19,8 @@ from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.segmenter import Segmenter, SlidePlan
 
 __all__ = [
+    "describe_plan",
+    "describe_slide",
     "fingerprint",
     "fingerprint_pixels",
     "installed_version",
@@ -46,18 +48,24 @@ _STRIP_PX = 1024  # rows that are hashed at once
 
 def make_record(
     segmenter: Segmenter,
-    info: SlideInfo,
-    plan: SlidePlan,
     *,
     asked: Mapping[str, Any],
-    diameter_px: float | None,
+    source: Mapping[str, Any],
+    network: Mapping[str, Any],
     counts: Mapping[str, int],
     seconds: Mapping[str, float],
     warnings: Sequence[str],
 ) -> bytes:
-    """Return the content of run.json: versions, model, options, slide, plan, counts, times, warnings.
+    """Return the content of run.json: versions, model, options, input, plan, counts, times, warnings.
 
-    `asked` is all that the objects depend on; its "options" are what the user chose.
+    Args:
+        segmenter: the model.
+        asked: all that the objects depend on; its "options" are what the user chose.
+        source: of `describe_slide` or what else was looked at.
+        network: how the model looked at it.
+        counts: objects, tiles and the like.
+        seconds: by stage.
+        warnings: told to the user too.
     """
     content: dict[str, Any] = {
         "format": _RECORD_FORMAT,
@@ -71,29 +79,39 @@ def make_record(
         "engine": segmenter.engine.spec.name,
         "options": dict(asked["options"]),
         "asked_sha256": _hash_of(asked),
-        "input": {
-            "name": info.name,
-            "file": None if info.path is None else asked["slide"],
-            "width_px": info.width_px0,
-            "height_px": info.height_px0,
-            "channels": list(info.channel_names),
-            "dtype": str(info.dtype),
-            "mpp": plan.mpp,
-            "mpp_source": plan.mpp_source,
-        },
-        "network": {
-            "level": plan.level.index,
-            "scale": plan.scale,
-            "diameter_px": diameter_px,  # of a typical object, given or estimated; level-0 pixels
-            "width_px": plan.width,
-            "height_px": plan.height,
-            "channel": plan.channel,
-        },
+        "input": dict(source),
+        "network": dict(network),
         "counts": dict(counts),
         "seconds": {stage: round(value, _DIGITS) for stage, value in seconds.items()},
         "warnings": list(warnings),
     }
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def describe_slide(info: SlideInfo, plan: SlidePlan, file: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what run.json says of a slide; `file` is its fingerprint."""
+    return {
+        "name": info.name,
+        "file": None if info.path is None else file,
+        "width_px": info.width_px0,
+        "height_px": info.height_px0,
+        "channels": list(info.channel_names),
+        "dtype": str(info.dtype),
+        "mpp": plan.mpp,
+        "mpp_source": plan.mpp_source,
+    }
+
+
+def describe_plan(plan: SlidePlan, diameter_px: float | None) -> dict[str, Any]:
+    """Return what run.json says of how a model looked at a slide."""
+    return {
+        "level": plan.level.index,
+        "scale": plan.scale,
+        "diameter_px": diameter_px,  # of a typical object, given or estimated; level-0 pixels
+        "width_px": plan.width,
+        "height_px": plan.height,
+        "channel": plan.channel,
+    }
 
 
 def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:

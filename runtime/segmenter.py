@@ -229,10 +229,10 @@ class Segmenter:
             for rows in [np.flatnonzero(tile_index == n)]
         ]
 
-    def segment(self, reader: Reader, plan: SlidePlan) -> Instances:
+    def segment(self, reader: Reader, plan: SlidePlan, *, window: Window | None = None) -> Instances:
         """Return the objects of the whole slide as `plan` reads it; for images that fit in memory."""
         shape = (reader.info.height_px0, reader.info.width_px0)
-        return join_tiles(plan, shape, list(self.stream(reader, plan)))
+        return join_tiles(plan, shape, list(self.stream(reader, plan, window=window)))
 
     def _reported(self, detections: Detections, index: int, tile: Tile, plan: SlidePlan) -> NDArray[np.int64]:
         """Return the slots of tile number `index` whose objects are good enough and its to report."""

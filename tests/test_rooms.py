@@ -38,8 +38,10 @@ EXTRAS_OF_RUNTIME: dict[str, set[str]] = {
     "runtime/engines/cuda.py": {"cuda"},
     "runtime/engines/openvino.py": {"openvino"},
     "runtime/live/micromanager.py": {"pymmcore_plus", "useq"},
-    "runtime/readers/mrc.py": {"mrcfile"},
+    "runtime/readers/mrc_header.py": {"mrcfile"},
     "runtime/readers/nifti.py": {"nibabel"},
+    "runtime/volumes/labels.py": {"mrcfile"},
+    "runtime/volumes/particles.py": {"pandas", "starfile"},
 }
 # What an importable name is called in the registry, where the two differ.
 REGISTRY_NAMES = {"PIL": "pillow", "openslide": "openslide-python"}

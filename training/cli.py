@@ -240,6 +240,8 @@ def evaluate(
 
     With --unlabelled, FOLDER holds images alone, and MODEL is judged by whether it agrees with itself on
     mirrored, smaller and larger images and whether what it finds looks different from the rest.
+
+    A FOLDER of volumes holds volumes/ and labels/ (TIFF stacks of the same names).
     """
     from darcnn.training.evaluate import evaluate_folder
 
@@ -253,6 +255,15 @@ def evaluate(
             write_csv(figures, csv_path)
         return
 
+    if (folder / "volumes").is_dir():
+        from darcnn.training.evaluate_volumes import as_rows, evaluate_volumes
+
+        with open_model(model, min_score) as segmenter:
+            table = as_rows(evaluate_volumes(folder, segmenter, diameter_px=diameter, pixels=pixels))
+        _give(table, json_path)
+        _note(model, folder, table)
+        return
+
     with open_model(model, min_score) as segmenter:
 
         def segment(reader: Any) -> Any:
@@ -261,17 +272,22 @@ def evaluate(
         result = evaluate_folder(folder, segment)
     table = _table(result)
     _give(table, json_path)
-    if _is_checkpoint(model):
-        from darcnn.training.checkpoint import record_figures
-
-        place = folder.resolve()
-        record_figures(Path(model), f"{place.parent.name}/{place.name}", table)
+    _note(model, folder, table)
     if csv_path is not None:
         with csv_path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["image", *_FIGURES])
             for name, one in zip(result.names, result.scores, strict=True):
                 writer.writerow([name, *(f"{getattr(one, figure):.4f}" for figure in _FIGURES)])
+
+
+def _note(model: str, folder: Path, table: dict[str, dict[str, float]]) -> None:
+    """Keep the figures of a checkpoint in it."""
+    if _is_checkpoint(model):
+        from darcnn.training.checkpoint import record_figures
+
+        place = folder.resolve()
+        record_figures(Path(model), f"{place.parent.name}/{place.name}", table)
 
 
 def _is_checkpoint(model: str) -> bool:

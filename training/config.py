@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import IntensityRule
+from darcnn.runtime.slab import Slab
 from darcnn.training.config_checks import problems_of
 
 __all__ = [
@@ -72,6 +73,7 @@ class Target:
     # the size of the objects is estimated in each image, in training (where a set gives none) and in a run
     finds_diameter: bool = False
     jitter: float = 1.4  # training crops are scaled at random by up to this factor either way
+    slab: Slab | None = None  # of volumes: planes that are averaged, and how much they are smoothed
 
     def with_intensity_done(self) -> Target:
         """Return the same for images that have been through the intensity rule already."""
@@ -123,6 +125,7 @@ class RefineStage:
     learning_rate: float = 3e-4
     warm_up: int = 20
     augment: bool = True  # the paper's augmentation of pseudo-labelled tiles; False only crops them
+    extra_noise: float = 0.0  # up to so many times a tile's own noise is added to it; 0 none
     min_score: float = 0.5  # z
     # findings between this score and z teach neither "object" nor "background", but for the last round, in
     # which they are background; None: always background

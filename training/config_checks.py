@@ -58,6 +58,7 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "refine_stage.rounds": refine.rounds,
         "refine_stage.steps": refine.steps,
         **sizes,
+        "target.slab.depth": target.slab.depth if target.slab else None,
     }
     for name, value in positive.items():
         if value is not None and not value > 0:
@@ -67,6 +68,13 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "refine_stage.doubt_score is not from 0 to refine_stage.min_score",
             "use 0.2, say, or leave it out",
         )
+    if refine.extra_noise < 0:
+        yield (
+            f"refine_stage.extra_noise = {refine.extra_noise} is below 0",
+            "use 1.7 to double the noise, or 0",
+        )
+    if target.slab is not None and not 0.0 <= target.slab.smoothing <= 1.0:
+        yield "target.slab.smoothing is not from 0 to 1", "use 0.1 diameters, say"
     for name in ("heads_average", "encoder_average"):
         if not 0.0 <= getattr(recipe.adapt_stage, name) <= 1.0:
             yield f"adapt_stage.{name} is not from 0 to 1", "use 0.99, say, or 1 to follow nothing"

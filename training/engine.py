@@ -119,6 +119,7 @@ def make_manifest(
             nominal_diameter_px=target.nominal_diameter_px,
             mpp=target.mpp,
             finds_diameter=target.finds_diameter,
+            slab=target.slab,
         ),
         anchors=Anchors(preset.anchor_sizes_px, preset.anchor_ratios, preset.strides_px),
         limits=Limits(

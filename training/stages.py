@@ -18,7 +18,7 @@ from darcnn.training.adapt.pseudo_labels import label_images, read_labels
 from darcnn.training.checkpoint import CheckpointInfo, is_complete, load_network, save_checkpoint
 from darcnn.training.config import Recipe
 from darcnn.training.contact_sheet import ContactSheet
-from darcnn.training.data.augment import augment_target, vary_synthesized
+from darcnn.training.data.augment import add_noise, augment_target, vary_synthesized
 from darcnn.training.data.batches import Batch, BatchKey, make_batch
 from darcnn.training.data.source import LabelledTile
 from darcnn.training.data.synthesis import SynthesizedSource
@@ -180,6 +180,8 @@ def run_refine(run: Run, start: Path) -> Darcnn:
     synthesized = SynthesizedSource(targets)
     tiles = SourceTiles(recipe, run.data, targets) if stage.source_every else None
     sheet = ContactSheet(recipe, targets)
+    slab, nominal = recipe.target.slab, recipe.target.nominal_diameter_px
+    grain_px = 0.0 if slab is None else slab.sigma_px(nominal)
     for name in _rounds(recipe):
         folder = run.folder(name)
         label_folder = folder / "pseudo_labels"
@@ -216,6 +218,8 @@ def run_refine(run: Run, start: Path) -> Darcnn:
                 if is_synthetic:
                     return vary_synthesized(synthesized.tile(rng, recipe.tile_px), rng)
                 tile = targets.tile(rng, recipe.tile_px, labels)
+                if stage.extra_noise > 0:
+                    tile = add_noise(tile, rng, most=stage.extra_noise, grain_px=grain_px)
                 return augment_target(tile, rng) if stage.augment else tile
 
             return make_batch(draw, BatchKey(recipe.seed, name, number), parallel.share_of(stage.batch))

@@ -27,7 +27,7 @@ from darcnn.runtime.readers.base import (
 )
 from darcnn.runtime.readers.protocol import Pixels, Planes, SlideInfo
 
-__all__ = ["NiftiReader"]
+__all__ = ["NiftiReader", "open_nifti"]
 
 _UM = {"mm": 1e3, "micron": 1.0, "meter": 1e6}  # micrometres in the header's units; "unknown" is missing
 # What nibabel raises on files that are damaged, end early or are packed wrongly.
@@ -88,6 +88,24 @@ class NiftiReader(PlaneReader):
         self._pixels = np.empty((0, 0, 0))
 
 
+def open_nifti(path: Path) -> tuple[Any, Planes, tuple[float, float] | None, float | None]:
+    """Return nibabel's image, its planes, micrometres per pixel (x, y) and from plane to plane (or None).
+
+    Raises:
+        InputError: as for `NiftiReader`.
+    """
+    image = _open(path)
+    planes = _planes_of(image, path)
+    if pixel_type(np.dtype(image.dataobj.dtype)) is None:
+        raise InputError(f"has pixels of type {image.dataobj.dtype}", where=path, fix="export real numbers")
+    zooms = image.header.get_zooms()
+    unit_um = _unit_um(image)
+    section = None
+    if unit_um is not None and len(zooms) > 2:
+        section = plausible_mpp(float(zooms[2]) * unit_um, float(zooms[2]) * unit_um)
+    return image, planes, _mpp(image), section[0] if section else None
+
+
 def _open(path: Path) -> Any:
     """Return nibabel's image: its header is read, its values are not."""
     try:
@@ -139,11 +157,15 @@ def _read_plane(image: Any, path: Path, z: int, t: int) -> Pixels:
 def _mpp(image: Any) -> tuple[float, float] | None:
     """Return micrometres per pixel (x, y), None where the header's unit of length is unknown."""
     x, y = (float(zoom) for zoom in image.header.get_zooms()[:2])
-    try:
-        unit_um = _UM.get(image.header.get_xyzt_units()[0])
-    except KeyError:  # a unit that does not exist
-        unit_um = None
+    unit_um = _unit_um(image)
     return None if unit_um is None else plausible_mpp(x * unit_um, y * unit_um)
+
+
+def _unit_um(image: Any) -> float | None:
+    try:
+        return _UM.get(image.header.get_xyzt_units()[0])
+    except KeyError:  # a unit that does not exist
+        return None
 
 
 def _damaged(path: Path, err: Exception) -> InputError:

@@ -31,11 +31,12 @@ from darcnn.runtime.readers.tiff_metadata import (
     lay_out,
     locate_channels,
     ome_facts,
+    section_um,
     tag_pixel_size,
 )
 from darcnn.runtime.readers.tiff_pages import PageFiles, PageSource, SegmentGrid, damaged
 
-__all__ = ["TiffReader", "is_tiff"]
+__all__ = ["TiffReader", "is_tiff", "read_section_um"]
 
 _PHOTOMETRIC = tifffile.PHOTOMETRIC
 _JPEG = (6, 7, 33007, 34892)  # tifffile turns YCbCr into RGB in these compressions only
@@ -107,6 +108,15 @@ class TiffReader(PlaneReader):
 
     def _release(self) -> None:
         self._files.close()
+
+
+def read_section_um(path: Path) -> float | None:
+    """Return the distance of the planes of a stack in micrometres, None where the file does not say."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return section_um(tiff.ome_metadata, tiff.imagej_metadata)
+    except _UNREADABLE as err:
+        raise _unreadable(path, err) from err
 
 
 def is_tiff(head: bytes) -> bool:

@@ -10,7 +10,16 @@ from xml.etree import ElementTree
 
 from darcnn.runtime.readers.base import plausible_mpp
 
-__all__ = ["Axes", "PixelSize", "Place", "lay_out", "locate_channels", "ome_facts", "tag_pixel_size"]
+__all__ = [
+    "Axes",
+    "PixelSize",
+    "Place",
+    "lay_out",
+    "locate_channels",
+    "ome_facts",
+    "section_um",
+    "tag_pixel_size",
+]
 
 # Micrometres in the units of OME (PhysicalSizeXUnit) and ImageJ; relative units (pixel) are missing.
 _UM = {
@@ -133,6 +142,26 @@ def ome_facts(xml: str) -> tuple[PixelSize | None, tuple[str | None, ...]]:
     )
     mpp = plausible_mpp(x, y)
     return (PixelSize(mpp, "OME PhysicalSizeX") if mpp else None, names)
+
+
+def section_um(ome: str | None, imagej: Mapping[str, Any] | None) -> float | None:
+    """Return the distance of the planes of a stack: OME's PhysicalSizeZ or ImageJ's spacing, in micrometres.
+
+    >>> section_um(None, {"spacing": 0.3, "unit": "um"}), section_um(None, None)
+    (0.3, None)
+    """
+    found = None
+    if ome is not None:
+        try:
+            pixels = ElementTree.fromstring(ome).find("{*}Image/{*}Pixels")
+        except ElementTree.ParseError:
+            pixels = None
+        if pixels is not None:
+            found = _um(pixels.get("PhysicalSizeZ"), pixels.get("PhysicalSizeZUnit", "µm"))
+    elif imagej is not None and "spacing" in imagej:
+        found = _um(str(imagej["spacing"]), str(imagej.get("unit", "")).lower())
+    size = plausible_mpp(found, found)
+    return None if size is None else size[0]
 
 
 def tag_pixel_size(

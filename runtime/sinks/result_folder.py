@@ -17,8 +17,12 @@ from darcnn.runtime.sinks.atomic import translated
 __all__ = [
     "GEOJSON_FILE",
     "LABELS_FOLDER",
+    "LABELS_MRC_FILE",
     "OVERVIEW_FILE",
+    "POINTS_FILE",
     "RUN_FILE",
+    "SCROLL_FILE",
+    "STAR_FILE",
     "TABLE_FILE",
     "ResultFolder",
     "claim_folder",
@@ -30,7 +34,15 @@ GEOJSON_FILE = "objects.geojson.gz"
 LABELS_FOLDER = "labels.ome.zarr"
 OVERVIEW_FILE = "overview.png"
 RUN_FILE = "run.json"  # where it exists the folder is complete
-_RESULTS = (TABLE_FILE, GEOJSON_FILE, LABELS_FOLDER, OVERVIEW_FILE, RUN_FILE)  # run.json last, always
+STAR_FILE = "particles.star"  # these and the next of volumes
+POINTS_FILE = "particles.txt"
+SCROLL_FILE = "scroll.gif"
+LABELS_MRC_FILE = "labels.mrc"
+_RESULTS = (
+    *(TABLE_FILE, GEOJSON_FILE, LABELS_FOLDER, OVERVIEW_FILE),
+    *(STAR_FILE, POINTS_FILE, SCROLL_FILE, LABELS_MRC_FILE),
+    RUN_FILE,  # last, always
+)
 _PARTS = ".parts"
 _COMMITTED = "committed"  # in the parts: the results are in place, the parts are of no more use
 _LOCK = ".lock"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from darcnn.runtime.bundle import MEMBER_CAPS, open_bundle, write_bundle
 from darcnn.runtime.errors import BundleError, OutputError
 from darcnn.runtime.manifest import FORMAT, manifest_to_json
+from darcnn.runtime.slab import Slab
 
 SMALL = {"detect.onnx": b"detect" * 9, "mask.onnx": b"mask" * 9, "training.json": b"{}", "LICENSE": b"none\n"}
 
@@ -56,6 +57,12 @@ def test_bundle_reads_back_what_was_written(small, manifest):
     assert {name: bundle.read(name) for name in SMALL} == SMALL
     assert replace(bundle.manifest, files={}) == manifest
     assert bundle.manifest.files == {name: sha256(content).hexdigest() for name, content in SMALL.items()}
+
+
+def test_the_slab_of_a_model_for_volumes_comes_back(tmp_path, manifest, members):
+    deep = replace(manifest, input=replace(manifest.input, slab=Slab(0.5, 0.2)))
+    write_bundle(tmp_path / "deep.darcnn", deep, members)
+    assert open_bundle(tmp_path / "deep.darcnn").manifest.input.slab == Slab(0.5, 0.2)
 
 
 def test_bundle_is_readable_by_any_zip_program_and_not_compressed(small):

@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+import tifffile
 from click.testing import CliRunner
 from PIL import Image
 
@@ -247,3 +248,28 @@ def test_build_is_for_engines_that_are_compiled(loaded, slides, tmp_path):
     result = run(slides, "--model", "oracle", "--out", tmp_path / "out", "--build")
     assert result.exit_code == 2
     assert "pass --backend tensorrt or tensorrt-rtx" in result.stderr
+
+
+def test_a_stack_is_run_as_a_volume_and_one_plane_of_it_as_an_image(loaded, tmp_path):
+    pytest.importorskip("starfile", reason="volumes need the extra volumes")
+    labels = np.zeros((6, 70, 60), np.uint8)
+    labels[1:5, 10:18, 12:20] = 1
+    labels[2:6, 40:47, 30:36] = 2
+    tifffile.imwrite(tmp_path / "stack.tif", labels, metadata={"axes": "ZYX"})
+    options = ("--model", "oracle", "--out", tmp_path / "out", "--pixels")
+    result = run(tmp_path / "stack.tif", *options, "--axis", "all", "--voxel-size", "13.5A", "--slab", 1)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("stack: 2 objects")
+    folder = tmp_path / "out" / "stack"
+    wanted = {"objects.parquet", "labels.ome.zarr", "overview.png", "run.json"}
+    assert {one.name for one in folder.iterdir()} == wanted | {
+        "particles.star",
+        "particles.txt",
+        "scroll.gif",
+    }
+    assert json.loads((folder / "run.json").read_text())["input"]["voxel_nm_zyx"] == [1.35, 1.35, 1.35]
+    plane = run(tmp_path / "stack.tif", *options, "--z", 2, "--overwrite")
+    assert plane.exit_code == 0
+    assert {one.name for one in folder.iterdir()} == NAMES
+    assert run(tmp_path / "stack.tif", *options, "--voxel-size", "wide").exit_code == 2
+    assert "slab" in run(tmp_path / "stack.tif", *options, "--slab", 4, "--overwrite").output

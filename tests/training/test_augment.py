@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from darcnn.training.data.augment import (
+    add_noise,
     adjust_contrast,
     augment_target,
     randomise_source,
@@ -155,3 +156,22 @@ def test_augmentation_is_a_function_of_its_generator_and_leaves_its_input_alone(
     assert np.array_equal(first.image, again.image)
     assert np.array_equal(first.masks, again.masks)
     assert np.array_equal(tile.image, before)
+
+
+def test_added_noise_has_the_grain_and_the_measure_of_the_tile_and_leaves_its_contrast() -> None:
+    random = np.random.default_rng(0)
+    ground = np.clip(128 + 20 * random.normal(size=(128, 128, 1)), 0, 255).astype(np.uint8).repeat(3, axis=2)
+    ground[40:50, 40:50] = 20  # an object
+    masks = np.zeros((1, 128, 128), bool)
+    masks[0, 40:50, 40:50] = True
+    tile = LabelledTile(ground, masks)
+    noisy = [add_noise(tile, np.random.default_rng(k), most=3.0**0.5, grain_px=4.0) for k in range(20)]
+    for one in noisy:
+        assert np.array_equal(one.masks, masks)
+        assert one.image[~masks[0]].std() == pytest.approx(
+            20, rel=0.15
+        )  # as a window by percentiles leaves it
+        assert (one.image[..., 0] == one.image[..., 1]).all()
+    depths = [128 - one.image[masks[0]].mean() for one in noisy]
+    assert min(depths) < 75 < max(depths) <= 115  # an object stands out less: up to half as much
+    assert np.array_equal(add_noise(tile, random, most=0.0, grain_px=4.0).image, tile.image)

@@ -17,6 +17,9 @@ from scipy import ndimage
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.intensity import IntensityRule, apply_window, measure_window
+from darcnn.runtime.slab import Slab
+from darcnn.runtime.volumes.open import open_volume
+from darcnn.runtime.volumes.stack import Stack, measure_stack
 from darcnn.training.config import Recipe, Target, TargetSet
 from darcnn.training.data.target import TargetImages
 
@@ -262,6 +265,23 @@ def test_planes_of_a_volume_come_at_even_steps_through_one_window(tmp_path: Path
     means = [image.pixels.mean() for image in images]
     assert means == sorted(means)
     assert means[-1] - means[0] > 200  # a window for each plane would have made them alike
+
+
+def test_slabs_that_are_learned_from_are_those_of_a_run(tmp_path: Path) -> None:
+    volume = np.random.default_rng(0).normal(0, 10, (40, 80, 90)).astype(np.float32)
+    path = write_mrc(tmp_path / "tomo.mrc", volume, voxel_angstrom=10.0)
+    rule, slab = IntensityRule("percentile", 1, 99), Slab(depth=0.5, smoothing=0.2)
+    target = target_of("*.mrc", intensity=rule, mpp=0.0005, slab=slab)  # 20 px are 10 voxels
+    images = TargetImages(tmp_path, target, seed=0).images
+    assert [image.name for image in images][:2] == ["tomo_z001", "tomo_z003"]
+    with open_volume(path, tmp_path) as opened:
+        stack = Stack.of(opened, "z", slab, 10.0)
+        assert (stack.n_joined, stack.sigma_px) == (5, 2.0)
+        window = measure_stack(stack, rule, scale=2.0)
+        for image in images:
+            z = int(image.name[-3:])
+            assert np.array_equal(image.pixels[:, :, 0], apply_window(stack.plane(z), window))
+            assert image.scale == pytest.approx(2.0)
 
 
 def test_a_thin_volume_gives_all_its_planes_whatever_its_format(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -24,8 +25,12 @@ from darcnn.runtime.intensity import (
     select_channels,
 )
 from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
+from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.base import make_slide_name
 from darcnn.runtime.sampling import MAX_SAMPLE_PX, sample_slide
+from darcnn.runtime.slab import Slab
+from darcnn.runtime.volumes.open import is_volume, open_volume
+from darcnn.runtime.volumes.stack import SAMPLED_PLANES, Stack, even_steps, measure_stack
 from darcnn.training.config import Target, TargetSet
 from darcnn.training.data.source import LabelledTile
 from darcnn.training.model.backbone import to_three_channels
@@ -38,7 +43,6 @@ _CROP_PX = 512  # a slide larger than _WHOLE_PX is represented by crops of this 
 _WHOLE_PX = 4_000_000
 _CROPS = 12
 _PLAIN = 6.0  # a crop whose grey levels deviate less than this is glass, not tissue
-_PLANES = 16  # of a volume: neighbouring planes show the same objects, and one file is not to outweigh all
 _MIN_AREA_PX = 12  # network pixels: less of a pseudo-label is left out
 _MIN_SIDE_PX = 64  # network pixels, the smallest tile of a recipe: below it an image would only be blown up
 
@@ -96,11 +100,7 @@ class TargetImages:
 
     def _add(self, path: Path, group: TargetSet, seed: int) -> None:
         with ExitStack() as stack:
-            planes = [
-                self._plane(stack.enter_context(open_source(path, z=z, t=t)), suffix, path, group)
-                for suffix, z, t in _draw_planes(path)
-            ]
-            window = self._window(planes)
+            planes, window = self._open(path, group, stack)
             rng = np.random.default_rng(seed)
             found = [image for plane in planes for image in self._images(plane, window, rng)]
             has_mpp = self.target.mpp is not None and planes[0].reader.info.mpp is not None
@@ -115,6 +115,36 @@ class TargetImages:
         self.images.extend(
             TargetImage(stem + suffix, pixels, scale, is_open) for suffix, pixels, scale in kept
         )
+
+    def _open(self, path: Path, group: TargetSet, stack: ExitStack) -> tuple[list[_Plane], Window]:
+        """Return the planes of a file that are learned from, open until `stack` ends, and one window."""
+        if self.target.slab is not None and is_volume(path):
+            return self._open_slabs(path, group, self.target.slab, stack)
+        planes = [
+            self._plane(stack.enter_context(open_source(path, z=z, t=t)), suffix, path, group)
+            for suffix, z, t in _draw_planes(path)
+        ]
+        return planes, self._window(planes)
+
+    def _open_slabs(
+        self, path: Path, group: TargetSet, slab: Slab, stack: ExitStack
+    ) -> tuple[list[_Plane], Window]:
+        """Return slabs of a volume along z, made as a run makes them."""
+        scratch = Path(stack.enter_context(TemporaryDirectory()))
+        volume = stack.enter_context(open_volume(path, scratch))
+        voxel = volume.info.voxel_nm
+        mpp = None if voxel is None else math.sqrt(voxel[1] * voxel[2]) / 1000.0
+
+        def reader_of(plane: NDArray[np.float32]) -> Reader:
+            return stack.enter_context(ArrayReader(plane, name=volume.info.name, mpp=mpp))
+
+        scale = self._scale(reader_of(np.zeros((1, 1), np.float32)).info, group)
+        whole = Stack.of(volume, "z", slab, self.target.nominal_diameter_px / scale)
+        planes = [
+            self._plane(reader_of(whole.plane(z)), f"_z{z:03d}", path, group)
+            for z in even_steps(len(whole), SAMPLED_PLANES)
+        ]
+        return planes, measure_stack(whole, self.target.intensity, scale=scale)
 
     def _plane(self, reader: Reader, suffix: str, path: Path, group: TargetSet) -> _Plane:
         info, channels = reader.info, self.target.channels
@@ -247,23 +277,13 @@ class TargetImages:
 def _draw_planes(path: Path) -> list[tuple[str, int | None, int | None]]:
     """Return which planes of a file are loaded: end of the name, z and t (None where there is one only)."""
     planes = count_planes(path)
-    n_t = min(planes.n_t, _PLANES // min(planes.n_z, round(math.sqrt(_PLANES))))
+    n_t = min(planes.n_t, SAMPLED_PLANES // min(planes.n_z, round(math.sqrt(SAMPLED_PLANES))))
     drawn: list[tuple[str, int | None, int | None]] = []
-    for t in _even_steps(planes.n_t, n_t):
-        for z in _even_steps(planes.n_z, _PLANES // n_t):
+    for t in even_steps(planes.n_t, n_t):
+        for z in even_steps(planes.n_z, SAMPLED_PLANES // n_t):
             ends = (f"_t{t:03d}" if planes.n_t > 1 else "") + (f"_z{z:03d}" if planes.n_z > 1 else "")
             drawn.append((ends, z if planes.n_z > 1 else None, t if planes.n_t > 1 else None))
     return drawn
-
-
-def _even_steps(count: int, limit: int) -> list[int]:
-    """Return at most `limit` of 0..count-1 at even steps; the ends, where volumes are empty, are spared.
-
-    >>> _even_steps(3, 16), _even_steps(64, 4)
-    ([0, 1, 2], [8, 24, 40, 56])
-    """
-    n = min(count, limit)
-    return [(2 * k + 1) * count // (2 * n) for k in range(n)]
 
 
 def _has_contrast(pixels: NDArray[np.uint8]) -> bool:

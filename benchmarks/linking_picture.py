@@ -1,0 +1,71 @@
+"""Draws what the rules of `darcnn.runtime.volumes.link` do to sections of neighbouring planes.
+
+    python benchmarks/linking_picture.py docs/tomograms-linking.png
+
+Each panel is a volume seen from the side: planes from top to bottom, sections as bars, one colour an object,
+grey what is left out. The objects are those that `link_sections` returns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import matplotlib
+import numpy as np
+
+from darcnn.runtime.volumes.link import link_sections
+from darcnn.runtime.volumes.sections import Section
+
+_HEIGHT = 8  # pixels of a section along y, which is not seen
+_COLOURS = ("tab:green", "tab:orange", "tab:blue", "tab:red")
+
+
+def _section(plane: int, x: int, width: int) -> Section:
+    return Section(plane, x, 0, np.ones((_HEIGHT, width), np.bool_), 0.9, 0.0, False)
+
+
+def cases() -> dict[str, tuple[list[list[Section]], int]]:
+    """Return the sections of each panel by plane, and the least number of planes."""
+    round_ = [4, 8, 10, 10, 8, 4]
+    one_to_one = [[_section(z, 2 + z, 9), _section(z, 13 + z, 9)] for z in range(6)]
+    missed = [[_section(z, 12 - w // 2, w)] if z != 3 else [] for z, w in enumerate([*round_, 3])]
+    merged = [[_section(z, 2, 9), _section(z, 13, 9)] if z != 3 else [_section(z, 2, 20)] for z in range(7)]
+    waist = [[_section(z, 12 - w // 2, w)] for z, w in enumerate([4, 9, 11, 9, 3, 9, 11, 8, 4])]
+    noise = [[_section(z, 4, 9)] + ([_section(z, 18, 5)] if z in (3, 4) else []) for z in range(7)]
+    return {
+        "one to one,\nthe best overlap first": (one_to_one, 1),
+        "missed on one plane": (missed, 1),
+        "one section for\none plane only": (merged, 1),
+        "a waist": (waist, 1),
+        "fewer planes than\na slab joins (3)": (noise, 3),
+    }
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def main(path: Path) -> None:
+    """Write the picture to PATH."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = cases()
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.2), sharey=True)
+    for axis, (title, (planes, shortest)) in zip(axes, panels.items(), strict=True):
+        for section in (one for plane in planes for one in plane):
+            axis.barh(section.plane, section.mask.shape[1], left=section.x, color="lightgrey", height=0.9)
+        for number, chain in enumerate(link_sections(planes, min_planes=shortest)):
+            for section in chain:
+                width = section.mask.shape[1]
+                axis.barh(section.plane, width, left=section.x, color=_COLOURS[number], height=0.7)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlim(0, 30)
+        axis.set_xlabel("x")
+    axes[0].invert_yaxis()
+    axes[0].set_ylabel("plane")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+if __name__ == "__main__":
+    main()

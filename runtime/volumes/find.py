@@ -1,0 +1,96 @@
+"""From planes to sections: the model looks at each plane of a stack as at a slide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from darcnn.runtime.diameter import estimate_diameter
+from darcnn.runtime.errors import UsageError
+from darcnn.runtime.intensity import Window
+from darcnn.runtime.planning import SlidePlan
+from darcnn.runtime.readers.array import ArrayReader
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.volumes.sections import Section, sections_of
+from darcnn.runtime.volumes.stack import Stack, even_steps, measure_stack
+from darcnn.runtime.volumes.volume import AXES, Axis, Volume, across
+
+__all__ = ["View", "estimate_in_volume", "find_sections", "plan_view"]
+
+_UM_PER_NM = 1e-3
+_LOOKED_AT = 4  # planes whose objects' size is estimated
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How a model looks at a volume along one axis; a function of the volume, model and options alone."""
+
+    stack: Stack
+    plan: SlidePlan  # of each plane
+    window: Window
+
+
+def plan_view(
+    segmenter: Segmenter,
+    volume: Volume,
+    axis: Axis,
+    *,
+    diameter_px: float | None = None,
+    pixels: bool = False,
+    n_joined: int | None = None,
+) -> View:
+    """Return how `segmenter` looks at `volume` along `axis`; some planes are read to measure brightness.
+
+    Args:
+        segmenter: the model.
+        volume: open; stays open.
+        axis: whose planes are looked at.
+        diameter_px: of a typical object, voxels; decides the scale alone. None: the voxel size does.
+        pixels: take the voxels as they are.
+        n_joined: planes that a slab joins, an odd number; None: as many as the model's rule says.
+    Raises:
+        InputError: no voxel size, none given, or planes of voxels that are not square.
+        UsageError: `n_joined` is even.
+    """
+    model = segmenter.manifest.input
+    if n_joined is not None and n_joined % 2 == 0:
+        raise UsageError(
+            f"a slab of {n_joined} planes has none in its middle", where="--slab", fix="give an odd number"
+        )
+    with _reader_of(volume, axis, np.zeros(volume.info.plane_shape(axis), np.float32)) as reader:
+        plan = segmenter.plan(reader.info, diameter_px=diameter_px, pixels=pixels)
+    stack = Stack.of(volume, axis, model.slab, model.nominal_diameter_px / plan.scale)
+    if n_joined is not None:
+        stack = Stack(volume, axis, n_joined, stack.sigma_px)
+    return View(stack, plan, measure_stack(stack, model.intensity, scale=plan.scale))
+
+
+def estimate_in_volume(segmenter: Segmenter, volume: Volume, axis: Axis) -> float | None:
+    """Return the diameter of a typical object in voxels, the median over four planes; None: not found."""
+    found = []
+    plain = Stack(volume, axis)
+    for index in even_steps(len(plain), _LOOKED_AT):
+        with _reader_of(volume, axis, plain.plane(index)) as reader:
+            found.append(estimate_diameter(segmenter, reader))
+    known = [one for one in found if one is not None]
+    return float(np.median(known)) if known else None
+
+
+def find_sections(segmenter: Segmenter, view: View, start: int, stop: int) -> Iterator[list[Section]]:
+    """Yield the objects on planes `start` to `stop` - 1; a thread makes the next plane meanwhile."""
+    stack = view.stack
+    for index, plane in enumerate(stack.read_ahead(start, stop), start=start):
+        with _reader_of(stack.volume, stack.axis, plane) as reader:
+            yield sections_of(segmenter.segment(reader, view.plan, window=view.window), index, plane)
+
+
+def _reader_of(volume: Volume, axis: Axis, plane: np.typing.NDArray[np.float32]) -> ArrayReader:
+    """Return a plane as a source of pixels, with the size of its voxels where they are square."""
+    voxel = volume.info.voxel_nm
+    mpp = None
+    if voxel is not None:
+        sides = [voxel[AXES.index(one)] for one in across(axis)]
+        mpp = float(np.sqrt(sides[0] * sides[1])) * _UM_PER_NM
+    return ArrayReader(plane, name=f"{volume.info.name}, plane across {axis}", mpp=mpp)

@@ -1,0 +1,181 @@
+"""The labels of a volume: an OME-Zarr 0.5 pyramid and, on request, an MRC file, drawn slab by slab."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
+
+from darcnn.runtime.sinks.atomic import atomic_folder
+from darcnn.runtime.volumes.solid import SolidFile
+from darcnn.runtime.volumes.volume import Volume
+
+__all__ = ["Numbered", "draw_slabs", "write_label_mrc", "write_label_volume"]
+
+_VERSION = "0.5"
+_CHUNK = (16, 256, 256)  # what a viewer fetches, z y x
+_SHARD_PX = 2048  # side of what is one file
+_SMALLEST_PX = 256  # the pyramid ends at this size
+_SLAB_BYTES = 64 << 20  # labels in memory at once, about
+_MAX_UINT16 = 65535
+_ANGSTROM_PER_NM = 10.0
+_GEOMETRY = (
+    *("cella", "cellb", "origin", "mapc", "mapr", "maps"),
+    *("mx", "my", "mz", "nxstart", "nystart", "nzstart", "ispg"),
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Numbered:
+    """Solids that are reported: solid `rows[k]` of `solids` has the number `ids[k]`."""
+
+    solids: SolidFile
+    rows: NDArray[np.int64]
+    ids: NDArray[np.int64]
+
+
+def draw_slabs(numbered: Numbered, shape: tuple[int, int, int], depth: int) -> Iterator[NDArray[np.uint32]]:
+    """Yield the labels of `depth` planes at a time along z, (d, H, W), 0 where there is nothing.
+
+    Where objects overlap, the higher score is on top, and of equal scores the lower number.
+    """
+    boxes, scores = numbered.solids.boxes[numbered.rows], numbered.solids.scores[numbered.rows]
+    order = np.lexsort((-numbered.ids, scores))  # the best is drawn last, of equals the lowest number
+    for start in range(0, shape[0], depth):
+        stop = min(start + depth, shape[0])
+        labels = np.zeros((stop - start, *shape[1:]), np.uint32)
+        for k in order[(boxes[order, 0] < stop) & (boxes[order, 3] > start)]:
+            z0, y0, x0, z1, y1, x1 = boxes[k].tolist()
+            low, high = max(z0, start), min(z1, stop)
+            mask = numbered.solids[int(numbered.rows[k])].mask[low - z0 : high - z0]
+            labels[low - start : high - start, y0:y1, x0:x1][mask] = numbered.ids[k]
+        yield labels
+
+
+def write_label_volume(
+    path: Path,
+    numbered: Numbered,
+    *,
+    shape: tuple[int, int, int],
+    voxel_nm: tuple[float, float, float] | None,
+    name: str,
+) -> None:
+    """Write the labels as a 3D label pyramid, uint32: a voxel's value is its object's number.
+
+    Each level takes every second voxel of the one before (labels cannot be averaged), down to 256 px. Memory
+    does not grow with the number of planes.
+
+    Args:
+        path: folder to write; must not exist.
+        numbered: the objects.
+        shape: (Z, Y, X).
+        voxel_nm: nanometres per voxel, or None.
+        name: of the multiscale image.
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    n_levels = 1
+    while max(shape[1:]) >> (n_levels - 1) > _SMALLEST_PX:
+        n_levels += 1
+    depth = _slab_depth(shape)
+    with atomic_folder(path) as folder:
+        group = zarr.create_group(
+            store=zarr.storage.LocalStore(folder),
+            zarr_format=3,
+            attributes={"ome": _attributes(n_levels, voxel_nm, name)},
+        )
+        arrays = [_create(group, level, shape, depth) for level in range(n_levels)]
+        start = 0
+        for labels in draw_slabs(numbered, shape, depth):
+            if labels.any():  # what is not written is 0
+                for level, array in enumerate(arrays):
+                    _put(array, labels, start, 1 << level)
+            start += len(labels)
+
+
+def _slab_depth(shape: tuple[int, int, int]) -> int:
+    """Return how many planes are drawn at once, and lie in one chunk: few where they are large."""
+    return min(_CHUNK[0], max(1, _SLAB_BYTES // (4 * shape[1] * shape[2])))
+
+
+def _create(group: zarr.Group, level: int, shape: tuple[int, int, int], depth: int) -> zarr.Array[Any]:
+    size = tuple(-(-n // (1 << level)) for n in shape)
+    chunks = (depth, *_CHUNK[1:])
+    # a small volume gets a small shard, so that one is never mostly padding
+    sides = (min(_SHARD_PX, -(-n // chunk) * chunk) for n, chunk in zip(size[1:], chunks[1:], strict=True))
+    return group.create_array(
+        str(level),
+        shape=size,
+        dtype="uint32",
+        chunks=chunks,
+        shards=(depth, *sides),
+        compressors=ZstdCodec(level=3),
+        fill_value=0,
+        dimension_names=("z", "y", "x"),
+    )
+
+
+def _put(array: zarr.Array[Any], labels: NDArray[np.uint32], start: int, step: int) -> None:
+    """Write every `step`-th voxel of `labels`, whose first plane is plane `start` of level 0."""
+    first = -start % step  # the first of these planes that the level has
+    part = labels[first::step, ::step, ::step]
+    if len(part):
+        at = (start + first) // step
+        array[at : at + len(part)] = part
+
+
+def _attributes(n_levels: int, voxel_nm: tuple[float, float, float] | None, name: str) -> dict[str, Any]:
+    unit = {"unit": "nanometer"} if voxel_nm is not None else {}
+    # Voxel i of a level is voxel i * 2^level of level 0 itself, so no level is shifted: no translation.
+    datasets = [
+        {
+            "path": str(level),
+            "coordinateTransformations": [
+                {"type": "scale", "scale": [one * 2.0**level for one in voxel_nm or (1.0, 1.0, 1.0)]}
+            ],
+        }
+        for level in range(n_levels)
+    ]
+    axes = [{"name": axis, "type": "space", **unit} for axis in "zyx"]
+    return {
+        "version": _VERSION,
+        "multiscales": [{"name": name, "type": "nearest", "axes": axes, "datasets": datasets}],
+        "image-label": {"version": _VERSION},
+    }
+
+
+def write_label_mrc(path: Path, numbered: Numbered, volume: Volume) -> None:
+    """Write the labels as MRC, with the geometry (cell, origin, start) of `volume` if that is an MRC file.
+
+    Mode 6 (uint16) holds 65,535 objects; more are written as float32 (mode 2), which counts to 16.7 million.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    import mrcfile
+
+    shape, source = volume.info.shape, volume.values_file
+    is_small = int(numbered.ids.max(initial=0)) <= _MAX_UINT16
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with mrcfile.new_mmap(temporary, shape=shape, mrc_mode=6 if is_small else 2, overwrite=True) as file:
+            if volume.info.voxel_source == "MRC cell":
+                with mrcfile.open(source, header_only=True, permissive=True) as model:
+                    for name in _GEOMETRY:
+                        file.header[name] = model.header[name]
+            elif volume.info.voxel_nm is not None:
+                file.voxel_size = tuple(one * _ANGSTROM_PER_NM for one in volume.info.voxel_nm[::-1])
+            start = 0
+            for labels in draw_slabs(numbered, shape, _slab_depth(shape)):
+                file.data[start : start + len(labels)] = labels
+                start += len(labels)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,206 @@
+"""From sections on planes to chains: which sections of neighbouring planes are one object.
+
+The result is a function of the sections alone, in whatever blocks they were found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+from darcnn.runtime.volumes.sections import Section
+
+__all__ = ["Chain", "link_sections", "shared_pixels"]
+
+Chain = list[Section]  # one section a plane, in order; at most one plane in a row is missing
+
+_MIN_IOU = 0.2  # sections that overlap less are two objects ...
+_CONTAINED = 0.8  # ... unless one lies so far inside the other: the cap of a round object
+_COVERED = 0.5  # share of a section that a merged one must cover to hold it
+_WAIST = 0.5  # a chain is cut where its area falls below this share of the maxima on both sides
+_BRIDGED = 1  # planes in a row on which an object may be missed
+
+
+def link_sections(planes: Iterable[list[Section]], *, min_planes: int = 1) -> Iterator[Chain]:
+    """Yield the chains of the sections of consecutive planes, each as soon as it has ended.
+
+    1. Sections of two planes are candidates for one object where their masks overlap (IoU 0.2 or more, or one
+       lies in the other), and are joined one to one, the best overlap first.
+    2. An object missed on one plane goes on if it is found on the next.
+    3. Where two chains run into one section and out of it on the next plane, that section is cut in two.
+    4. A chain with a waist, two objects one behind the other, is cut there.
+    5. Chains of fewer than `min_planes` sections are left out, at the first and the last plane of fewer than
+       half: even what is one plane thick shows in all slabs that hold it, and what shows in fewer is noise.
+
+    Args:
+        planes: the sections of each plane; four planes are in memory at once.
+        min_planes: of a chain.
+    """
+    linker = _Linker()
+    for current, after in _pairs(planes):
+        for chain in linker.add(current, after):
+            yield from _finish(chain, min_planes, last=-1)  # it ended before this plane
+    for chain in linker.active:
+        yield from _finish(chain, min_planes, last=linker.plane)
+
+
+def _pairs(planes: Iterable[list[Section]]) -> Iterator[tuple[list[Section], list[Section]]]:
+    """Yield each plane with the one after it."""
+    before: list[Section] | None = None
+    for plane in planes:
+        if before is not None:
+            yield before, plane
+        before = plane
+    if before is not None:
+        yield before, []
+
+
+@dataclass(slots=True)
+class _Linker:
+    active: list[Chain] = field(default_factory=list)
+    plane: int = -1  # the last one taken
+
+    def add(self, current: list[Section], after: list[Section]) -> list[Chain]:
+        """Take the next plane; return the chains that have ended before it."""
+        self.plane += 1
+        ends = [chain[-1] for chain in self.active]
+        sections = _split_merged(ends, current, after)
+        taken = _match(ends, sections)
+        for row, section in enumerate(sections):
+            if row in taken:
+                self.active[taken[row]].append(section)
+            else:
+                self.active.append([section])
+        ended = [chain for chain in self.active if chain[-1].plane < self.plane - _BRIDGED]
+        self.active = [chain for chain in self.active if chain[-1].plane >= self.plane - _BRIDGED]
+        return ended
+
+
+def _match(ends: list[Section], sections: list[Section]) -> dict[int, int]:
+    """Return which section goes on with which chain, one to one: section -> chain."""
+    rated = []
+    for end, row, shared in _overlaps(ends, sections):
+        one, other = ends[end].area_px, sections[row].area_px
+        iou = shared / (one + other - shared)
+        is_cap = shared >= _CONTAINED * min(one, other)
+        if iou >= _MIN_IOU or is_cap:
+            missed = sections[row].plane - ends[end].plane - 1
+            rated.append((missed, -iou, end, row))
+    taken: dict[int, int] = {}
+    used: set[int] = set()
+    for _, _, end, row in sorted(rated):
+        if end not in used and row not in taken:
+            taken[row] = end
+            used.add(end)
+    return taken
+
+
+def _split_merged(ends: list[Section], sections: list[Section], after: list[Section]) -> list[Section]:
+    """Return `sections`, those cut that join chains for this plane only."""
+    covers: dict[int, list[int]] = {}
+    for end, row, shared in _overlaps(ends, sections):
+        is_next = ends[end].plane == sections[row].plane - 1
+        if is_next and shared >= _COVERED * ends[end].area_px:
+            covers.setdefault(row, []).append(end)
+    merged = {row: found for row, found in covers.items() if len(found) > 1}
+    if not merged:
+        return sections
+    leaves: dict[int, int] = {}
+    for row, later, shared in _overlaps(sections, after):
+        if row in merged and shared >= _COVERED * after[later].area_px:
+            leaves[row] = leaves.get(row, 0) + 1
+    result: list[Section] = []
+    for row, section in enumerate(sections):
+        is_cut = row in merged and leaves.get(row, 0) > 1
+        result.extend(_cut(section, [ends[end] for end in sorted(merged[row])]) if is_cut else [section])
+    return result
+
+
+def _cut(section: Section, ends: list[Section]) -> list[Section]:
+    """Return the parts of a section that are nearest to each of the sections `ends` of the plane before."""
+    ys, xs = np.nonzero(section.mask)
+    points = np.stack([ys + section.y, xs + section.x], axis=1).astype(np.float64)
+    centres = np.array([_centre(end) for end in ends])
+    nearest = ((points[:, None] - centres[None]) ** 2).sum(axis=2).argmin(axis=1)
+    parts = []
+    for number in range(len(ends)):
+        own = nearest == number
+        if own.any():
+            mask = np.zeros_like(section.mask)
+            mask[ys[own], xs[own]] = True
+            parts.append(_trim(replace(section, mask=mask)))
+    return parts
+
+
+def _trim(section: Section) -> Section:
+    """Return the section without empty borders."""
+    rows, columns = np.flatnonzero(section.mask.any(axis=1)), np.flatnonzero(section.mask.any(axis=0))
+    mask = section.mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return replace(section, x=section.x + int(columns[0]), y=section.y + int(rows[0]), mask=mask)
+
+
+def _centre(section: Section) -> NDArray[np.float64]:
+    ys, xs = np.nonzero(section.mask)
+    return np.array([ys.mean() + section.y, xs.mean() + section.x])
+
+
+def _overlaps(one: list[Section], other: list[Section]) -> list[tuple[int, int, int]]:
+    """Return (index in `one`, index in `other`, shared pixels) of all that share some, in order."""
+    if not one or not other:
+        return []
+    first, second = shapely.STRtree(_boxes(one)).query(_boxes(other), predicate="intersects")[::-1]
+    found = []
+    for a, b in sorted(zip(first.tolist(), second.tolist(), strict=True)):
+        shared = shared_pixels(one[a], other[b])
+        if shared:
+            found.append((a, b, shared))
+    return found
+
+
+def _boxes(sections: list[Section]) -> NDArray[np.object_]:
+    low = np.array([(one.x, one.y) for one in sections], np.float64)
+    size = np.array([one.mask.shape[::-1] for one in sections], np.float64)
+    boxes: NDArray[np.object_] = shapely.box(low[:, 0], low[:, 1], *(low + size).T)
+    return boxes
+
+
+def shared_pixels(one: Section, other: Section) -> int:
+    """Return how many pixels two sections have in common, whatever their planes."""
+    x0, y0 = max(one.x, other.x), max(one.y, other.y)
+    x1 = min(one.x + one.mask.shape[1], other.x + other.mask.shape[1])
+    y1 = min(one.y + one.mask.shape[0], other.y + other.mask.shape[0])
+    if x1 <= x0 or y1 <= y0:
+        return 0
+    part = one.mask[y0 - one.y : y1 - one.y, x0 - one.x : x1 - one.x]
+    return int(np.count_nonzero(part & other.mask[y0 - other.y : y1 - other.y, x0 - other.x : x1 - other.x]))
+
+
+def _finish(chain: Chain, min_planes: int, *, last: int) -> Iterator[Chain]:
+    """Yield the chain, cut at its waists, without what is too short; `last` is the last plane of all."""
+    waist = _find_waist([section.area_px for section in chain], min_planes)
+    if waist is not None:
+        yield from _finish(chain[:waist], min_planes, last=last)
+        yield from _finish(chain[waist:], min_planes, last=last)
+        return
+    is_at_end = chain[0].plane == 0 or chain[-1].plane == last
+    if len(chain) >= ((min_planes + 1) // 2 if is_at_end else min_planes):
+        yield chain
+
+
+def _find_waist(areas: list[int], min_planes: int) -> int | None:
+    """Return where to cut: the first section of the second object, None where there is one object.
+
+    >>> _find_waist([5, 9, 3, 8, 6], 2), _find_waist([5, 9, 7, 8, 6], 2)
+    (2, None)
+    """
+    best: tuple[float, int] | None = None
+    for at in range(min_planes, len(areas) - min_planes + 1):
+        lower = min(max(areas[:at]), max(areas[at:]))
+        depth = areas[at] / lower
+        if depth < _WAIST and (best is None or depth < best[0]):
+            best = (depth, at)
+    return None if best is None else best[1]

@@ -1,0 +1,208 @@
+"""From files to volumes: numbers that lie on the disk as they are get mapped, others are unpacked once."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import math
+import shutil
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.errors import InputError, ShapeError
+from darcnn.runtime.geometry import Region
+from darcnn.runtime.intensity import select_channels
+from darcnn.runtime.planning import find_channel
+from darcnn.runtime.readers.base import choose_plane, make_slide_name, suffix_of
+from darcnn.runtime.readers.mrc_header import read_mrc_header
+from darcnn.runtime.readers.nifti import open_nifti
+from darcnn.runtime.readers.open import count_planes, open_source
+from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.readers.tiff import read_section_um
+from darcnn.runtime.volumes.ome_zarr import is_zarr_volume, unpack_zarr
+from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo
+
+__all__ = ["is_volume", "open_volume"]
+
+_MRC = (".mrc", ".rec", ".map", ".st")
+_PACKED = (".gz", ".bz2")
+_NM_PER_UM = 1000.0
+
+
+def is_volume(path: Path, *, t: int | None = None) -> bool:
+    """Tell whether a file holds several planes along z, or along t of which `t` does not choose one.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    if _inner_suffix(path) is not None:
+        return True
+    if _is_zarr(path):
+        return is_zarr_volume(path)
+    planes = count_planes(path)
+    return planes.n_z > 1 or (planes.n_t > 1 and t is None)
+
+
+def open_volume(
+    path: Path,
+    scratch: Path,
+    *,
+    t: int | None = None,
+    channel: int | str | None = None,
+    voxel_nm: tuple[float, float, float] | None = None,
+) -> Volume:
+    """Open the volume in `path`; a context manager.
+
+    Args:
+        path: MRC (.mrc, .rec, .map, .st, also packed as .gz or .bz2), NIfTI, TIFF stack or OME-Zarr folder.
+        scratch: a folder that may be written to; what must be unpacked lies there until the volume is closed.
+        t: which moment of a series of volumes. A series of single planes is a volume along t.
+        channel: which of several channels, number or name.
+        voxel_nm: nanometres per voxel along z, y, x, in place of what the file says.
+    Raises:
+        InputError: the file is damaged, holds no volume or several, or needs a choice of `t` or `channel`.
+        OSError: there is no room to unpack it.
+    """
+    inner = _inner_suffix(path)
+    suffix = suffix_of(path) if inner is None else inner
+    if suffix in _MRC:
+        volume = _open_mrc(path, scratch, is_packed=inner is not None)
+        choose_plane("t", t, 1, where=path)
+    elif suffix in (".nii", ".nii.gz"):
+        volume = _open_nifti(path, scratch, t)
+    elif _is_zarr(path):
+        volume = unpack_zarr(path, scratch, t=t, channel=channel)
+    else:
+        volume = _unpack_stack(path, scratch, t, channel)
+    if voxel_nm is not None:
+        volume.info = replace(volume.info, voxel_nm=voxel_nm, voxel_source="--voxel-size")
+    return volume
+
+
+def _is_zarr(path: Path) -> bool:
+    return path.suffix.lower() == ".zarr" and path.is_dir()
+
+
+def _inner_suffix(path: Path) -> str | None:
+    """Return the ending below .gz or .bz2 of a packed MRC file, None for others."""
+    inner = Path(path.stem).suffix.lower()
+    return inner if path.suffix.lower() in _PACKED and inner in _MRC else None
+
+
+def _open_mrc(path: Path, scratch: Path, *, is_packed: bool) -> Volume:
+    unpacked = _unpack(path, scratch) if is_packed else None
+    place = path if unpacked is None else unpacked
+    try:
+        header = read_mrc_header(place)
+        if header.n_volumes > 1:
+            raise InputError(
+                f"holds {header.n_volumes} volumes, one behind the other",
+                where=path,
+                fix="write each to a file of its own (newstack of IMOD, say)",
+            )
+    except BaseException:
+        if unpacked is not None:
+            unpacked.unlink(missing_ok=True)
+        raise
+    voxel = _voxel_nm(header.mpp, header.section_um)
+    info = VolumeInfo(
+        path, make_slide_name(path), header.shape, header.dtype, voxel, None if voxel is None else "MRC cell"
+    )
+    return Volume(info, Stored(place, header.dtype, header.offset), scratch=unpacked)
+
+
+def _open_nifti(path: Path, scratch: Path, t: int | None) -> Volume:
+    image, planes, mpp, section_um = open_nifti(path)
+    moment = choose_plane("t", t, planes.n_t, where=path)
+    stored: Any = image.dataobj
+    columns, rows = (int(n) for n in image.shape[:2])
+    shape = (planes.n_z, rows, columns)
+    voxel = _voxel_nm(mpp, section_um)
+    slope, intercept = (float(one) for one in (stored.slope, stored.inter))
+    is_scaled = (slope, intercept) != (1.0, 0.0)
+    unpacked = _unpack(path, scratch) if suffix_of(path) == ".nii.gz" else None
+    dtype = np.dtype(stored.dtype)
+    offset = int(stored.offset) + moment * math.prod(shape) * dtype.itemsize
+    place = path if unpacked is None else unpacked
+    if place.stat().st_size < offset + math.prod(shape) * dtype.itemsize:
+        if unpacked is not None:
+            unpacked.unlink()
+        raise InputError("is truncated", where=path, fix="copy the file again or export it anew")
+    kind = np.dtype(np.float32) if is_scaled else dtype
+    source = None if voxel is None else "NIfTI pixdim"
+    info = VolumeInfo(path, make_slide_name(path), shape, kind, voxel, source)
+    return Volume(info, Stored(place, dtype, offset, slope, intercept), scratch=unpacked)
+
+
+def _voxel_nm(mpp: tuple[float, float] | None, section_um: float | None) -> tuple[float, float, float] | None:
+    """Return nanometres along z, y, x; sections whose distance is unknown lie as far apart as pixels."""
+    if mpp is None:
+        return None
+    x, y = mpp
+    return (
+        (x if section_um is None else section_um) * _NM_PER_UM,
+        y * _NM_PER_UM,
+        x * _NM_PER_UM,
+    )
+
+
+def _unpack(path: Path, scratch: Path) -> Path:
+    """Return a new file in `scratch` with the unpacked content of `path`."""
+    target = scratch / f".{make_slide_name(path)}.unpacked"
+    opener = gzip.open if path.suffix.lower() == ".gz" else bz2.open
+    try:
+        with opener(path) as source, target.open("wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as err:
+        target.unlink(missing_ok=True)
+        raise InputError(f"cannot be unpacked ({err})", where=path, fix="copy it again") from err
+    except OSError as err:
+        target.unlink(missing_ok=True)
+        if err.errno is None:  # not the system but bz2 says so: the content is broken
+            raise InputError(f"cannot be unpacked ({err})", where=path, fix="copy it again") from err
+        raise
+    return target
+
+
+def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str | None) -> Volume:
+    """Return a volume of planes that a reader reads one by one: they are decoded once, into a file."""
+    planes = count_planes(path)
+    is_series = planes.n_z == 1 and planes.n_t > 1 and t is None
+    places = [(None, k) for k in range(planes.n_t)] if is_series else [(k, t) for k in range(planes.n_z)]
+    target = scratch / f".{make_slide_name(path)}.unpacked"
+    try:
+        with target.open("wb") as file:
+            for z, moment in places:
+                with open_source(path, z=z, t=moment) as reader:
+                    info = reader.info
+                    file.write(_read_plane(reader, channel).tobytes())
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+    shape = (len(places), info.height_px0, info.width_px0)
+    voxel = None
+    if not is_series:
+        voxel = _voxel_nm(info.mpp, read_section_um(path))
+    source = None if voxel is None else info.mpp_source
+    facts = VolumeInfo(path, make_slide_name(path), shape, info.dtype, voxel, source)
+    return Volume(facts, Stored(target, info.dtype), scratch=target)
+
+
+def _read_plane(reader: Reader, channel: int | str | None) -> NDArray[Any]:
+    """Return the (H, W) values of one channel, or of the mean of red, green and blue."""
+    info = reader.info
+    pixels = reader.read(Region(0, 0, info.width_px0, info.height_px0), level=0)
+    number = find_channel(info, channel)
+    try:
+        chosen = select_channels(pixels, is_rgb=info.is_rgb, channels=1, channel=number)
+    except ShapeError as err:
+        names = ", ".join(f"{index} {name}" for index, name in enumerate(info.channel_names))
+        raise InputError(
+            str(err), where=info.path or info.name, fix=f"choose one with --channel: {names}"
+        ) from err
+    return chosen[:, :, 0]

@@ -1,0 +1,154 @@
+"""Pictures of a volume with the outlines on them: three planes and the best objects; a scroll along z."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from darcnn.runtime.intensity import Window, apply_window
+from darcnn.runtime.sinks.atomic import atomic_file
+from darcnn.runtime.volumes.labels import Numbered
+from darcnn.runtime.volumes.stack import Stack, even_steps
+from darcnn.runtime.volumes.volume import AXES, Axis
+
+__all__ = ["write_overview", "write_scroll"]
+
+_SIDE_PX = 1024  # a plane is at most so large
+_SCROLL_PX = 384
+_FRAMES = 48
+_FRAME_MS = 90
+_CROPS = 24
+_CROP_PX = 96
+_CROP_DIAMETERS = 3.0  # side of a crop round an object, in its own largest extent, at least ...
+_MIN_CROP = 24  # ... so many voxels
+_OUTLINE = (190, 255, 40)
+_GAP_PX = 8
+_LINE_PX = 36
+_FONT_PX = 16
+
+
+def write_overview(
+    path: Path, stacks: Sequence[Stack], window: Window, numbered: Numbered, *, model_name: str
+) -> None:
+    """Write the middle planes along z, y and x with outlines, and the objects that score best, as PNG.
+
+    Args:
+        path: PNG to write.
+        stacks: of the volume, along z, y and x.
+        window: raw values that become black and white.
+        numbered: the objects.
+        model_name: for the legend.
+    Raises:
+        InputError: the volume cannot be read.
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    planes = [_plane_with_outlines(stack, len(stack) // 2, window, numbered) for stack in stacks]
+    z, y, x = (_shrunk(plane, _SIDE_PX) for plane in planes)
+    crops = _best_crops(stacks[0], window, numbered)
+    width = max(z.width + _GAP_PX + x.height, len(crops[:12]) * (_CROP_PX + _GAP_PX), 480)
+    rows = math.ceil(len(crops) / max(1, (width + _GAP_PX) // (_CROP_PX + _GAP_PX)))
+    top = max(z.height + _GAP_PX + y.height, x.width)
+    page = Image.new("RGB", (width, top + rows * (_CROP_PX + _GAP_PX) + _LINE_PX), "white")
+    page.paste(z, (0, 0))
+    page.paste(y, (0, z.height + _GAP_PX))  # x to the right as above it
+    page.paste(x.transpose(Image.Transpose.TRANSPOSE), (z.width + _GAP_PX, 0))  # y downwards as beside it
+    for number, crop in enumerate(crops):
+        row, column = divmod(number, (width + _GAP_PX) // (_CROP_PX + _GAP_PX))
+        page.paste(crop, (column * (_CROP_PX + _GAP_PX), top + _GAP_PX + row * (_CROP_PX + _GAP_PX)))
+    n = len(numbered.rows)
+    shape = " x ".join(str(size) for size in stacks[0].volume.info.shape[::-1])
+    words = f"{model_name}   {n:,} object{'' if n == 1 else 's'}   {shape} voxels (x y z)"
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(size=_FONT_PX)
+    draw.text((_GAP_PX, page.height - _LINE_PX // 2), words, fill="black", font=font, anchor="lm")
+    with atomic_file(path) as file:
+        page.save(file, format="PNG")
+
+
+def write_scroll(path: Path, stack: Stack, window: Window, numbered: Numbered) -> None:
+    """Write up to 48 planes with outlines, one after another, as an animated GIF.
+
+    Raises:
+        InputError: the volume cannot be read.
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    frames = [
+        _shrunk(_plane_with_outlines(stack, index, window, numbered), _SCROLL_PX).quantize(32)
+        for index in even_steps(len(stack), _FRAMES)
+    ]
+    with atomic_file(path) as file:
+        frames[0].save(
+            file, format="GIF", save_all=True, append_images=frames[1:], duration=_FRAME_MS, loop=0
+        )
+
+
+def _plane_with_outlines(stack: Stack, index: int, window: Window, numbered: Numbered) -> Image.Image:
+    grey = apply_window(stack.plane(index), window)
+    factor = max(1, round(_SCROLL_PX / max(grey.shape)))  # a small plane is enlarged: outlines hide less
+    labels = np.zeros(grey.shape, np.uint32)
+    for crop, row, column, number in _sections(stack.axis, index, numbered):
+        labels[row : row + crop.shape[0], column : column + crop.shape[1]][crop] = number
+    return _outlined(grey, labels, factor)
+
+
+def _sections(
+    axis: Axis, index: int, numbered: Numbered
+) -> Iterator[tuple[NDArray[np.bool_], int, int, int]]:
+    """Yield mask, first row, first column and number of the objects on a plane, the best last."""
+    which = AXES.index(axis)
+    boxes = numbered.solids.boxes[numbered.rows]
+    hits = np.flatnonzero((boxes[:, which] <= index) & (boxes[:, 3 + which] > index))
+    for k in hits[np.argsort(numbered.solids.scores[numbered.rows[hits]], kind="stable")]:
+        solid = numbered.solids[int(numbered.rows[k])]
+        crop = np.take(solid.mask, index - solid.origin[which], axis=which)
+        row, column = (start for axis_, start in enumerate(solid.origin) if axis_ != which)
+        yield crop, row, column, int(numbered.ids[k])
+
+
+def _outlined(grey: NDArray[np.uint8], labels: NDArray[np.uint32], factor: int) -> Image.Image:
+    """Return the plane, enlarged, with a line of one pixel inside each object's border."""
+    large = np.kron(labels, np.ones((factor, factor), np.uint32)) if factor > 1 else labels
+    padded = np.pad(large, 1)
+    is_border = np.zeros(large.shape, np.bool_)
+    for dy, dx in ((0, 1), (2, 1), (1, 0), (1, 2)):
+        is_border |= padded[dy : dy + large.shape[0], dx : dx + large.shape[1]] != large
+    is_border &= large > 0
+    picture = (
+        Image.fromarray(grey)
+        .resize((large.shape[1], large.shape[0]), Image.Resampling.BICUBIC)
+        .convert("RGB")
+    )
+    picture.paste(_OUTLINE, mask=Image.fromarray(is_border))
+    return picture
+
+
+def _shrunk(picture: Image.Image, side_px: int) -> Image.Image:
+    picture.thumbnail((side_px, side_px), Image.Resampling.BOX)
+    return picture
+
+
+def _best_crops(stack: Stack, window: Window, numbered: Numbered) -> list[Image.Image]:
+    """Return crops of the plane through the middle of each of the objects that score best."""
+    best = np.argsort(-numbered.solids.scores[numbered.rows], kind="stable")[:_CROPS]
+    crops = []
+    for k in best:
+        box = numbered.solids.boxes[numbered.rows[k]]
+        low, high = box[:3], box[3:]
+        middle = (low + high) // 2
+        side = max(_MIN_CROP, round(_CROP_DIAMETERS * max(high[1:] - low[1:])))
+        height, width = stack.shape
+        y0 = int(np.clip(middle[1] - side // 2, 0, max(0, height - side)))
+        x0 = int(np.clip(middle[2] - side // 2, 0, max(0, width - side)))
+        grey = apply_window(stack.plane(int(middle[0])), window)[y0 : y0 + side, x0 : x0 + side]
+        solid = numbered.solids[int(numbered.rows[k])]
+        mask = solid.mask[int(middle[0]) - solid.origin[0]]
+        labels = np.zeros((height, width), np.uint32)
+        labels[low[1] : high[1], low[2] : high[2]][mask] = 1
+        crop = _outlined(grey, labels[y0 : y0 + side, x0 : x0 + side], max(1, _CROP_PX // side))
+        crops.append(crop.resize((_CROP_PX, _CROP_PX), Image.Resampling.BICUBIC))
+    return crops

@@ -1,0 +1,70 @@
+"""Coordinates for other programs: a RELION STAR file and a point list that IMOD reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from darcnn.runtime.readers.base import needs_package
+from darcnn.runtime.sinks.atomic import atomic_file
+
+__all__ = ["write_points", "write_star"]
+
+_ANGSTROM_PER_NM = 10.0
+
+
+def write_star(
+    path: Path, table: pa.Table, *, name: str, voxel_nm: tuple[float, float, float] | None
+) -> None:
+    """Write the centroids as a STAR file of RELION 3.1 and later: tables `optics` and `particles`.
+
+    Coordinates are voxels of the tomogram, of which the first has its centre at 0. The score is the figure
+    of merit. Angles are not known: 0.
+
+    Args:
+        path: file to write.
+        table: objects of the volume (`solid_schema`).
+        name: of the tomogram.
+        voxel_nm: nanometres per voxel z, y, x; None: unknown, the column of the pixel size is left out.
+    Raises:
+        InputError: the package starfile is not installed.
+        OSError: it cannot be written; nothing is left behind.
+    """
+    try:
+        import pandas as pd
+        import starfile
+    except ModuleNotFoundError as err:
+        raise needs_package("starfile", path) from err
+    optics: dict[str, list[object]] = {"rlnOpticsGroup": [1], "rlnOpticsGroupName": ["opticsGroup1"]}
+    if voxel_nm is not None:
+        optics["rlnTomoTiltSeriesPixelSize"] = [round(voxel_nm[2] * _ANGSTROM_PER_NM, 6)]
+    n = table.num_rows
+    particles = {
+        "rlnTomoName": [name] * n,
+        "rlnTomoParticleId": table["id"].to_numpy(),
+        **{f"rlnCoordinate{axis.upper()}": np.round(table[axis].to_numpy() - 0.5, 3) for axis in "xyz"},
+        **{f"rlnAngle{angle}": np.zeros(n) for angle in ("Rot", "Tilt", "Psi")},
+        "rlnAutopickFigureOfMerit": np.round(table["score"].to_numpy().astype(np.float64), 4),
+        "rlnOpticsGroup": np.ones(n, np.int64),
+    }
+    text = starfile.to_string({"optics": pd.DataFrame(optics), "particles": pd.DataFrame(particles)})
+    # starfile begins with a remark that holds the time: the same run is to give the same bytes
+    lines = [line for line in text.splitlines(keepends=True) if not line.startswith("#")]
+    with atomic_file(path) as file:
+        file.write("".join(lines).encode())
+
+
+def write_points(path: Path, table: pa.Table) -> None:
+    """Write one line `x y z` an object, as IMOD's point2model reads it.
+
+    The centre of the first voxel is at 0.5, 0.5, 0.0 there: along z IMOD counts whole sections.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    x, y, z = (table[axis].to_numpy() for axis in "xyz")
+    lines = (f"{a:.2f} {b:.2f} {c - 0.5:.2f}\n" for a, b, c in zip(x, y, z, strict=True))
+    with atomic_file(path) as file:
+        file.write("".join(lines).encode())

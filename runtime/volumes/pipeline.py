@@ -1,0 +1,321 @@
+"""From a volume to a folder of results: planes to sections, sections to solids, solids to files."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from darcnn.runtime.errors import InputError
+from darcnn.runtime.parts import Parts
+from darcnn.runtime.pipeline import RunSummary
+from darcnn.runtime.readers.base import make_slide_name
+from darcnn.runtime.record import fingerprint, make_record, model_hash, read_record
+from darcnn.runtime.row_filter import RowFilter, parse_filter
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.sinks.atomic import atomic_file, translated
+from darcnn.runtime.sinks.result_folder import (
+    LABELS_FOLDER,
+    LABELS_MRC_FILE,
+    OVERVIEW_FILE,
+    POINTS_FILE,
+    RUN_FILE,
+    SCROLL_FILE,
+    STAR_FILE,
+    TABLE_FILE,
+    ResultFolder,
+    claim_folder,
+    make_folder_name,
+)
+from darcnn.runtime.volumes.agree import agree
+from darcnn.runtime.volumes.find import View, estimate_in_volume, find_sections, plan_view
+from darcnn.runtime.volumes.labels import Numbered, write_label_mrc, write_label_volume
+from darcnn.runtime.volumes.link import link_sections
+from darcnn.runtime.volumes.measure import measure_solids, solid_schema
+from darcnn.runtime.volumes.open import open_volume
+from darcnn.runtime.volumes.options import VolumeOptions
+from darcnn.runtime.volumes.overview import write_overview, write_scroll
+from darcnn.runtime.volumes.particles import write_points, write_star
+from darcnn.runtime.volumes.sections import Section, read_sections, to_table
+from darcnn.runtime.volumes.solid import SolidFile, solid_of, write_solids
+from darcnn.runtime.volumes.stack import Stack
+from darcnn.runtime.volumes.volume import AXES, Volume
+
+__all__ = ["run_volume"]
+
+Progress = Callable[[int, int], None]
+
+_BLOCK = 8  # planes that go to one part file: what a kill costs at most
+_CUBE = 0.01  # voxels whose sides differ by more are no cubes
+
+
+@dataclass(slots=True)
+class _Times:
+    """Seconds by stage."""
+
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+def run_volume(
+    segmenter: Segmenter,
+    path: Path,
+    out_dir: Path,
+    *,
+    options: VolumeOptions | None = None,
+    progress: Progress | None = None,
+) -> RunSummary:
+    """Find the objects of one volume and write them to `out_dir`/<volume name>/.
+
+    The folder is complete when run.json is in it. Each block of planes goes to a part file: memory does not
+    grow with the number of planes, and a run that was stopped or killed goes on with the blocks that it lacks
+    and ends with the same objects.
+
+    Args:
+        segmenter: the model.
+        path: the file (`open_volume`).
+        out_dir: made if it is not there.
+        options: None for the defaults.
+        progress: called with (planes done, planes in all) after each plane.
+    Raises:
+        InputError: the volume cannot be read, or its voxel size or channels do not serve.
+        UsageError: an option is out of range.
+        OutputError: the results cannot be written, or exist.
+    """
+    chosen, start = options or VolumeOptions(), time.perf_counter()
+    name = make_slide_name(path)
+    folder = out_dir / make_folder_name(name)
+    row_filter = None
+    if chosen.row_filter is not None:
+        row_filter = parse_filter(chosen.row_filter, solid_schema().names)
+    asked = _asked(segmenter, path, chosen)
+    final = {**asked, "filter": chosen.row_filter, "labels_mrc": chosen.labels_mrc}
+    if not chosen.overwrite and (earlier := read_record(folder / RUN_FILE, final)) is not None:
+        n_objects = earlier["counts"]["objects"]
+        seconds = time.perf_counter() - start
+        return RunSummary(name, folder, folder / OVERVIEW_FILE, n_objects, seconds, 0.0, (), was_done=True)
+    with claim_folder(folder, overwrite=chosen.overwrite, restart=chosen.restart) as claimed:
+        parts, times = Parts(claimed.parts), _Times()
+        noted = parts.begin(asked)
+        with translated(folder), times.stage("open"):
+            volume = open_volume(
+                path, claimed.built, t=chosen.t, channel=chosen.channel, voxel_nm=chosen.voxel_nm
+            )
+        with volume:
+            _check_cubes(volume, chosen)
+            with times.stage("intensity"):
+                diameter = noted["diameter_px"] if noted else _diameter(segmenter, volume, chosen)
+                views = [
+                    plan_view(
+                        segmenter,
+                        volume,
+                        axis,
+                        diameter_px=diameter,
+                        pixels=chosen.pixels,
+                        n_joined=chosen.n_joined,
+                    )
+                    for axis in chosen.axes
+                ]
+            with translated(folder):
+                parts.note(asked, {"diameter_px": diameter})
+            with times.stage("find"):
+                _find(segmenter, views, parts, folder, progress)
+            with translated(folder):
+                n_objects = _finish(claimed, views, parts, row_filter, chosen, segmenter, times)
+            warnings = _warnings(n_objects, volume)
+            record = make_record(
+                segmenter,
+                asked=final,
+                source=_describe_volume(volume, asked),
+                network=_describe_views(views, diameter),
+                counts={"objects": n_objects, "planes": sum(len(view.stack) for view in views)},
+                seconds=times.seconds,
+                warnings=warnings,
+            )
+            megavoxels = float(np.prod(volume.info.shape)) / 1e6
+        with translated(folder):
+            with atomic_file(claimed.built / RUN_FILE) as file:
+                file.write(record)
+            claimed.commit()
+    seconds = time.perf_counter() - start
+    return RunSummary(name, folder, folder / OVERVIEW_FILE, n_objects, seconds, megavoxels, warnings)
+
+
+def _asked(segmenter: Segmenter, path: Path, chosen: VolumeOptions) -> dict[str, Any]:
+    """Return all that the objects depend on."""
+    others = ("overwrite", "restart", "row_filter", "labels_mrc")
+    return {
+        "model": model_hash(segmenter.manifest),
+        "min_score": segmenter.min_score,
+        "slide": fingerprint(path),
+        "options": {key: value for key, value in asdict(chosen).items() if key not in others},
+    }
+
+
+def _check_cubes(volume: Volume, chosen: VolumeOptions) -> None:
+    voxel = volume.info.voxel_nm
+    if chosen.axis != "z" and voxel is not None and max(voxel) / min(voxel) - 1 > _CUBE:
+        sides = " x ".join(f"{one:.4g}" for one in voxel)
+        raise InputError(
+            f"its voxels are no cubes: {sides} nm (z y x)",
+            where=volume.info.path,
+            fix="pass --axis z, or --voxel-size if the file is wrong",
+        )
+
+
+def _diameter(segmenter: Segmenter, volume: Volume, chosen: VolumeOptions) -> float | None:
+    if chosen.diameter_px is not None and chosen.diameter_px != "auto":
+        return chosen.diameter_px
+    if chosen.diameter_px == "auto" or (segmenter.manifest.input.finds_diameter and not chosen.pixels):
+        return estimate_in_volume(segmenter, volume, chosen.axes[0])
+    return None
+
+
+def _blocks(views: Sequence[View]) -> Iterator[tuple[int, View, int, int]]:
+    """Yield number, view, first and last plane + 1 of each block, view by view."""
+    number = 0
+    for view in views:
+        for start in range(0, len(view.stack), _BLOCK):
+            yield number, view, start, min(start + _BLOCK, len(view.stack))
+            number += 1
+
+
+def _find(
+    segmenter: Segmenter, views: Sequence[View], parts: Parts, folder: Path, progress: Progress | None
+) -> None:
+    """Write a part for each block of planes that has none yet."""
+    done, total = 0, sum(len(view.stack) for view in views)
+    for number, view, start, stop in _blocks(views):
+        if not parts.has(number):
+            found: list[Section] = []
+            for index, sections in enumerate(find_sections(segmenter, view, start, stop), start=1):
+                found.extend(sections)
+                if progress is not None:
+                    progress(done + index, total)
+            with translated(folder):
+                parts.write(number, to_table(found))
+        elif progress is not None:
+            progress(done + stop - start, total)
+        done += stop - start
+
+
+def _planes(views: Sequence[View], wanted: View, parts: Parts) -> Iterator[list[Section]]:
+    """Yield the sections of each plane of one view, from its parts."""
+    for number, view, start, stop in _blocks(views):
+        if view is wanted:
+            planes: list[list[Section]] = [[] for _ in range(start, stop)]
+            for section in read_sections(parts.load(number)):
+                planes[section.plane - start].append(section)
+            yield from planes
+
+
+def _link(views: Sequence[View], parts: Parts, folder: Path) -> SolidFile:
+    """Return the objects of all views, in the order z y x, from a file in `folder`."""
+    found = []
+    for view in views:
+        stack, path = view.stack, folder / f"solids-{view.stack.axis}.arrow"
+        chains = link_sections(_planes(views, view, parts), min_planes=stack.n_joined)
+        write_solids(path, (solid_of(chain, axis=stack.axis, n_planes=len(stack)) for chain in chains))
+        found.append(SolidFile(path))
+    if len(found) == 1:
+        return found[0]
+    path = folder / "solids.arrow"
+    write_solids(path, agree(found))
+    return SolidFile(path)
+
+
+def _finish(
+    claimed: ResultFolder,
+    views: Sequence[View],
+    parts: Parts,
+    row_filter: RowFilter | None,
+    chosen: VolumeOptions,
+    segmenter: Segmenter,
+    times: _Times,
+) -> int:
+    """Write all outputs but run.json and return the number of objects."""
+    volume, built = views[0].stack.volume, claimed.built
+    info, model = volume.info, segmenter.manifest.name
+    with times.stage("link"):
+        numbered, table = _number(_link(views, parts, built), info.voxel_nm, row_filter)
+    with times.stage("table"), atomic_file(built / TABLE_FILE) as file:
+        pq.write_table(table, file, compression="zstd")
+    with times.stage("labels"):
+        write_label_volume(
+            built / LABELS_FOLDER, numbered, shape=info.shape, voxel_nm=info.voxel_nm, name=info.name
+        )
+        if chosen.labels_mrc:
+            write_label_mrc(built / LABELS_MRC_FILE, numbered, volume)
+    with times.stage("particles"):
+        write_star(built / STAR_FILE, table, name=info.name, voxel_nm=info.voxel_nm)
+        write_points(built / POINTS_FILE, table)
+    with times.stage("overview"):
+        first = views[0].stack
+        stacks = [Stack(volume, axis, first.n_joined, first.sigma_px) for axis in AXES]
+        window = views[0].window
+        write_overview(built / OVERVIEW_FILE, stacks, window, numbered, model_name=model)
+        write_scroll(built / SCROLL_FILE, stacks[0], window, numbered)
+    return len(numbered.rows)
+
+
+def _number(
+    solids: SolidFile, voxel_nm: tuple[float, float, float] | None, row_filter: RowFilter | None
+) -> tuple[Numbered, pa.Table]:
+    """Return the reported objects, numbered from 1 in the order z y x of their boxes, and their table."""
+    order = np.lexsort(solids.boxes.T[::-1])  # by z0, then y0, x0, z1, y1, x1
+    tables = list(measure_solids((solids[int(row)] for row in order), voxel_nm))
+    table = pa.concat_tables(tables) if tables else solid_schema().empty_table()
+    if row_filter is not None:
+        keeps = row_filter.keep(table)
+        order, table = order[keeps], table.filter(pa.array(keeps))
+    ids = np.arange(1, len(order) + 1)
+    table = table.set_column(0, table.schema.field("id"), pa.array(ids, pa.int64()))
+    return Numbered(solids, order, ids), table
+
+
+def _describe_volume(volume: Volume, asked: dict[str, Any]) -> dict[str, Any]:
+    info = volume.info
+    return {
+        "name": info.name,
+        "file": asked["slide"],
+        "shape_zyx": list(info.shape),
+        "dtype": str(info.dtype),
+        "voxel_nm_zyx": None if info.voxel_nm is None else list(info.voxel_nm),
+        "voxel_source": info.voxel_source,
+    }
+
+
+def _describe_views(views: Sequence[View], diameter_px: float | None) -> dict[str, Any]:
+    first = views[0]
+    return {
+        "axes": [view.stack.axis for view in views],
+        "planes_joined": first.stack.n_joined,
+        "smoothing_px": first.stack.sigma_px,
+        "scale": first.plan.scale,
+        "diameter_px": diameter_px,
+        "window": [first.window.low, first.window.high],
+    }
+
+
+def _warnings(n_objects: int, volume: Volume) -> tuple[str, ...]:
+    warnings = []
+    if not n_objects:
+        warnings.append("no objects found")
+    if volume.info.voxel_nm is None:
+        warnings.append("voxel size unknown: nanometre columns are empty")
+    return tuple(warnings)

@@ -1,0 +1,116 @@
+"""What was found on the planes of a volume: one row an object and plane, kept in part files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from darcnn.runtime.instances import Instances
+
+__all__ = ["Section", "pack_mask", "read_sections", "sections_of", "to_table", "unpack_mask"]
+
+_SCHEMA = pa.schema(
+    [
+        ("plane", pa.int32()),
+        ("x", pa.int32()),
+        ("y", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("score", pa.float32()),
+        ("mean", pa.float64()),
+        ("truncated", pa.bool_()),
+        ("mask", pa.binary()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Section:
+    """An object on one plane. `mask` (h, w) is a crop whose first pixel lies in column `x`, row `y`."""
+
+    plane: int
+    x: int
+    y: int
+    mask: NDArray[np.bool_]
+    score: float
+    mean: float  # of the plane's values inside the mask; NaN where none is finite
+    truncated: bool  # the object goes on where a tile or the plane ended
+
+    @property
+    def area_px(self) -> int:
+        """Number of pixels."""
+        return int(np.count_nonzero(self.mask))
+
+
+def sections_of(instances: Instances, plane: int, values: NDArray[np.float32]) -> list[Section]:
+    """Return the objects found on plane number `plane`, of which `values` (H, W) are the raw values."""
+    height, width = instances.shape
+    found = []
+    for (x, y), mask, score, truncated in zip(
+        instances.origins.tolist(),
+        instances.masks,
+        instances.scores.tolist(),
+        instances.truncated.tolist(),
+        strict=True,
+    ):
+        h, w = mask.shape
+        inside = values[y : y + h, x : x + w][mask]
+        inside = inside[np.isfinite(inside)]
+        mean = float(inside.mean(dtype=np.float64)) if inside.size else float("nan")
+        is_cut = truncated or x == 0 or y == 0 or x + w == width or y + h == height
+        found.append(Section(plane, x, y, mask, score, mean, is_cut))
+    return found
+
+
+def to_table(sections: Sequence[Section]) -> pa.Table:
+    """Return sections as a table; `read_sections` gives them back."""
+    rows = [
+        {
+            "plane": one.plane,
+            "x": one.x,
+            "y": one.y,
+            "width": one.mask.shape[1],
+            "height": one.mask.shape[0],
+            "score": one.score,
+            "mean": one.mean,
+            "truncated": one.truncated,
+            "mask": pack_mask(one.mask),
+        }
+        for one in sections
+    ]
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)
+
+
+def read_sections(table: pa.Table) -> list[Section]:
+    """Return the sections of a table of `to_table`, in its order."""
+    return [
+        Section(
+            row["plane"],
+            row["x"],
+            row["y"],
+            unpack_mask(row["mask"], (row["height"], row["width"])),
+            row["score"],
+            row["mean"],
+            row["truncated"],
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def pack_mask(mask: NDArray[np.bool_]) -> bytes:
+    """Return a mask of any shape as bits."""
+    return np.packbits(mask).tobytes()
+
+
+def unpack_mask(bits: bytes, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return the mask of `shape` that `pack_mask` made `bits` of.
+
+    >>> unpack_mask(pack_mask(np.array([[True, False]])), (1, 2))
+    array([[ True, False]])
+    """
+    size = int(np.prod(shape))
+    return np.unpackbits(np.frombuffer(bits, np.uint8), count=size).astype(np.bool_).reshape(shape)

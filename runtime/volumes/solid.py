@@ -1,0 +1,177 @@
+"""Objects of a volume: a box of voxels and which of them belong to the object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from darcnn.runtime.sinks.atomic import atomic_file
+from darcnn.runtime.volumes.link import Chain
+from darcnn.runtime.volumes.sections import Section, pack_mask, unpack_mask
+from darcnn.runtime.volumes.volume import AXES, Axis
+
+__all__ = ["Solid", "SolidFile", "solid_of", "write_solids"]
+
+_SCHEMA = pa.schema(
+    [
+        ("z", pa.int32()),
+        ("y", pa.int32()),
+        ("x", pa.int32()),
+        ("depth", pa.int32()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("score", pa.float32()),
+        ("mean", pa.float64()),
+        ("truncated", pa.bool_()),
+        ("n_planes", pa.int32()),
+        ("mask", pa.binary()),
+    ]
+)
+_BATCH = 1024  # solids that are written at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solid:
+    """An object of a volume; voxel (k, j, i) of `mask` is voxel `origin` + (k, j, i) of the volume."""
+
+    origin: tuple[int, int, int]  # z y x
+    mask: NDArray[np.bool_]  # (d, h, w)
+    score: float  # mean over the sections
+    mean: float  # value of the volume's slabs inside, by area
+    truncated: bool  # reaches the edge of the volume, or of a tile
+    n_planes: int  # on which it was found
+
+    @property
+    def stop(self) -> tuple[int, int, int]:
+        """The first z y x beyond the box."""
+        z, y, x = (low + n for low, n in zip(self.origin, self.mask.shape, strict=True))
+        return z, y, x
+
+
+def solid_of(chain: Chain, *, axis: Axis, n_planes: int) -> Solid:
+    """Return the object of a chain of sections across `axis`, of a volume with `n_planes` planes there.
+
+    On a plane where it was missed the object has the pixels that it has on both planes beside.
+    """
+    filled = list(_without_gaps(chain))
+    x0, y0 = min(one.x for one in filled), min(one.y for one in filled)
+    x1 = max(one.x + one.mask.shape[1] for one in filled)
+    y1 = max(one.y + one.mask.shape[0] for one in filled)
+    first = filled[0].plane
+    mask = np.zeros((len(filled), y1 - y0, x1 - x0), np.bool_)
+    for number, one in enumerate(filled):
+        h, w = one.mask.shape
+        mask[number, one.y - y0 : one.y - y0 + h, one.x - x0 : one.x - x0 + w] = one.mask
+    areas = np.array([one.area_px for one in chain], np.float64)
+    means = np.array([one.mean for one in chain])
+    known = np.isfinite(means)
+    which = AXES.index(axis)
+    origin = [y0, x0]
+    origin.insert(which, first)
+    is_cut = any(one.truncated for one in chain) or first == 0 or filled[-1].plane == n_planes - 1
+    return Solid(
+        origin=(origin[0], origin[1], origin[2]),
+        mask=np.ascontiguousarray(np.moveaxis(mask, 0, which)),
+        score=float(np.average([one.score for one in chain], weights=areas)),
+        mean=float(np.average(means[known], weights=areas[known])) if known.any() else float("nan"),
+        truncated=is_cut,
+        n_planes=len(chain),
+    )
+
+
+def _without_gaps(chain: Chain) -> Iterator[Section]:
+    for before, after in zip(chain, [*chain[1:], None], strict=True):
+        yield before
+        if after is not None and after.plane > before.plane + 1:
+            both = _common(before, after)
+            for plane in range(before.plane + 1, after.plane):
+                yield Section(plane, before.x, before.y, both, before.score, before.mean, False)
+
+
+def _common(one: Section, other: Section) -> NDArray[np.bool_]:
+    """Return the pixels of `one` that `other` has too, in the crop of `one`."""
+    mask = np.zeros_like(one.mask)
+    x0, y0 = max(one.x, other.x), max(one.y, other.y)
+    x1 = min(one.x + one.mask.shape[1], other.x + other.mask.shape[1])
+    y1 = min(one.y + one.mask.shape[0], other.y + other.mask.shape[0])
+    if x1 > x0 and y1 > y0:
+        mine = (slice(y0 - one.y, y1 - one.y), slice(x0 - one.x, x1 - one.x))
+        mask[mine] = one.mask[mine] & other.mask[y0 - other.y : y1 - other.y, x0 - other.x : x1 - other.x]
+    return mask
+
+
+def write_solids(path: Path, solids: Iterable[Solid]) -> int:
+    """Write solids to a file that `SolidFile` reads, and return their number.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    n_written = 0
+    with atomic_file(path) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        rows: list[dict[str, object]] = []
+        for solid in solids:
+            rows.append(_row(solid))
+            n_written += 1
+            if len(rows) == _BATCH:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+                rows = []
+        if rows:
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+    return n_written
+
+
+def _row(solid: Solid) -> dict[str, object]:
+    (z, y, x), (depth, height, width) = solid.origin, solid.mask.shape
+    return {
+        "z": z,
+        "y": y,
+        "x": x,
+        "depth": depth,
+        "height": height,
+        "width": width,
+        "score": solid.score,
+        "mean": solid.mean,
+        "truncated": solid.truncated,
+        "n_planes": solid.n_planes,
+        "mask": pack_mask(solid.mask),
+    }
+
+
+class SolidFile:
+    """Solids on the disk, any of which can be had by its number; a context manager would hold no more.
+
+    `boxes` (N, 6) z0 y0 x0 z1 y1 x1 and `scores` (N,) are in memory, the masks are not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with pa.memory_map(str(path)) as source:
+            self._table = pa.ipc.open_file(source).read_all()
+        columns = {name: self._table[name].to_numpy() for name in _SCHEMA.names[:7]}
+        low = np.stack([columns[name] for name in ("z", "y", "x")], axis=1).reshape(-1, 3)
+        size = np.stack([columns[name] for name in ("depth", "height", "width")], axis=1).reshape(-1, 3)
+        self.boxes: NDArray[np.int64] = np.concatenate([low, low + size], axis=1).astype(np.int64)
+        self.scores: NDArray[np.float32] = columns["score"]
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, number: int) -> Solid:
+        """Return solid `number`."""
+        row = self._table.slice(number, 1).to_pylist()[0]
+        shape = (row["depth"], row["height"], row["width"])
+        return Solid(
+            (row["z"], row["y"], row["x"]),
+            unpack_mask(row["mask"], shape),
+            row["score"],
+            row["mean"],
+            row["truncated"],
+            row["n_planes"],
+        )
+
+    def __iter__(self) -> Iterator[Solid]:
+        return (self[number] for number in range(len(self)))

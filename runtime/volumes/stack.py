@@ -1,0 +1,113 @@
+"""The planes of a volume along one axis, as a model sees them: slabs, and one intensity window for all."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.intensity import IntensityRule, Window, measure_window
+from darcnn.runtime.readers.array import ArrayReader
+from darcnn.runtime.sampling import MAX_SAMPLE_PX, sample_slide
+from darcnn.runtime.slab import Slab, join_planes, smooth_plane
+from darcnn.runtime.volumes.volume import AXES, Axis, Volume, across
+
+__all__ = ["SAMPLED_PLANES", "Stack", "even_steps", "measure_stack"]
+
+SAMPLED_PLANES = 16  # of a volume stand for all: neighbours show the same objects
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Planes across `axis`, each the smoothed mean of `n_joined` of the volume's."""
+
+    volume: Volume
+    axis: Axis
+    n_joined: int = 1  # odd; fewer at the ends
+    sigma_px: float = 0.0
+
+    @classmethod
+    def of(cls, volume: Volume, axis: Axis, slab: Slab | None, diameter_px: float) -> Stack:
+        """Return the stack for objects of `diameter_px` pixels of a plane, as the model's rule wants it."""
+        if slab is None:
+            return cls(volume, axis)
+        depth_px, voxel_nm = diameter_px, volume.info.voxel_nm
+        if voxel_nm is not None:
+            inside = math.sqrt(math.prod(voxel_nm[AXES.index(one)] for one in across(axis)))
+            depth_px *= inside / voxel_nm[AXES.index(axis)]
+        return cls(volume, axis, slab.count_planes(depth_px), slab.sigma_px(diameter_px))
+
+    def __len__(self) -> int:
+        return self.volume.info.shape[AXES.index(self.axis)]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of a plane."""
+        return self.volume.info.plane_shape(self.axis)
+
+    def plane(self, index: int) -> NDArray[np.float32]:
+        """Return plane `index`, (rows, columns); a value is NaN where nothing near it was finite."""
+        return next(self.planes(index, index + 1))
+
+    def planes(self, start: int, stop: int) -> Iterator[NDArray[np.float32]]:
+        """Yield planes `start` to `stop` - 1; `n_joined` planes of the volume are in memory at once."""
+        reach = self.n_joined // 2
+        held: deque[NDArray[Any]] = deque()
+        first = after = max(0, start - reach)
+        for index in range(start, stop):
+            while after < min(len(self), index + reach + 1):
+                held.append(self.volume.read(self.axis, after))
+                after += 1
+            while first < index - reach:
+                held.popleft()
+                first += 1
+            yield smooth_plane(join_planes(held), self.sigma_px)
+
+    def read_ahead(self, start: int, stop: int) -> Iterator[NDArray[np.float32]]:
+        """Yield the same planes; a thread makes the next one meanwhile."""
+        planes = self.planes(start, stop)
+        with ThreadPoolExecutor(1, "darcnn-planes") as pool:
+            ahead = deque(pool.submit(next, planes) for _ in range(min(1, stop - start)))
+            for index in range(start, stop):
+                plane = ahead.popleft().result()
+                if index + 1 < stop:
+                    ahead.append(pool.submit(next, planes))
+                yield plane
+
+
+def measure_stack(stack: Stack, rule: IntensityRule, *, scale: float) -> Window:
+    """Return the one intensity window of all planes; read only if the rule needs statistics.
+
+    Up to 16 planes at even steps stand for the volume: percentiles of many slabs are not moved by a bead, a
+    hot voxel or planes without values.
+
+    Args:
+        stack: the planes.
+        rule: of the model.
+        scale: network pixels per voxel.
+    """
+    sample = np.empty((0, 1), stack.volume.info.dtype)
+    if rule.needs_statistics:
+        parts = []
+        for index in even_steps(len(stack), SAMPLED_PLANES):
+            with ArrayReader(stack.plane(index)) as reader:
+                parts.append(sample_slide(reader, scale=scale, channels=1))
+        step = math.ceil(sum(len(part) for part in parts) / MAX_SAMPLE_PX)
+        sample = np.concatenate([part[::step] for part in parts])
+    return measure_window(rule, sample)
+
+
+def even_steps(count: int, limit: int) -> list[int]:
+    """Return at most `limit` of 0..count-1 at even steps; the ends, where volumes are empty, are spared.
+
+    >>> even_steps(3, 16), even_steps(64, 4)
+    ([0, 1, 2], [8, 24, 40, 56])
+    """
+    n = min(count, limit)
+    return [(2 * k + 1) * count // (2 * n) for k in range(n)]

@@ -1,0 +1,119 @@
+"""An open volume: numbers in a file that planes of any direction are read from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.errors import InputError, ShapeError
+
+__all__ = ["AXES", "Axis", "Volume", "VolumeInfo", "across"]
+
+Axis = Literal["z", "y", "x"]
+AXES: tuple[Axis, ...] = ("z", "y", "x")  # the order of an array's axes
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeInfo:
+    """Facts about a volume; everything along z, y, x.
+
+    `voxel_nm` is None where the file does not say; `voxel_source` tells where it came from.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]  # of what `Volume.read` returns
+    voxel_nm: tuple[float, float, float] | None = None
+    voxel_source: str | None = None
+
+    def plane_shape(self, axis: Axis) -> tuple[int, int]:
+        """Return (rows, columns) of a plane across `axis`: the other two axes in their order."""
+        rows, columns = (self.shape[AXES.index(one)] for one in across(axis))
+        return rows, columns
+
+
+def across(axis: Axis) -> tuple[Axis, Axis]:
+    """Return the axes of the rows and the columns of a plane across `axis`.
+
+    >>> across("z"), across("x")
+    (('y', 'x'), ('z', 'y'))
+    """
+    rows, columns = (one for one in AXES if one != axis)
+    return rows, columns
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a volume's numbers lie: one run of bytes in a file, z slowest and x fastest."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    offset: int = 0
+    slope: float = 1.0  # value = slope * number + intercept
+    intercept: float = 0.0
+
+
+class Volume:
+    """Planes of a volume, read from the disk as they are asked for; a context manager.
+
+    The file is mapped for the length of one read only, so that what has been read does not count as memory.
+    `read` may be called from several threads at once.
+    """
+
+    def __init__(self, info: VolumeInfo, stored: Stored, *, scratch: Path | None = None) -> None:
+        """Open a volume; `scratch` is a file made for it that goes when it is closed."""
+        self.info = info
+        self._stored = stored
+        self._scratch = scratch
+
+    @property
+    def values_file(self) -> Path:
+        """Where the numbers lie: the file itself, or what it was unpacked to."""
+        return self._stored.path
+
+    def read(self, axis: Axis, index: int) -> NDArray[Any]:
+        """Return plane number `index` across `axis`, (rows, columns), a new array.
+
+        Raises:
+            InputError: the file cannot be read.
+            ShapeError: there is no such plane.
+        """
+        which = AXES.index(axis)
+        if not 0 <= index < self.info.shape[which]:
+            raise ShapeError(f"plane {index} of {self.info.shape[which]} along {axis}")
+        stored = self._stored
+        place: list[Any] = [slice(None)] * 3
+        place[which] = index
+        try:
+            mapped = np.memmap(stored.path, stored.dtype, "r", stored.offset, self.info.shape)
+            values: NDArray[Any] = np.array(mapped[tuple(place)], order="C")
+        except (OSError, ValueError) as err:
+            raise InputError(f"cannot be read ({err})", where=self.info.path, fix="check the disk") from err
+        if (stored.slope, stored.intercept) == (1.0, 0.0):
+            return values.astype(values.dtype.newbyteorder("="), copy=False)
+        return (values.astype(np.float32) * np.float32(stored.slope) + np.float32(stored.intercept)).astype(
+            np.float32
+        )
+
+    def close(self) -> None:
+        """Give the file back, and the disk space that it took; closing twice is allowed."""
+        if self._scratch is not None:
+            self._scratch.unlink(missing_ok=True)
+            self._scratch = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,234 @@
+"""Every file of a volume gives the same numbers along every axis; what is wrong with it is one line."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+
+from darcnn.runtime.errors import InputError, UsageError
+from darcnn.runtime.volumes.open import is_volume, open_volume
+from darcnn.runtime.volumes.options import parse_voxel_size
+
+mrcfile = pytest.importorskip("mrcfile", reason="volumes need the extra volumes")
+nibabel = pytest.importorskip("nibabel", reason="volumes need the extra volumes")
+
+VALUES = np.random.default_rng(0).integers(0, 120, (5, 14, 11)).astype(np.int16)
+
+
+def write_mrc(path: Path, values: np.ndarray = VALUES, voxel: object = 10.0) -> Path:
+    with mrcfile.new(path) as file:
+        file.set_data(values)
+        file.voxel_size = voxel
+    return path
+
+
+def big_endian(path: Path) -> Path:
+    plain = write_mrc(path.with_name("little.mrc"))
+    with mrcfile.open(plain) as file:
+        header = file.header.byteswap().view(file.header.dtype.newbyteorder())
+        header.machst[:] = (0x11, 0x11, 0, 0)
+        path.write_bytes(header.tobytes() + VALUES.astype(">i2").tobytes())
+    return path
+
+
+def extended(path: Path) -> Path:
+    write_mrc(path)
+    with mrcfile.open(path, mode="r+") as file:
+        file.set_extended_header(np.zeros(300, "V1"))
+    return path
+
+
+def packed(path: Path) -> Path:
+    content = write_mrc(path.with_name("plain.mrc")).read_bytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else bz2.compress(content))
+    return path
+
+
+def nifti(path: Path) -> Path:
+    image = nibabel.Nifti1Image(VALUES.T, np.diag([0.001, 0.001, 0.001, 1]))
+    image.header.set_xyzt_units("micron")
+    nibabel.save(image, path)
+    return path
+
+
+def ome_tiff(path: Path) -> Path:
+    sizes = {f"PhysicalSize{axis}": 0.001 for axis in "XYZ"}
+    tifffile.imwrite(path, VALUES.astype(np.uint16), metadata={"axes": "ZYX", **sizes})
+    return path
+
+
+def ome_zarr(path: Path, axes: str = "zyx", version: str = "0.5") -> Path:
+    sizes = {"t": 1, "c": 1, "z": 5, "y": 14, "x": 11}
+    described = [
+        {"name": axis, "type": "space", **({"unit": "nanometer"} if axis in "zyx" else {})} for axis in axes
+    ]
+    scale = {"type": "scale", "scale": [1.0] * len(axes)}
+    content = {
+        "multiscales": [
+            {"axes": described, "datasets": [{"path": "0", "coordinateTransformations": [scale]}]}
+        ]
+    }
+    group = zarr.create_group(
+        path,
+        zarr_format=3 if version == "0.5" else 2,
+        attributes={"ome": {"version": version, **content}} if version == "0.5" else content,
+    )
+    order = [one for one in axes if one in "zyx"]
+    values = np.transpose(VALUES, ["zyx".index(one) for one in order])
+    shape = tuple(sizes[one] for one in axes)
+    array = group.create_array("0", shape=shape, dtype="uint16", chunks=tuple(min(4, n) for n in shape))
+    array[:] = values.reshape(shape).astype(np.uint16)
+    return path
+
+
+def ome_zarr_turned(path: Path) -> Path:
+    return ome_zarr(path, axes="tcxzy", version="0.4")
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "a.mrc": write_mrc,
+    "a.rec": write_mrc,
+    "big.mrc": big_endian,
+    "extended.mrc": extended,
+    "a.mrc.gz": packed,
+    "a.map.bz2": packed,
+    "a.nii": nifti,
+    "a.nii.gz": nifti,
+    "a.ome.tif": ome_tiff,
+    "a.ome.zarr": ome_zarr,
+    "b.zarr": ome_zarr_turned,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_format_gives_the_same_numbers(name: str, tmp_path: Path) -> None:
+    path, scratch = MAKERS[name](tmp_path / name), tmp_path / "scratch"
+    scratch.mkdir()
+    assert is_volume(path)
+    with open_volume(path, scratch) as volume:
+        assert volume.info.shape == VALUES.shape
+        assert volume.info.voxel_nm == pytest.approx((1.0, 1.0, 1.0))
+        for number, axis in enumerate(("z", "y", "x")):
+            for index in (0, VALUES.shape[number] - 1):
+                plane = volume.read(axis, index)  # type: ignore[arg-type]
+                assert np.array_equal(plane, np.take(VALUES, index, axis=number))
+                assert plane.dtype.isnative
+    assert not list(scratch.iterdir())
+
+
+def test_scaled_nifti_has_the_values_that_it_means(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(VALUES.T.astype(np.float32) * 0.5 + 3, np.eye(4))
+    image.set_data_dtype(np.int16)
+    nibabel.save(image, tmp_path / "a.nii")
+    with open_volume(tmp_path / "a.nii", tmp_path) as volume:
+        assert np.allclose(volume.read("z", 2), VALUES[2] * 0.5 + 3, atol=0.01)
+        assert volume.info.dtype == np.float32
+
+
+def test_a_series_of_planes_is_a_volume_along_t_and_one_moment_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "series.ome.tif"
+    tifffile.imwrite(path, VALUES.astype(np.uint16), metadata={"axes": "TYX", "PhysicalSizeX": 0.2})
+    assert is_volume(path)
+    assert not is_volume(path, t=2)
+    with open_volume(path, tmp_path) as volume:
+        assert volume.info.shape == VALUES.shape
+        assert volume.info.voxel_nm is None  # moments have no distance
+
+
+def test_one_channel_of_several_is_chosen(tmp_path: Path) -> None:
+    path = tmp_path / "two.ome.tif"
+    both = np.stack([VALUES, 2 * VALUES], axis=1).astype(np.uint16)  # Z C Y X
+    tifffile.imwrite(path, both, metadata={"axes": "ZCYX", "Channel": {"Name": ["DAPI", "GFP"]}})
+    with open_volume(path, tmp_path, channel="GFP") as volume:
+        assert np.array_equal(volume.read("z", 1), 2 * VALUES[1])
+    with pytest.raises(InputError, match="--channel"):
+        open_volume(path, tmp_path)
+    with pytest.raises(UsageError, match="no channel RFP"):
+        open_volume(path, tmp_path, channel="RFP")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["two.ome.tif"]
+
+
+def test_a_default_voxel_size_is_not_believed_and_one_given_wins(tmp_path: Path) -> None:
+    for voxel in (1.0, 0.0):
+        with open_volume(write_mrc(tmp_path / f"{voxel}.mrc", voxel=voxel), tmp_path) as volume:
+            assert volume.info.voxel_nm is None
+    with open_volume(tmp_path / "1.0.mrc", tmp_path, voxel_nm=(3.0, 2.0, 2.0)) as volume:
+        assert (volume.info.voxel_nm, volume.info.voxel_source) == ((3.0, 2.0, 2.0), "--voxel-size")
+    with open_volume(write_mrc(tmp_path / "thick.mrc", voxel=(5, 5, 20)), tmp_path) as volume:
+        assert volume.info.voxel_nm == pytest.approx((2.0, 0.5, 0.5))
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(write_mrc(path).read_bytes()[:-30])
+
+
+def of_several_volumes(path: Path) -> None:
+    with mrcfile.new(path) as file:
+        file.set_data(np.zeros((2, 3, 4, 5), np.float32))
+
+
+def complex_numbers(path: Path) -> None:
+    with mrcfile.new(path) as file:
+        file.set_data(np.zeros((2, 4, 5), np.complex64))
+
+
+def larger_than_the_file(path: Path) -> None:
+    content = bytearray(write_mrc(path).read_bytes())
+    struct.pack_into("<3i", content, 0, 40000, 40000, 2000)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (truncated, "truncated"),
+        (of_several_volumes, "2 volumes"),
+        (complex_numbers, "complex"),
+        (larger_than_the_file, "truncated"),
+    ],
+)
+def test_a_volume_that_does_not_serve_is_one_line(
+    make: Callable[[Path], None], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.mrc"
+    make(path)
+    with pytest.raises(InputError, match=words) as caught:
+        open_volume(path, tmp_path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.mrc.gz", "a.map.bz2", "a.nii.gz"])
+def test_a_packed_file_that_ends_early_is_one_line_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+    path, scratch = MAKERS[name](tmp_path / name), tmp_path / "scratch"
+    scratch.mkdir()
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(InputError):
+        open_volume(path, scratch)
+    assert not list(scratch.iterdir())
+
+
+def test_bytes_of_imod_are_read_with_the_sign_that_its_header_says(tmp_path: Path) -> None:
+    path = tmp_path / "bytes.mrc"
+    with mrcfile.new(path) as file:
+        file.set_data(np.full((3, 4, 5), -56, np.int8))
+    with open_volume(path, tmp_path) as volume:
+        assert volume.read("z", 0)[0, 0] == -56
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<2i", content, 152, 1146047817, 0)  # IMOD's stamp, bytes without a sign
+    path.write_bytes(content)
+    with open_volume(path, tmp_path) as volume:
+        assert volume.read("z", 0)[0, 0] == 200
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1,2", "nan", "1 parsec", "a,b,c"])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--voxel-size"):
+        parse_voxel_size(text)

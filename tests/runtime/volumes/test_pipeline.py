@@ -1,0 +1,202 @@
+"""From a volume to files: the label volume is its own prediction, whatever happens on the way."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import zarr
+
+from darcnn.runtime.errors import InputError, OutputError, UsageError
+from darcnn.runtime.intensity import IntensityRule
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.volumes import pipeline
+from darcnn.runtime.volumes.options import VolumeOptions
+from darcnn.runtime.volumes.pipeline import run_volume
+
+pytest.importorskip("mrcfile", reason="volumes need the extra volumes")
+starfile = pytest.importorskip("starfile", reason="volumes need the extra volumes")
+
+
+@pytest.fixture
+def oracle16(oracle: Segmenter) -> Segmenter:
+    """Return the oracle for 16-bit files that hold bytes."""
+    manifest = oracle.manifest
+    rule = IntensityRule("range", 0.0, 255.0)
+    return Segmenter(oracle.engine, replace(manifest, input=replace(manifest.input, intensity=rule)))
+
+
+def same_objects(labels: np.ndarray, truth: np.ndarray) -> bool:
+    """Tell whether both volumes hold the same objects, whatever their numbers."""
+    pairs = np.unique(np.stack([labels.ravel(), truth.ravel()]), axis=1)
+    return len(pairs.T) == len(np.unique(truth)) == len(np.unique(labels))
+
+
+@pytest.mark.parametrize("axis", ["z", "y", "x", "all"])
+def test_every_object_comes_back_once_with_all_its_voxels(
+    axis: str, oracle16: Segmenter, mrc_file: Path, balls: np.ndarray, tmp_path: Path
+) -> None:
+    summary = run_volume(oracle16, mrc_file, tmp_path / "out", options=VolumeOptions(axis=axis))  # type: ignore[arg-type]
+    assert summary.n_objects == balls.max()
+    labels = zarr.open_group(summary.folder / "labels.ome.zarr", mode="r")["0"][:]
+    assert same_objects(labels, balls)
+    table = pq.read_table(summary.folder / "objects.parquet").to_pandas()
+    assert sorted(table["volume_voxels"]) == sorted(np.bincount(balls.ravel())[1:])
+    for row in table.itertuples():
+        where = np.argwhere(labels == row.id)
+        assert np.allclose(where.mean(axis=0) + 0.5, (row.z, row.y, row.x))
+        assert row.volume_nm3 == pytest.approx(len(where) * 1.2**3, rel=1e-5)
+        assert row.mean_intensity == balls[tuple(where[0])]
+        on_edge = (where == 0).any() or (where == np.array(balls.shape) - 1).any()
+        assert row.truncated == on_edge
+
+
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_the_size_of_a_block_changes_no_byte(
+    block: int, oracle16: Segmenter, mrc_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_volume(oracle16, mrc_file, tmp_path / "one")
+    monkeypatch.setattr(pipeline, "_BLOCK", block)
+    other = run_volume(oracle16, mrc_file, tmp_path / "two")
+    assert content(first.folder) == content(other.folder)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Return all files but run.json, which holds times."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("run.json", ".lock")
+    }
+
+
+def test_a_stopped_run_goes_on_with_the_blocks_that_it_lacks(
+    oracle16: Segmenter, mrc_file: Path, tmp_path: Path
+) -> None:
+    whole = run_volume(oracle16, mrc_file, tmp_path / "whole")
+
+    def stop(done: int, total: int) -> None:
+        if done == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_volume(oracle16, mrc_file, tmp_path / "out", progress=stop)
+    assert not (tmp_path / "out" / "balls" / "run.json").exists()
+    seen: list[int] = []
+    again = run_volume(oracle16, mrc_file, tmp_path / "out", progress=lambda done, total: seen.append(done))
+    assert seen[0] == 8  # the first block was there already
+    assert content(again.folder) == content(whole.folder)
+    assert not list(again.folder.glob(".parts*"))
+    with pytest.raises(OutputError, match="complete result"):
+        run_volume(oracle16, mrc_file, tmp_path / "out", options=VolumeOptions(axis="x"))
+    assert run_volume(oracle16, mrc_file, tmp_path / "out").was_done
+
+
+def test_coordinates_are_read_back_by_starfile_and_as_points(
+    oracle16: Segmenter, mrc_file: Path, balls: np.ndarray, tmp_path: Path
+) -> None:
+    folder = run_volume(oracle16, mrc_file, tmp_path / "out").folder
+    tables = starfile.read(folder / "particles.star")
+    particles = tables["particles"]
+    assert tables["optics"]["rlnTomoTiltSeriesPixelSize"].iloc[0] == pytest.approx(12.0)
+    points = np.loadtxt(folder / "particles.txt")
+    assert len(particles) == len(points) == balls.max()
+    for row, (x, y, z) in zip(particles.itertuples(), points, strict=True):
+        found = round(row.rlnCoordinateZ), round(row.rlnCoordinateY), round(row.rlnCoordinateX)
+        assert balls[found] > 0  # the middle of a ball
+        assert (x, y, z) == pytest.approx(
+            (row.rlnCoordinateX + 0.5, row.rlnCoordinateY + 0.5, row.rlnCoordinateZ), abs=0.01
+        )
+
+
+def test_labels_in_mrc_have_the_geometry_of_the_volume(
+    oracle16: Segmenter, mrc_file: Path, balls: np.ndarray, tmp_path: Path
+) -> None:
+    import mrcfile
+
+    folder = run_volume(oracle16, mrc_file, tmp_path / "out", options=VolumeOptions(labels_mrc=True)).folder
+    with mrcfile.open(folder / "labels.mrc") as file:
+        assert same_objects(np.asarray(file.data), balls)
+        assert float(file.voxel_size.x) == pytest.approx(12.0)
+    assert mrcfile.validate(folder / "labels.mrc")
+
+
+def test_a_filter_leaves_out_objects_and_numbers_the_others_anew(
+    oracle16: Segmenter, mrc_file: Path, balls: np.ndarray, tmp_path: Path
+) -> None:
+    sizes = np.bincount(balls.ravel())[1:]
+    limit = int(np.median(sizes))
+    options = VolumeOptions(row_filter=f"volume_voxels > {limit} and sphericity > 0.5")
+    folder = run_volume(oracle16, mrc_file, tmp_path / "out", options=options).folder
+    table = pq.read_table(folder / "objects.parquet")
+    assert 0 < table.num_rows <= (sizes > limit).sum()
+    assert table["id"].to_pylist() == list(range(1, table.num_rows + 1))
+    labels = zarr.open_group(folder / "labels.ome.zarr", mode="r")["0"][:]
+    assert len(np.unique(labels)) == table.num_rows + 1
+    with pytest.raises(UsageError, match="--filter"):
+        run_volume(oracle16, mrc_file, tmp_path / "no", options=VolumeOptions(row_filter="area_px > 3"))
+
+
+def test_voxels_that_are_no_cubes_are_looked_at_along_z_only(
+    oracle16: Segmenter, mrc_file: Path, tmp_path: Path
+) -> None:
+    options = VolumeOptions(voxel_nm=(3.0, 1.0, 1.0))
+    summary = run_volume(oracle16, mrc_file, tmp_path / "out", options=options)
+    record = json.loads((summary.folder / "run.json").read_text())
+    assert record["input"]["voxel_nm_zyx"] == [3.0, 1.0, 1.0]
+    assert record["input"]["voxel_source"] == "--voxel-size"
+    with pytest.raises(InputError, match="no cubes"):
+        run_volume(oracle16, mrc_file, tmp_path / "all", options=replace(options, axis="all"))
+    assert not (tmp_path / "all" / "balls").exists()
+
+
+def test_an_empty_volume_has_a_complete_result(oracle16: Segmenter, tmp_path: Path) -> None:
+    import mrcfile
+
+    with mrcfile.new(tmp_path / "none.mrc") as file:
+        file.set_data(np.zeros((3, 40, 40), np.uint16))
+    summary = run_volume(oracle16, tmp_path / "none.mrc", tmp_path / "out")
+    assert summary.n_objects == 0
+    assert "no objects found" in summary.warnings
+    assert pq.read_table(summary.folder / "objects.parquet").num_rows == 0
+    assert starfile.read(summary.folder / "particles.star") is not None
+
+
+def test_a_disk_that_fills_at_the_labels_is_one_line_and_loses_nothing(
+    oracle16: Segmenter, mrc_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zarr.storage.LocalStore.set", full)
+        with pytest.raises(OutputError, match="no space left on the disk"):
+            run_volume(oracle16, mrc_file, tmp_path / "out")
+    assert {one.name for one in (tmp_path / "out" / "balls").iterdir()} <= {".parts", ".lock"}
+    seen: list[int] = []
+    run_volume(oracle16, mrc_file, tmp_path / "out", progress=lambda done, total: seen.append(done))
+    assert seen == [8, 16, 20]  # block by block: nothing had to be searched again
+
+
+def test_planes_without_values_have_no_objects_and_disturb_no_others(
+    oracle: Segmenter, balls: np.ndarray, tmp_path: Path
+) -> None:
+    import mrcfile
+
+    values = balls.astype(np.float32)
+    values[5] = np.nan
+    values[6] = 0.0
+    with mrcfile.new(tmp_path / "holes.mrc") as file:
+        file.set_data(values)
+    rule = IntensityRule("range", 0.0, 255.0)
+    manifest = replace(oracle.manifest, input=replace(oracle.manifest.input, intensity=rule))
+    summary = run_volume(Segmenter(oracle.engine, manifest), tmp_path / "holes.mrc", tmp_path / "out")
+    labels = zarr.open_group(summary.folder / "labels.ome.zarr", mode="r")["0"][:]
+    assert not labels[5:7].any()  # two planes in a row are an end
+    assert np.array_equal(labels[:5] > 0, balls[:5] > 0)
+    assert np.array_equal(labels[7:] > 0, balls[7:] > 0)
