@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Any
 
@@ -26,7 +27,7 @@ from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.tiling import Tile
 
-__all__ = ["MAX_SAMPLE_PX", "TileSampler", "measure_slide", "read_ahead", "sample_slide"]
+__all__ = ["MAX_SAMPLE_PX", "SampledTile", "TileSampler", "measure_slide", "read_ahead", "sample_slide"]
 
 MIN_SAMPLE_PX = 1 << 18  # 0.25 Mpx say enough of the brightness of a slide
 MAX_SAMPLE_PX = 1 << 24  # 16 Mpx at most are held to measure it
@@ -35,6 +36,16 @@ MAX_COARSER = 4.0  # a level up to 4 times coarser than the model's pixels still
 READERS = 2  # threads that read tiles while the engine computes; decoders work outside Python's lock
 BATCHES_AHEAD = 2
 MAX_BLOCK_PX = 4096  # the side of what is read at once, pixels of the level
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTile:
+    """A tile, ready for the engine, with all that its objects need to be placed at level 0."""
+
+    plan: SlidePlan
+    shape: tuple[int, int]  # (H, W) of level 0
+    tile: Tile  # of the plan
+    pixels: NDArray[np.uint8]  # (S, S, C)
 
 
 class TileSampler:
@@ -54,11 +65,20 @@ class TileSampler:
 
         The same network pixel has the same value in every tile, to one grey level.
         """
-        x = _reflect(tile.read.x0, tile.read.x1, self._plan.width)
-        y = _reflect(tile.read.y0, tile.read.y1, self._plan.height)
-        needed = Region(int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1)
+        x, y, needed = self._needed(tile)
         pixels = self._sample(needed)
         return pixels[np.ix_(y - needed.y0, x - needed.x0)]
+
+    def source(self, tile: Tile) -> Region:
+        """Return the region of the plan's level that `read` looks at, and nothing beyond it."""
+        _, _, needed = self._needed(tile)
+        return self._source(needed)
+
+    def _needed(self, tile: Tile) -> tuple[NDArray[np.int64], NDArray[np.int64], Region]:
+        """Return the network pixel of each column and row of the tile, and the region that holds them."""
+        x = _reflect(tile.read.x0, tile.read.x1, self._plan.width)
+        y = _reflect(tile.read.y0, tile.read.y1, self._plan.height)
+        return x, y, Region(int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1)
 
     def _sample(self, region: Region) -> NDArray[np.uint8]:
         """Return the network pixels of `region`, inside the slide, in blocks of bounded size."""
@@ -73,20 +93,26 @@ class TileSampler:
                 ] = self._sample_block(block)
         return result
 
-    def _sample_block(self, block: Region) -> NDArray[np.uint8]:
-        level, factor_x, factor_y = self._plan.level, self._factor_x, self._factor_y
+    def _source(self, block: Region) -> Region:
+        """Return what of the level weighs in on the network pixels of `block`, borders and beyond."""
+        factor_x, factor_y = self._factor_x, self._factor_y
         if factor_x == 1.0 and factor_y == 1.0:
-            return self._read_level(block)
-        # where the block's borders lie on the level, and the pixels that weigh in from beyond them
+            return block
+        margin_x, margin_y = (math.ceil(max(1.0, factor)) + 1 for factor in (factor_x, factor_y))
+        return Region(
+            math.floor(block.x0 * factor_x) - margin_x,
+            math.floor(block.y0 * factor_y) - margin_y,
+            math.ceil(block.x1 * factor_x) + margin_x,
+            math.ceil(block.y1 * factor_y) + margin_y,
+        ).clip(self._plan.level.width_px, self._plan.level.height_px)
+
+    def _sample_block(self, block: Region) -> NDArray[np.uint8]:
+        factor_x, factor_y = self._factor_x, self._factor_y
+        source = self._source(block)
+        if factor_x == 1.0 and factor_y == 1.0:
+            return self._read_level(source)
         left, right = block.x0 * factor_x, block.x1 * factor_x
         top, bottom = block.y0 * factor_y, block.y1 * factor_y
-        margin_x, margin_y = (math.ceil(max(1.0, factor)) + 1 for factor in (factor_x, factor_y))
-        source = Region(
-            math.floor(left) - margin_x,
-            math.floor(top) - margin_y,
-            math.ceil(right) + margin_x,
-            math.ceil(bottom) + margin_y,
-        ).clip(level.width_px, level.height_px)
         pixels = self._read_level(source)
         box = (  # the last bit of a product may overshoot the last pixel
             left - source.x0,

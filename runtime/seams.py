@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import shapely
 from numpy.typing import NDArray
 
+from darcnn.runtime.instances import Instances
+from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.tiling import SEAM_PX, Tile
 
-__all__ = ["drop_twins", "lies_near_seam"]
+__all__ = ["drop_twins", "join_tiles", "lies_near_seam"]
 
 _SAME_IOU = 0.5  # outlines that overlap more are one object
 # A neighbour reports what it sees up to SEAM_PX beyond its core; the tile that owns the object may see it
@@ -74,3 +78,23 @@ def drop_twins(
             for other in twins.get(row, []):
                 kept[other] = is_decided[other]
     return kept
+
+
+def join_tiles(plan: SlidePlan, shape: tuple[int, int], found: Sequence[tuple[Tile, Instances]]) -> Instances:
+    """Return the objects that tiles of one plan report, each once, in the order given.
+
+    Args:
+        plan: of the slide.
+        shape: (H, W) of level 0.
+        found: each tile with what it reports, level-0 pixels.
+    """
+    factor = (shape[1] / plan.width, shape[0] / plan.height)
+    extent = (plan.width, plan.height)
+    joint = Instances.concatenate(shape, [part for _, part in found])
+    tiles = np.repeat([tile.index for tile, _ in found], [len(part) for _, part in found]).astype(np.int64)
+    near = [lies_near_seam(tile, part.boxes, factor=factor, extent=extent) for tile, part in found]
+    rows = np.flatnonzero(np.concatenate([np.zeros(0, np.bool_), *near]))
+    candidates = joint.select(rows)
+    kept = np.ones(len(joint), np.bool_)
+    kept[rows] = drop_twins(candidates.polygons(), candidates.scores, tiles[rows])
+    return joint.select(kept)

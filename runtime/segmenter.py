@@ -21,8 +21,8 @@ from darcnn.runtime.masks import drop_covered, outline_mask
 from darcnn.runtime.planning import SlidePlan, plan_slide
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
-from darcnn.runtime.sampling import TileSampler, measure_slide, read_ahead
-from darcnn.runtime.seams import drop_twins, lies_near_seam
+from darcnn.runtime.sampling import SampledTile, TileSampler, measure_slide, read_ahead
+from darcnn.runtime.seams import join_tiles
 from darcnn.runtime.tiling import SEAM_PX, Tile, owns
 
 if TYPE_CHECKING:
@@ -206,38 +206,33 @@ class Segmenter:
             tiles: B of the plan's tiles.
             pixels: B arrays (S, S, C) of `TileSampler.read`.
         """
+        return self.segment_tiles(
+            [SampledTile(plan, shape, *pair) for pair in zip(tiles, pixels, strict=True)]
+        )
+
+    def segment_tiles(self, batch: Sequence[SampledTile]) -> list[Instances]:
+        """Return what each of up to `engine.spec.batch` tiles, of any slides, reports; level-0 pixels."""
         spec = self._engine.spec
-        batch = np.zeros((spec.batch, spec.tile_px, spec.tile_px, spec.channels), np.uint8)
-        batch[: len(tiles)] = np.stack(pixels)
-        detections = self._engine.detect(batch)
-        slots = [self._reported(detections, index, tile, plan) for index, tile in enumerate(tiles)]
-        tile_index = np.repeat(np.arange(len(tiles)), [len(slot) for slot in slots])
+        pixels = np.zeros((spec.batch, spec.tile_px, spec.tile_px, spec.channels), np.uint8)
+        pixels[: len(batch)] = np.stack([sampled.pixels for sampled in batch])
+        detections = self._engine.detect(pixels)
+        slots = [self._reported(detections, n, sampled.tile, sampled.plan) for n, sampled in enumerate(batch)]
+        tile_index = np.repeat(np.arange(len(batch)), [len(slot) for slot in slots])
         boxes = detections.boxes[tile_index, np.concatenate(slots)]  # (M, 4) tile px
         scores = detections.scores[tile_index, np.concatenate(slots)]  # (M,)
         masks = np.zeros((0, spec.mask_px, spec.mask_px), np.float32)
         if len(boxes):
             masks = self._engine.masks(detections, boxes, tile_index)
         return [
-            _place(plan, shape, tile, boxes[rows], scores[rows], masks[rows])
-            for index, tile in enumerate(tiles)
-            for rows in [np.flatnonzero(tile_index == index)]
+            _place(sampled.plan, sampled.shape, sampled.tile, boxes[rows], scores[rows], masks[rows])
+            for n, sampled in enumerate(batch)
+            for rows in [np.flatnonzero(tile_index == n)]
         ]
 
     def segment(self, reader: Reader, plan: SlidePlan, *, window: Window | None = None) -> Instances:
         """Return the objects of the whole slide as `plan` reads it; for images that fit in memory."""
         shape = (reader.info.height_px0, reader.info.width_px0)
-        factor = (shape[1] / plan.width, shape[0] / plan.height)
-        parts, tiles, near = [], [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)]
-        for tile, found in self.stream(reader, plan, window=window):
-            parts.append(found)
-            tiles.append(np.full(len(found), tile.index))
-            near.append(lies_near_seam(tile, found.boxes, factor=factor, extent=(plan.width, plan.height)))
-        joint = Instances.concatenate(shape, parts)
-        kept = np.ones(len(joint), np.bool_)
-        rows = np.flatnonzero(np.concatenate(near))
-        candidates = joint.select(rows)
-        kept[rows] = drop_twins(candidates.polygons(), candidates.scores, np.concatenate(tiles)[rows])
-        return joint.select(kept)
+        return join_tiles(plan, shape, list(self.stream(reader, plan, window=window)))
 
     def _reported(self, detections: Detections, index: int, tile: Tile, plan: SlidePlan) -> NDArray[np.int64]:
         """Return the slots of tile number `index` whose objects are good enough and its to report."""

@@ -25,6 +25,7 @@ PAGES = (
     "README.md",
     "docs/architecture.md",
     "docs/export.md",
+    "docs/live.md",
     "docs/method.md",
     "docs/native.md",
     "docs/tomograms.md",

@@ -38,6 +38,7 @@ UNPICKLER = {"pickle.Unpickler", "pickle.UnpicklingError"}
 EXTRAS_OF_RUNTIME: dict[str, set[str]] = {
     "runtime/engines/cuda.py": {"cuda"},
     "runtime/engines/openvino.py": {"openvino"},
+    "runtime/live/micromanager.py": {"pymmcore_plus", "useq"},
     "runtime/readers/mrc_header.py": {"mrcfile"},
     "runtime/readers/nifti.py": {"nibabel"},
     "runtime/volumes/labels.py": {"mrcfile"},

@@ -6,6 +6,7 @@ None of this ever ran on a GPU.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,16 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.errors import DeviceError
 
-__all__ = ["DeviceBuffer", "Stream", "copy_in", "copy_out", "gpu_capability", "gpu_name", "pinned_array"]
+__all__ = [
+    "DeviceBuffer",
+    "Stream",
+    "copy_in",
+    "copy_out",
+    "copy_to_host",
+    "gpu_capability",
+    "gpu_name",
+    "pinned_array",
+]
 
 
 def _cudart() -> Any:
@@ -156,3 +166,37 @@ def copy_out(pinned: NDArray[Any], buffer: DeviceBuffer, stream: Stream) -> None
     """Queue a copy of `buffer` into `pinned`; it is there when the stream has been waited for."""
     kind = _cudart().cudaMemcpyKind.cudaMemcpyDeviceToHost
     _call("cudaMemcpyAsync", pinned.ctypes.data, buffer.address, buffer.n_bytes, kind, stream.handle)
+
+
+def copy_to_host(interface: Mapping[str, Any]) -> NDArray[Any]:
+    """Return a copy in host memory of what `__cuda_array_interface__` describes, strides and all.
+
+    Waits for the stream that the interface names, if it names one.
+
+    Raises:
+        DeviceError: the copy failed, or the strides run backwards.
+    """
+    shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
+    strides = tuple(interface.get("strides") or _contiguous_strides(shape, dtype.itemsize))
+    if min(strides, default=0) < 0:
+        raise DeviceError(
+            "an array on the GPU that runs backwards", where="frame", fix="make it contiguous first"
+        )
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    extent = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + dtype.itemsize
+    host = np.empty(extent, np.uint8)
+    if interface.get("stream") is not None:
+        _call("cudaStreamSynchronize", interface["stream"])
+    kind = _cudart().cudaMemcpyKind.cudaMemcpyDeviceToHost
+    _call("cudaMemcpy", host.ctypes.data, int(interface["data"][0]), extent, kind)
+    return np.ndarray(shape, dtype, buffer=host.data, strides=strides)
+
+
+def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> list[int]:
+    """Return the strides of a C-contiguous array.
+
+    >>> _contiguous_strides((4, 3, 2), 2)
+    [12, 4, 2]
+    """
+    return [itemsize * int(np.prod(shape[axis + 1 :])) for axis in range(len(shape))]

@@ -38,6 +38,24 @@ def noise(height: int, width: int, channels: int = 1, seed: int = 0) -> np.ndarr
 
 
 @settings(deadline=None, max_examples=25)
+@given(st.integers(9, 80), st.integers(9, 60), st.sampled_from([0.13, 0.37, 0.5, 0.71, 1.0, 1.6, 3.0]))
+def test_a_tile_is_made_of_its_source_and_nothing_else(width: int, height: int, scale: float) -> None:
+    image = noise(height, width)
+    plan = make_plan(
+        Level(0, width, height, 1.0), max(1, round(width * scale)), max(1, round(height * scale))
+    )
+    for tile in plan.tiles:
+        with ArrayReader(image) as reader:
+            sampler = TileSampler(reader, plan, BYTES, channels=1)
+            source, expected = sampler.source(tile), sampler.read(tile)
+        elsewhere = 255 - image
+        inside = (slice(source.y0, source.y1), slice(source.x0, source.x1))
+        elsewhere[inside] = image[inside]
+        with ArrayReader(elsewhere) as reader:
+            np.testing.assert_array_equal(TileSampler(reader, plan, BYTES, channels=1).read(tile), expected)
+
+
+@settings(deadline=None, max_examples=25)
 @given(
     st.integers(9, 80), st.integers(9, 60), st.sampled_from([0.13, 0.37, 0.5, 0.71, 1.6, 3.0]), st.booleans()
 )
