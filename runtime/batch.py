@@ -6,7 +6,6 @@ import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from darcnn.runtime.errors import (
     EXIT_PARTIAL,
@@ -17,36 +16,19 @@ from darcnn.runtime.errors import (
     InputError,
     UsageError,
 )
-from darcnn.runtime.pipeline import RunOptions, RunSummary, run_slide
+from darcnn.runtime.pipeline import RunOptions, run_slide
+from darcnn.runtime.progress import Listener
 from darcnn.runtime.readers.base import make_slide_name
 from darcnn.runtime.readers.open import is_readable, open_source
+from darcnn.runtime.rows import RowRunner, find_rows_here
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import output_error
 from darcnn.runtime.sinks.result_folder import make_folder_name
+from darcnn.runtime.summary import SlideOutcome, write_summary
 
-__all__ = ["BatchOutcome", "Listener", "list_slides", "run_batch"]
+__all__ = ["BatchOutcome", "list_slides", "run_batch"]
 
 _ONE_OF_MANY = ".dcm"  # the files of a DICOM slide lie side by side: one must be named, not the folder
-
-
-class Listener(Protocol):
-    """Who is told how a batch goes on."""
-
-    def begin(self, path: Path, number: int, total: int) -> None:
-        """Slide `number` (from 1) of `total` begins."""
-        ...
-
-    def advance(self, done: int, total: int) -> None:
-        """So many tiles of the current slide are done."""
-        ...
-
-    def finish(self, summary: RunSummary) -> None:
-        """The current slide is complete."""
-        ...
-
-    def fail(self, message: str) -> None:
-        """The current slide failed; `message` is one line."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,27 +97,54 @@ def _expand(text: str) -> list[Path]:
 
 
 def run_batch(
-    segmenter: Segmenter, slides: Sequence[Path], out_dir: Path, *, options: RunOptions, listener: Listener
+    segmenter: Segmenter,
+    slides: Sequence[Path],
+    out_dir: Path,
+    *,
+    options: RunOptions,
+    listener: Listener,
+    find_rows: RowRunner = find_rows_here,
 ) -> BatchOutcome:
     """Run all `slides`; those that fail are told to `listener` and the rest goes on.
+
+    `out_dir`/summary.csv has a line for each, also when the batch is interrupted.
 
     Raises:
         BundleError, DeviceError: no further slide would fare better.
         KeyboardInterrupt: at Ctrl-C; finished slides stay, the current one its finished rows of tiles.
     """
-    n_done = 0
-    for number, path in enumerate(slides, start=1):
-        listener.begin(path, number, len(slides))
-        try:
-            with open_source(path, z=options.z, t=options.t) as reader:
-                summary = run_slide(segmenter, reader, out_dir, options=options, progress=listener.advance)
-        except (BundleError, DeviceError):
-            raise
-        except DarcnnError as err:
-            listener.fail(str(err))
-        except OSError as err:  # what no reader and no sink foresaw
-            listener.fail(str(output_error(err, Path(err.filename or path))))
-        else:
-            n_done += 1
-            listener.finish(summary)
+    outcomes: list[SlideOutcome] = []
+    try:
+        for number, path in enumerate(slides, start=1):
+            listener.begin(path, number, len(slides))
+            outcomes.append(_run_one(segmenter, path, out_dir, options, listener, find_rows))
+    finally:
+        write_summary(out_dir, outcomes)
+    n_done = sum(outcome.summary is not None for outcome in outcomes)
     return BatchOutcome(n_done, len(slides) - n_done)
+
+
+def _run_one(
+    segmenter: Segmenter,
+    path: Path,
+    out_dir: Path,
+    options: RunOptions,
+    listener: Listener,
+    find_rows: RowRunner,
+) -> SlideOutcome:
+    try:
+        with open_source(path, z=options.z, t=options.t) as reader:
+            summary = run_slide(
+                segmenter, reader, out_dir, options=options, progress=listener.advance, find_rows=find_rows
+            )
+    except (BundleError, DeviceError):
+        raise
+    except DarcnnError as err:
+        message = str(err)
+    except OSError as err:  # what no reader and no sink foresaw
+        message = str(output_error(err, Path(err.filename or path)))
+    else:
+        listener.finish(summary)
+        return SlideOutcome(path, summary)
+    listener.fail(message)
+    return SlideOutcome(path, error=message)

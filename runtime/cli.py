@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -13,14 +12,12 @@ import click
 from darcnn.runtime.batch import list_slides, run_batch
 from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
 from darcnn.runtime.options import BACKENDS, read_diameter
-from darcnn.runtime.pipeline import RunOptions, RunSummary
+from darcnn.runtime.pipeline import RunOptions
+from darcnn.runtime.progress import JsonLines, Terminal
 from darcnn.runtime.record import installed_version
+from darcnn.runtime.run_options import EXTRA_FORMATS
 
 __all__ = ["main"]
-
-_REDRAW_SECONDS = 0.2
-_CLEAR_LINE = "\r\x1b[K"
-_NAME_WIDTH = 40  # so that the progress line fits a terminal
 
 
 def _show_machine(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -90,9 +87,27 @@ def _show_machine(context: click.Context, parameter: click.Parameter, value: boo
     metavar="CONDITION",
     help='Report only objects that satisfy it, "mean_intensity < 140 and area_um2 > 20" say.',
 )
+@click.option(
+    "--tissue/--no-tissue",
+    default=True,
+    show_default=True,
+    help="Leave out glass and empty background.",
+)
+@click.option(
+    "--roi",
+    metavar="X0,Y0,X1,Y1|GEOJSON",
+    help="Report only objects inside: a rectangle in pixels of the slide, or polygons drawn in QuPath.",
+)
+@click.option(
+    "--also",
+    multiple=True,
+    type=click.Choice(EXTRA_FORMATS),
+    help="Write this format too; repeatable. A finished slide gets it without being done again.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace complete results.")
 @click.option("--restart", is_flag=True, help="Begin anew what an earlier run left unfinished.")
 @click.option("--quiet", is_flag=True, help="No progress line.")
+@click.option("--json", "as_json", is_flag=True, help="Progress and results as lines of JSON, for programs.")
 @click.version_option(installed_version(), prog_name="darcnn-run")
 def main(
     inputs: tuple[str, ...],
@@ -110,9 +125,13 @@ def main(
     t: int | None,
     min_score: float | None,
     row_filter: str | None,
+    tissue: bool,
+    roi: str | None,
+    also: tuple[str, ...],
     overwrite: bool,
     restart: bool,
     quiet: bool,
+    as_json: bool,
 ) -> None:
     """Find the objects of slides and images: INPUT is a file, a folder of images or a pattern.
 
@@ -126,13 +145,17 @@ def main(
         channel=int(channel) if channel is not None and channel.isdecimal() else channel,
         z=z,
         t=t,
+        tissue=tissue,
+        roi=roi,
         row_filter=row_filter,
+        also=tuple(dict.fromkeys(also)),
         overwrite=overwrite,
         restart=restart,
     )
     # what tifffile logs of a damaged file would stand beside our one line about it
     logging.getLogger("tifffile").addHandler(logging.NullHandler())
-    terminal = _Terminal(shows_progress=not quiet and sys.stderr.isatty())
+    shows_progress = not quiet and sys.stderr.isatty()
+    terminal = JsonLines() if as_json else Terminal(shows_progress=shows_progress)
     try:
         from darcnn.runtime.load import load  # here, so that --help need not load an engine
 
@@ -153,7 +176,7 @@ def main(
     sys.exit(code)
 
 
-def _build_engine(model: str, backend: str, terminal: _Terminal) -> None:
+def _build_engine(model: str, backend: str, terminal: Terminal | JsonLines) -> None:
     """Compile an engine of `model` into the user's cache, unless one fits already."""
     from darcnn.runtime.engines.cuda import gpu_capability
     from darcnn.runtime.engines.tensorrt import has_engine
@@ -170,68 +193,3 @@ def _build_engine(model: str, backend: str, terminal: _Terminal) -> None:
     targets = (gpu_capability(),) if backend == "tensorrt-rtx" else ()
     if not has_engine(bundle, backend):
         build_engine(bundle, BuildOptions(backend, targets), progress=terminal.show_phase)
-
-
-class _Terminal:
-    """Results to standard output; one progress line and errors to standard error."""
-
-    def __init__(self, *, shows_progress: bool) -> None:
-        self._shows_progress = shows_progress
-        self._title = ""
-        self._started = self._drawn = 0.0
-        self.n_finished = 0
-
-    def tell(self, words: str) -> None:
-        """Print a line about what runs, where there is somebody to read it."""
-        if self._shows_progress:
-            click.echo(words, err=True)
-
-    def show_phase(self, phase: str, done: int, total: int) -> None:
-        """Draw how far an engine is compiled."""
-        self._title = "building"
-        self._draw(f"{phase} {done}/{total}")
-
-    def begin(self, path: Path, number: int, total: int) -> None:
-        """Remember what the progress line is about."""
-        name = path.name if len(path.name) <= _NAME_WIDTH else f"{path.name[: _NAME_WIDTH - 3]}..."
-        self._title = f"[{number}/{total}] {name}"
-        self._started, self._drawn = time.monotonic(), 0.0
-        self._draw("opening")
-
-    def advance(self, done: int, total: int) -> None:
-        """Draw the progress line, a few times a second."""
-        now = time.monotonic()
-        if done < total and now - self._drawn < _REDRAW_SECONDS:
-            return
-        self._drawn = now
-        if done == total:
-            self._draw("writing")
-        else:
-            left = (now - self._started) / done * (total - done)
-            self._draw(f"{100 * done // total:3d} %  tile {done}/{total}  {left:.0f} s left")
-
-    def finish(self, summary: RunSummary) -> None:
-        """Print one line for a slide."""
-        self._draw(None)
-        objects = f"{summary.n_objects:,} object{'' if summary.n_objects == 1 else 's'}"
-        self.n_finished += 1
-        if summary.was_done:
-            click.echo(f"{summary.name}: {objects}, done before, {summary.overview}")
-            return
-        speed = summary.megapixels / max(summary.seconds, 1e-9)
-        click.echo(
-            f"{summary.name}: {objects}, {summary.seconds:.1f} s, {speed:.1f} Mpx/s, {summary.overview}"
-        )
-        for warning in summary.warnings:
-            click.echo(f"{summary.name}: {warning}", err=True)
-
-    def fail(self, message: str) -> None:
-        """Print one line for a failure."""
-        self._draw(None)
-        click.echo(f"Error: {message}", err=True)
-
-    def _draw(self, text: str | None) -> None:
-        """Replace the progress line; None removes it."""
-        if self._shows_progress:
-            line = "" if text is None else f"{self._title}  {text}"
-            click.echo(f"{_CLEAR_LINE}{line}", err=True, nl=False)

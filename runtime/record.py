@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,20 @@ from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.manifest import Manifest, manifest_to_json
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
-from darcnn.runtime.segmenter import Segmenter, SlidePlan
+from darcnn.runtime.rows import SlideTask
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.sinks.atomic import atomic_file
+from darcnn.runtime.tally import Tally
 
 __all__ = [
     "fingerprint",
     "fingerprint_pixels",
+    "hash_of",
     "installed_version",
     "make_record",
     "model_hash",
     "read_record",
+    "write_record",
 ]
 
 _RECORD_FORMAT = 1
@@ -47,19 +52,19 @@ _STRIP_PX = 1024  # rows that are hashed at once
 def make_record(
     segmenter: Segmenter,
     info: SlideInfo,
-    plan: SlidePlan,
+    task: SlideTask,
     *,
     asked: Mapping[str, Any],
     diameter_px: float | None,
-    counts: Mapping[str, int],
-    seconds: Mapping[str, float],
-    warnings: Sequence[str],
-) -> bytes:
-    """Return the content of run.json: versions, model, options, slide, plan, counts, times, warnings.
+    ground: Mapping[str, Any],
+    tally: Tally,
+) -> dict[str, Any]:
+    """Return the content of run.json: versions, model, options, slide, ground, plan, counts, times, warnings.
 
     `asked` is all that the objects depend on; its "options" are what the user chose.
     """
-    content: dict[str, Any] = {
+    plan, mpp = task.plan, task.mpp
+    return {
         "format": _RECORD_FORMAT,
         "versions": _versions(),
         "model": {
@@ -70,7 +75,6 @@ def make_record(
         },
         "engine": segmenter.engine.spec.name,
         "options": dict(asked["options"]),
-        "asked_sha256": _hash_of(asked),
         "input": {
             "name": info.name,
             "file": None if info.path is None else asked["slide"],
@@ -79,8 +83,11 @@ def make_record(
             "channels": list(info.channel_names),
             "dtype": str(info.dtype),
             "mpp": plan.mpp,
+            "mpp_xy": None if mpp is None else list(mpp),
             "mpp_source": plan.mpp_source,
+            "origin_px": list(info.origin_px0),  # objects.geojson.gz counts from here, as QuPath does
         },
+        "ground": dict(ground),
         "network": {
             "level": plan.level.index,
             "scale": plan.scale,
@@ -89,11 +96,20 @@ def make_record(
             "height_px": plan.height,
             "channel": plan.channel,
         },
-        "counts": dict(counts),
-        "seconds": {stage: round(value, _DIGITS) for stage, value in seconds.items()},
-        "warnings": list(warnings),
+        "counts": tally.counts(),
+        "seconds": {stage: round(value, _DIGITS) for stage, value in tally.seconds.items()},
+        "warnings": list(tally.warnings(has_pixel_size=mpp is not None)),
     }
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write run.json.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -102,10 +118,11 @@ def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content if content.get("asked_sha256") == _hash_of(asked) else None
+    return content if content.get("asked_sha256") == hash_of(asked) else None
 
 
-def _hash_of(asked: Mapping[str, Any]) -> str:
+def hash_of(asked: Mapping[str, Any]) -> str:
+    """Return what tells one question to a slide from another."""
     return _sha256(json.dumps(asked, sort_keys=True).encode())
 
 

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "export": {"export", "training", "runtime"},
 }
 # The shells of the runtime: training and export use its parts, not its programs.
-SHELLS = {"batch", "cli", "journal", "live", "pipeline", "record", "sinks"}
+SHELLS = {"batch", "cli", "journal", "live", "outputs", "pipeline", "progress", "record", "sinks", "summary"}
 TORCH = {"torch", "torchvision", "timm", "torchaudio", "functorch"}
 # Forks copy locks in whatever state they are, and neither exists on Windows.
 NOT_PORTABLE = {"fcntl", "pwd", "grp", "resource", "termios"}

@@ -24,7 +24,8 @@ class SlideInfo:
     `mpp` is micrometres per pixel of level 0 (x, y), None where the file does not say; `mpp_source`
     tells where it came from ("openslide.mpp-x", "OME PhysicalSizeX", "--mpp", ...). `is_rgb` is True
     when the three channels are red, green and blue of one brightfield-like picture, False when they are
-    separate (fluorescence) channels or a single grey one.
+    separate (fluorescence) channels or a single grey one. `origin_px0` is the level-0 pixel (x, y) that
+    QuPath shows in the upper left corner: it crops a slide to what the scanner says was scanned.
     """
 
     path: Path | None
@@ -35,6 +36,7 @@ class SlideInfo:
     is_rgb: bool
     mpp: tuple[float, float] | None = None
     mpp_source: str | None = None
+    origin_px0: tuple[int, int] = (0, 0)
 
     @property
     def width_px0(self) -> int:

@@ -15,13 +15,16 @@ from darcnn.runtime.errors import OutputError
 from darcnn.runtime.sinks.atomic import translated
 
 __all__ = [
+    "CSV_FILE",
     "GEOJSON_FILE",
     "LABELS_FOLDER",
+    "LABELS_TIFF",
     "OVERVIEW_FILE",
     "RUN_FILE",
     "TABLE_FILE",
     "ResultFolder",
     "claim_folder",
+    "hold_folder",
     "make_folder_name",
 ]
 
@@ -29,8 +32,18 @@ TABLE_FILE = "objects.parquet"
 GEOJSON_FILE = "objects.geojson.gz"
 LABELS_FOLDER = "labels.ome.zarr"
 OVERVIEW_FILE = "overview.png"
+CSV_FILE = "objects.csv"  # this and the next on request
+LABELS_TIFF = "labels.ome.tiff"
 RUN_FILE = "run.json"  # where it exists the folder is complete
-_RESULTS = (TABLE_FILE, GEOJSON_FILE, LABELS_FOLDER, OVERVIEW_FILE, RUN_FILE)  # run.json last, always
+_RESULTS = (  # run.json last, always
+    TABLE_FILE,
+    GEOJSON_FILE,
+    LABELS_FOLDER,
+    OVERVIEW_FILE,
+    CSV_FILE,
+    LABELS_TIFF,
+    RUN_FILE,
+)
 _PARTS = ".parts"
 _COMMITTED = "committed"  # in the parts: the results are in place, the parts are of no more use
 _LOCK = ".lock"
@@ -108,12 +121,25 @@ def claim_folder(folder: Path, *, overwrite: bool, restart: bool = False) -> Ite
         yield claimed
     finally:
         _clear(folder, keeps_parts=any((folder / _PARTS).glob("row-*.parquet")))
-        lock.release()  # before the file goes: Windows removes no open files
-        with suppress(OSError):  # someone else has it now, or it is not empty: both are as they should be
-            (folder / _LOCK).unlink(missing_ok=True)
+        _unlock(folder, lock)
         if not _is_complete(folder):
             with suppress(OSError):
                 folder.rmdir()
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a complete folder while something is added to it.
+
+    Raises:
+        OutputError: another run uses it, or it cannot be written.
+    """
+    with translated(folder):
+        lock = _lock(folder)
+    try:
+        yield
+    finally:
+        _unlock(folder, lock)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -147,6 +173,12 @@ def _lock(folder: Path) -> FileLock:
     except NotImplementedError as err:  # some network disks
         raise OutputError("is on a disk without locks", where=folder, fix="choose another --out") from err
     return lock
+
+
+def _unlock(folder: Path, lock: FileLock) -> None:
+    lock.release()  # before the file goes: Windows removes no open files
+    with suppress(OSError):  # someone else has it now, or it is not empty: both are as they should be
+        (folder / _LOCK).unlink(missing_ok=True)
 
 
 def _clear(folder: Path, *, keeps_parts: bool) -> None:
