@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +19,9 @@ from darcnn.runtime.options import BACKENDS, read_diameter
 from darcnn.runtime.pipeline import RunOptions
 from darcnn.runtime.progress import JsonLines, Terminal
 from darcnn.runtime.record import installed_version
+from darcnn.runtime.rows import RowRunner, find_rows_here
 from darcnn.runtime.run_options import EXTRA_FORMATS
+from darcnn.runtime.segmenter import Segmenter
 
 __all__ = ["main"]
 
@@ -104,6 +110,14 @@ def _show_machine(context: click.Context, parameter: click.Parameter, value: boo
     type=click.Choice(EXTRA_FORMATS),
     help="Write this format too; repeatable. A finished slide gets it without being done again.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Compute in so many processes on this machine; extra cluster.",
+)
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="Compute on the workers of this Dask scheduler: tcp://host:8786."
+)
 @click.option("--overwrite", is_flag=True, help="Replace complete results.")
 @click.option("--restart", is_flag=True, help="Begin anew what an earlier run left unfinished.")
 @click.option("--quiet", is_flag=True, help="No progress line.")
@@ -128,6 +142,8 @@ def main(
     tissue: bool,
     roi: str | None,
     also: tuple[str, ...],
+    workers: int | None,
+    scheduler: str | None,
     overwrite: bool,
     restart: bool,
     quiet: bool,
@@ -162,10 +178,14 @@ def main(
         slides = list_slides(inputs)
         if build:
             _build_engine(model, backend, terminal)
-        with load(
-            model, device=device, backend=backend, min_score=min_score, tell=terminal.tell
-        ) as segmenter:
-            outcome = run_batch(segmenter, slides, out_dir, options=options, listener=terminal)
+        load_model = partial(load, _absolute(model), device=device, backend=backend, min_score=min_score)
+        with (
+            _open_runner(load_model, workers, scheduler, options) as find_rows,
+            load_model(tell=terminal.tell) as segmenter,
+        ):
+            outcome = run_batch(
+                segmenter, slides, out_dir, options=options, listener=terminal, find_rows=find_rows
+            )
         code = outcome.exit_code
     except DarcnnError as err:
         terminal.fail(str(err))
@@ -174,6 +194,34 @@ def main(
         terminal.fail("interrupted; the same command goes on where it stopped")
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def _absolute(model: str) -> str:
+    """Return the whole path of a bundle, for workers that run elsewhere; a name stays."""
+    return str(Path(model).resolve()) if Path(model).is_file() else model
+
+
+@contextmanager
+def _open_runner(
+    load_model: partial[Segmenter], workers: int | None, scheduler: str | None, options: RunOptions
+) -> Iterator[RowRunner]:
+    """Give who finds the objects: this process, processes on this machine, or those of a scheduler."""
+    if workers is None and scheduler is None:
+        yield find_rows_here
+        return
+    if workers is not None and scheduler is not None:
+        raise UsageError("goes without --scheduler", where="--workers", fix="pass one of them")
+    try:
+        from darcnn.runtime.cluster import open_cluster
+    except ImportError as err:
+        option = "--scheduler" if workers is None else "--workers"
+        raise UsageError("needs Dask", where=option, fix="run `pip install 'darcnn[cluster]'`") from err
+    if workers is not None:  # the cores are shared out
+        load_model = partial(load_model, threads=max(1, (os.cpu_count() or 1) // workers))
+    with open_cluster(
+        load_model, n_workers=workers, scheduler=scheduler, z=options.z, t=options.t
+    ) as find_rows:
+        yield find_rows
 
 
 def _build_engine(model: str, backend: str, terminal: Terminal | JsonLines) -> None:

@@ -35,6 +35,7 @@ READS_PICKLES = "training/model/tensor_file.py"
 UNPICKLER = {"pickle.Unpickler", "pickle.UnpicklingError"}
 # Modules of the runtime that may import an extra, and which; nothing else there leaves the base install.
 EXTRAS_OF_RUNTIME: dict[str, set[str]] = {
+    "runtime/cluster.py": {"distributed"},
     "runtime/engines/cuda.py": {"cuda"},
     "runtime/engines/openvino.py": {"openvino"},
     "runtime/readers/mrc.py": {"mrcfile"},
