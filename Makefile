@@ -8,7 +8,7 @@ DATA ?= ../shared/data
 RUNS ?= ../darcnn-runs
 
 PIP_OPTIONS := --quiet --disable-pip-version-check
-EXTRAS := train,export,volumes,openvino,tensorrt-rtx,dev
+EXTRAS := train,export,volumes,openvino,tensorrt-rtx,cluster,remote,dev
 SOURCES := $(shell find runtime training export -name '*.py' -o -name '*.darcnn' -o -name py.typed)
 FOLDERS := $(shell find runtime training export -type d -not -name __pycache__)
 EDITABLE := --config-settings editable_mode=strict --editable

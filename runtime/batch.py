@@ -19,7 +19,9 @@ from darcnn.runtime.errors import (
 from darcnn.runtime.pipeline import RunOptions, run_slide
 from darcnn.runtime.progress import Listener
 from darcnn.runtime.readers.base import make_slide_name
+from darcnn.runtime.readers.ome_zarr import is_ome_zarr, is_url
 from darcnn.runtime.readers.open import is_readable, open_source
+from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.rows import RowRunner, find_rows_here
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import output_error
@@ -46,22 +48,22 @@ class BatchOutcome:
         return EXIT_PARTIAL if self.n_done else EXIT_UNUSABLE
 
 
-def list_slides(inputs: Sequence[str]) -> tuple[Path, ...]:
+def list_slides(inputs: Sequence[str]) -> tuple[Location, ...]:
     """Return the files that `inputs` name, in order, each once.
 
-    A folder stands for the images directly in it, sorted; a pattern with * or ? for what it matches
-    (some shells leave that to the program). A file that does not exist is named all the same: opening
-    it says so.
+    A URL is an OME-Zarr image. A folder stands for the images directly in it, sorted; a pattern with * or ?
+    for what it matches (some shells leave that to the program). A file that does not exist is named all the
+    same: opening it says so.
 
     Raises:
         InputError: a folder without images, or a pattern without matches.
         UsageError: two files would be written to the same folder.
     """
-    slides: dict[Path, Path] = {}
+    slides: dict[Location, Location] = {}
     for text in inputs:
         for path in _expand(text):
-            slides.setdefault(path.resolve(), path)
-    folders: dict[str, Path] = {}
+            slides.setdefault(path if isinstance(path, str) else path.resolve(), path)
+    folders: dict[str, Location] = {}
     for slide in slides.values():
         name = make_folder_name(make_slide_name(slide))
         other = folders.setdefault(name.casefold(), slide)  # some disks ignore the case of names
@@ -74,22 +76,24 @@ def list_slides(inputs: Sequence[str]) -> tuple[Path, ...]:
     return tuple(slides.values())
 
 
-def _expand(text: str) -> list[Path]:
+def _expand(text: str) -> list[Location]:
+    if is_url(text):
+        return [text]
     path = Path(text)
-    if path.is_dir() and path.suffix.lower() != ".zarr":
-        files = sorted(
+    if path.is_dir() and not is_ome_zarr(path):
+        files: list[Location] = sorted(
             entry
             for entry in path.iterdir()
             if is_readable(entry)
             and entry.suffix.lower() != _ONE_OF_MANY
             and not entry.name.startswith(".")
-            and entry.is_file()
+            and (entry.is_file() or is_ome_zarr(entry))
         )
         if not files:
             raise InputError("holds no images", where=path, fix="name the files themselves")
         return files
     if not path.exists() and glob.has_magic(text):
-        matches = sorted(Path(match) for match in glob.glob(text))  # noqa: PTH207  # the text may be absolute
+        matches: list[Location] = sorted(Path(match) for match in glob.glob(text))  # noqa: PTH207  # the text may be absolute
         if not matches:
             raise InputError("matches no file", where=text, fix="check the pattern")
         return matches
@@ -98,7 +102,7 @@ def _expand(text: str) -> list[Path]:
 
 def run_batch(
     segmenter: Segmenter,
-    slides: Sequence[Path],
+    slides: Sequence[Location],
     out_dir: Path,
     *,
     options: RunOptions,
@@ -126,7 +130,7 @@ def run_batch(
 
 def _run_one(
     segmenter: Segmenter,
-    path: Path,
+    path: Location,
     out_dir: Path,
     options: RunOptions,
     listener: Listener,

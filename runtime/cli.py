@@ -149,7 +149,7 @@ def main(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Find the objects of slides and images: INPUT is a file, a folder of images or a pattern.
+    """Find the objects of slides and images: INPUT is a file, a folder of images, a pattern or a URL.
 
     One line a slide goes to standard output. The exit code is 0 when every slide is done, 1 when some
     failed, 2 when nothing usable was made, 130 after Ctrl-C.

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
 
 from distributed import Client, LocalCluster, WorkerPlugin, as_completed, get_worker
@@ -23,7 +22,7 @@ from distributed.scheduler import KilledWorker
 
 from darcnn.runtime.errors import DeviceError, UsageError
 from darcnn.runtime.readers.open import open_source
-from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.readers.protocol import Location, Reader
 from darcnn.runtime.record import model_hash
 from darcnn.runtime.rows import FoundRow, Row, SlideTask, find_row
 from darcnn.runtime.segmenter import Segmenter
@@ -39,7 +38,7 @@ _CONNECT_SECONDS, _WORKER_SECONDS = 20, 120
 class SlideSource:
     """What a worker opens."""
 
-    path: Path
+    path: Location
     z: int | None
     t: int | None
 
@@ -107,9 +106,10 @@ class ClusterRunner:
             UsageError: the slide lies in memory, where no worker sees it.
             DeviceError: a row killed several workers, or all are gone.
         """
-        if reader.info.path is None:
+        path = reader.info.path
+        if path is None:
             raise UsageError("an image in memory has no workers", where="--workers", fix="leave it out")
-        source = SlideSource(reader.info.path.resolve(), self._z, self._t)
+        source = SlideSource(path if isinstance(path, str) else path.resolve(), self._z, self._t)
         # the tiles of all other rows need not travel
         common = replace(task, plan=replace(task.plan, tiles=()))
         arguments = (source, common)

@@ -154,7 +154,7 @@ def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
     asked = {
         "model": model_hash(segmenter.manifest),
         "min_score": segmenter.min_score,
-        "slide": fingerprint_pixels(reader) if info.path is None else fingerprint(info.path),
+        "slide": fingerprint_pixels(reader) if info.path is None else fingerprint(info),
         "size": [info.width_px0, info.height_px0],
         "options": options | {"roi": None if roi is None else roi.record},
     }

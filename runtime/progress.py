@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, Protocol
 
 import click
 
 from darcnn.runtime.pipeline import RunSummary
+from darcnn.runtime.readers.protocol import Location
 
 __all__ = ["JsonLines", "Listener", "Terminal"]
 
@@ -22,7 +23,7 @@ _NAME_WIDTH = 24  # so that the progress line fits a terminal
 class Listener(Protocol):
     """Who is told how a batch goes on."""
 
-    def begin(self, path: Path, number: int, total: int) -> None:
+    def begin(self, path: Location, number: int, total: int) -> None:
         """Slide `number` (from 1) of `total` begins."""
         ...
 
@@ -59,9 +60,10 @@ class Terminal:
         self._title = "building"
         self._draw(f"{phase} {done}/{total}")
 
-    def begin(self, path: Path, number: int, total: int) -> None:
+    def begin(self, path: Location, number: int, total: int) -> None:
         """Remember what the progress line is about."""
-        name = path.name if len(path.name) <= _NAME_WIDTH else f"{path.name[: _NAME_WIDTH - 3]}..."
+        name = PurePath(path).name
+        name = name if len(name) <= _NAME_WIDTH else f"{name[: _NAME_WIDTH - 3]}..."
         self._title = f"[{number}/{total}] {name}"
         self._pace, self._drawn = _Pace(), 0.0
         self._draw("opening")
@@ -127,7 +129,7 @@ class JsonLines:
         """Say how far an engine is compiled."""
         _print({"event": "build", "phase": phase, "done": done, "total": total})
 
-    def begin(self, path: Path, number: int, total: int) -> None:
+    def begin(self, path: Location, number: int, total: int) -> None:
         """Say that a slide begins."""
         self._slide, self._pace, self._told = str(path), _Pace(), 0.0
         _print({"event": "begin", "slide": self._slide, "number": number, "total": total})

@@ -23,6 +23,7 @@ from darcnn.runtime.tally import Tally
 
 __all__ = [
     "fingerprint",
+    "fingerprint_file",
     "fingerprint_pixels",
     "hash_of",
     "installed_version",
@@ -131,7 +132,19 @@ def model_hash(manifest: Manifest) -> str:
     return _sha256(json.dumps(manifest_to_json(manifest), sort_keys=True).encode())
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(info: SlideInfo) -> dict[str, Any]:
+    """Return what tells a slide that lies in a file from others: `fingerprint_file`, or that of its metadata.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    assert info.path is not None
+    if info.digest is not None:
+        return {"name": str(info.path), "size": None, "sha256": info.digest, "of": "metadata"}
+    return fingerprint_file(Path(info.path))
+
+
+def fingerprint_file(path: Path) -> dict[str, Any]:
     """Return name, size and sha256 of a file: of all of it up to 2 MiB, else of both ends and the size.
 
     A slide that is a folder is known by its name only.

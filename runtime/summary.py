@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from darcnn.runtime.pipeline import RunSummary
+from darcnn.runtime.readers.base import make_slide_name
+from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 
 __all__ = ["SUMMARY_FILE", "SlideOutcome", "write_summary"]
@@ -31,7 +33,7 @@ _COLUMNS = (
 class SlideOutcome:
     """What came of one slide of a command: a summary, or an error of one line."""
 
-    path: Path
+    path: Location
     summary: RunSummary | None = None
     error: str = ""
 
@@ -57,7 +59,7 @@ def write_summary(out_dir: Path, outcomes: Sequence[SlideOutcome]) -> None:
 def _row(outcome: SlideOutcome) -> list[str]:
     found = outcome.summary
     if found is None:
-        return [outcome.path.stem, str(outcome.path), "failed", "", "", "", "", "", outcome.error]
+        return [make_slide_name(outcome.path), str(outcome.path), "failed", "", "", "", "", "", outcome.error]
     return [
         found.name,
         str(outcome.path),

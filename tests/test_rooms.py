@@ -38,6 +38,7 @@ EXTRAS_OF_RUNTIME: dict[str, set[str]] = {
     "runtime/cluster.py": {"distributed"},
     "runtime/engines/cuda.py": {"cuda"},
     "runtime/engines/openvino.py": {"openvino"},
+    "runtime/readers/ome_zarr.py": {"aiohttp"},
     "runtime/readers/mrc.py": {"mrcfile"},
     "runtime/readers/nifti.py": {"nibabel"},
 }

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.geometry import Level, Region
 
-__all__ = ["Pixels", "Planes", "Reader", "SlideInfo"]
+__all__ = ["Location", "Pixels", "Planes", "Reader", "SlideInfo"]
 
+Location = Path | str  # of a file or folder; text is a URL
 Pixels = NDArray[Any]  # (H, W, C), uint8, uint16 or float32, never transposed after the reader
 
 
@@ -28,7 +29,7 @@ class SlideInfo:
     QuPath shows in the upper left corner: it crops a slide to what the scanner says was scanned.
     """
 
-    path: Path | None
+    path: Location | None
     name: str
     levels: tuple[Level, ...]
     channel_names: tuple[str, ...]
@@ -37,6 +38,7 @@ class SlideInfo:
     mpp: tuple[float, float] | None = None
     mpp_source: str | None = None
     origin_px0: tuple[int, int] = (0, 0)
+    digest: str | None = None  # sha256 of the metadata of a source that is not one file
 
     @property
     def width_px0(self) -> int:

@@ -17,7 +17,7 @@ from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_orac
 from darcnn.runtime.errors import InputError, OutputError, UsageError
 from darcnn.runtime.pipeline import RunOptions, run_slide
 from darcnn.runtime.readers.array import ArrayReader
-from darcnn.runtime.record import fingerprint
+from darcnn.runtime.record import fingerprint_file
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.result_folder import claim_folder
 
@@ -435,6 +435,6 @@ def test_a_fingerprint_tells_files_apart_by_their_ends(tmp_path):
     content = np.random.default_rng(0).bytes((2 << 20) + 100)
     for name, data in {"a": content, "b": content[:-1] + b"x", "c": b"x" + content[1:], "d": b"tiny"}.items():
         (tmp_path / name).write_bytes(data)
-    prints = [fingerprint(tmp_path / name) for name in "abcd"]
+    prints = [fingerprint_file(tmp_path / name) for name in "abcd"]
     assert len({entry["sha256"] for entry in prints}) == 4
     assert [entry["of"] for entry in prints] == ["first and last MiB and size"] * 3 + ["all"]
