@@ -9,10 +9,11 @@ row only: another does it.
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, cast
@@ -46,13 +47,16 @@ class SlideSource:
 class _Model(WorkerPlugin):
     """The segmenter of a worker, loaded once, and the slide that it read last."""
 
-    def __init__(self, make_segmenter: Callable[[], Segmenter]) -> None:
+    def __init__(self, make_segmenter: Callable[[], Segmenter], *, is_ours: bool) -> None:
         self._make = make_segmenter
+        self._is_ours = is_ours
         self.segmenter: Segmenter | None = None
         self._opened: tuple[SlideSource, Reader] | None = None
         self.lock: Any = None  # one row at a time, however many threads the worker has
 
     def setup(self, worker: Any) -> None:
+        if self._is_ours:  # Ctrl-C reaches every process of a terminal; the one that gave us work ends us
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.segmenter = self._make()
         self.lock = threading.Lock()
 
@@ -193,8 +197,10 @@ def open_cluster(
                 where="--scheduler",
                 fix="start one with `dask scheduler` and `dask worker`, or pass --workers",
             ) from err
-        client.register_plugin(_Model(make_segmenter), name=_PLUGIN)
+        client.register_plugin(_Model(make_segmenter, is_ours=scheduler is None), name=_PLUGIN)
         try:
             yield ClusterRunner(client, z=z, t=t)
         finally:
-            client.unregister_worker_plugin(_PLUGIN)
+            if scheduler is not None:  # workers of our own end with their memory
+                with suppress(KeyError, OSError):  # some are gone: nothing is left to forget there
+                    client.unregister_worker_plugin(_PLUGIN)
