@@ -285,6 +285,29 @@ def test_same_objects_as_python_at_any_scale(library, shipped, root, size):
     check_same(library.segment(model, image, **size), expected)
 
 
+def test_frame_beyond_16_megapixels_gives_what_python_finds(library, shipped, root):
+    model, segmenter = shipped("nuclei-fluorescence")
+    small = Image.open(root / "tests" / "data" / "target" / "u2os_1f6b7cead1.png")
+    image = np.asarray(small.resize((4200, 4000))).astype(np.uint16) * 37  # its brightness is sampled
+    expected = segmenter(image, diameter_px=250.0)
+    assert len(expected) > 5
+    check_same(library.segment(model, image, diameter_px=250.0), expected)
+
+
+def test_strong_reduction_of_a_large_frame_stays_within_a_tenth_of_a_network_pixel(library, shipped, root):
+    # Python resamples such frames in blocks: a network pixel may differ by one grey level
+    model, segmenter = shipped("nuclei-fluorescence")
+    small = Image.open(root / "tests" / "data" / "target" / "u2os_1f6b7cead1.png")
+    image = np.asarray(small.resize((4300, 3000))).copy()
+    found, expected = library.segment(model, image, diameter_px=900.0), segmenter(image, diameter_px=900.0)
+    assert len(found) == len(expected) > 5
+    reduction = 900 / 42  # nominal diameter of the model
+    for one in found:
+        nearest = np.argmin(np.abs(expected.boxes - one.box).max(axis=1))
+        np.testing.assert_allclose(one.box, expected.boxes[nearest], atol=0.1 * reduction)
+        np.testing.assert_allclose(one.score, expected.scores[nearest], atol=0.01)
+
+
 def test_same_objects_as_python_in_colour(library, shipped, root):
     model, segmenter = shipped("nuclei-he")
     image = np.asarray(
@@ -492,7 +515,9 @@ BROKEN = {
     "input/tile_px": lambda path: rewrite(path, lambda e: with_field(e, "input.tile_px", "8")),
     "does not list the other": lambda path: rewrite(path, lambda e: with_field(e, "files", {})),
     "(sha256)": lambda path: rewrite(path, lambda e: [*e[:-1], ("LICENSE", b"another\n")]),
-    "LICENSE has too many MiB": lambda path: rewrite(path, lambda e: [*e[:-1], ("LICENSE", bytes(2**20 + 1))]),
+    "LICENSE has too many MiB": lambda path: rewrite(
+        path, lambda e: [*e[:-1], ("LICENSE", bytes(2**20 + 1))]
+    ),
 }
 
 
