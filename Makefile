@@ -84,7 +84,7 @@ clean:
 
 .venv-native/bin/python:
 	$(check_python)
-	@echo "installing cmake, ninja and openvino into .venv-native (some 0.3 GB)"
+	@echo "installing cmake, ninja and openvino into .venv-native (some 0.4 GB)"
 	$(PYTHON) -m venv .venv-native
 	.venv-native/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt cmake ninja openvino
 

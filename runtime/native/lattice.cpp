@@ -50,7 +50,7 @@ std::vector<Taps> make_taps(int first, int last, double factor, int extent) {
         const int from = std::max(static_cast<int>(centre - reach + 0.5), 0);
         const int to = static_cast<int>(std::min(std::floor(centre + reach + 0.5), end - origin));
         std::vector<double> heights;
-        for (int i = from; i < to; ++i) heights.push_back(std::max(0.0, 1 - std::abs(i + 0.5 - centre) / reach));
+        for (int i = from; i < to; ++i) heights.push_back(std::max(0.0, 1 - std::abs((i - centre + 0.5) * (1 / reach))));
         const double sum = std::accumulate(heights.begin(), heights.end(), 0.0);
         Taps taps{from + static_cast<int>(origin), {}};
         for (const double height : heights) {

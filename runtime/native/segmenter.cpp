@@ -4,7 +4,6 @@
 #include <cmath>
 #include <iterator>
 
-
 namespace darcnn {
 namespace {
 
