@@ -2,6 +2,8 @@
 
     python benchmarks/against_stock.py --threads 2
 
+Backends take as many threads as they see cores: for other numbers, pin the process (`taskset -c 0`).
+
 One random tile of 256 px, 400 proposals, 64 detections, untrained weights: `detect` and the masks of all
 detections, by turns: PyTorch eagerly on the same target branch; ONNX Runtime and OpenVINO on our
 graphs; ONNX Runtime on torchvision's export of `maskrcnn_resnet50_fpn`, which has one backbone where DARCNN
