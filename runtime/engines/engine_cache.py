@@ -44,7 +44,7 @@ class EngineFacts:
     batch: int
     tile_px: int
     is_version_compatible: bool = False
-    precision: str = "fp32"  # of the layers, that of the graphs: "fp32" or "fp16"
+    precision: str = "fp32"  # of the layers, that of the graphs: "fp32", "fp16" or "int8"
 
     @property
     def key(self) -> str:
