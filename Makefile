@@ -1,4 +1,5 @@
 # Needs Python 3.11 or later (PYTHON=...), make and a network to install from; installs into .venv*/ only.
+# `make native` also needs a C++17 compiler.
 
 PYTHON ?= python3
 SLIDE ?= examples/CMU-1-Small-Region.svs
@@ -6,9 +7,12 @@ MODEL ?= nuclei-he
 OUT ?= out/demo
 DATA ?= ../shared/data
 RUNS ?= ../darcnn-runs
+NATIVE_PYTHON ?= .venv-native/bin/python
+NATIVE_BUILD ?= build/native
+NATIVE_OPTIONS ?=
 
 PIP_OPTIONS := --quiet --disable-pip-version-check
-EXTRAS := train,export,volumes,micromanager,openvino,tensorrt-rtx,dev
+EXTRAS := train,export,volumes,micromanager,openvino,tensorrt-rtx,native,dev
 SOURCES := $(shell find runtime training export -name '*.py' -o -name '*.darcnn' -o -name py.typed)
 FOLDERS := $(shell find runtime training export -type d -not -name __pycache__)
 EDITABLE := --config-settings editable_mode=strict --editable
@@ -20,21 +24,26 @@ define check_python
 	echo "darcnn needs Python 3.11 or later, $(PYTHON) is not; run make PYTHON=/path/to/python3.11" >&2; exit 2; }
 endef
 
-.PHONY: help demo test lint models clean
+.PHONY: help demo test proof lint models native clean
 
 help:
 	@echo "make demo   install darcnn into .venv and find the nuclei of $(SLIDE)"
 	@echo "make test   install everything for a CPU into .venv-test (some 7 GB), run all checks and tests"
+	@echo "make proof  what takes too long for every day: engines of whole tiles for every GPU that TensorRT-RTX knows"
 	@echo "make lint   only the style and type checks"
 	@echo "make models train the shipped models again from the images in $(DATA), in $(RUNS): hours; goes on where it stopped"
+	@echo "make native build the C and C++ library, libdarcnn, and its example into $(NATIVE_BUILD); needs a C++17 compiler"
 	@echo "make clean  remove what these made: environments, builds, caches, $(OUT)"
 
 demo: .venv/installed
 	.venv/bin/darcnn-run "$(SLIDE)" --model "$(MODEL)" --out "$(OUT)" --overwrite
 
 test: lint
-	$(TEST_ENVIRONMENT) .venv-test/bin/pytest -m "not slow"
+	$(TEST_ENVIRONMENT) .venv-test/bin/pytest -m "not slow and not proof"
 	$(TEST_ENVIRONMENT) .venv-test/bin/pytest -m slow || test $$? -eq 5  # 5: there are none
+
+proof: .venv-test/linked
+	$(TEST_ENVIRONMENT) .venv-test/bin/pytest -m proof
 
 lint: .venv-test/linked
 	.venv-test/bin/ruff check .
@@ -52,8 +61,15 @@ models: .venv-test/linked
 		|| exit $$?; \
 	done
 
+# OpenVINO, CMake and ninja are those of NATIVE_PYTHON. No wheel holds or needs any of this.
+native: $(NATIVE_PYTHON)
+	PATH="$(dir $(abspath $(NATIVE_PYTHON))):$$PATH" && export PATH && \
+		openvino=$$($(NATIVE_PYTHON) -c 'from importlib.util import find_spec as f; print(*f("openvino").submodule_search_locations)') && \
+		cmake -S runtime/native -B "$(NATIVE_BUILD)" -G Ninja -D OpenVINO_DIR="$$openvino/cmake" $(NATIVE_OPTIONS) && \
+		cmake --build "$(NATIVE_BUILD)"
+
 clean:
-	rm -rf .venv .venv-test build dist darcnn.egg-info "$(OUT)"
+	rm -rf .venv .venv-test .venv-native build dist darcnn.egg-info "$(OUT)"
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -65,6 +81,12 @@ clean:
 	rm -rf build/lib
 	.venv/bin/python -m pip install $(PIP_OPTIONS) .
 	@touch $@
+
+.venv-native/bin/python:
+	$(check_python)
+	@echo "installing cmake, ninja and openvino into .venv-native (some 0.3 GB)"
+	$(PYTHON) -m venv .venv-native
+	.venv-native/bin/python -m pip install $(PIP_OPTIONS) -c constraints.txt cmake ninja openvino
 
 .venv-test/installed: setup.cfg pyproject.toml constraints.txt
 	$(check_python)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from darcnn.export.printing import describe_bundle, parity_table
 from darcnn.runtime.bundle import Bundle, open_bundle, write_bundle
 from darcnn.runtime.engines.tensorrt_build import BACKENDS as TENSORRT
 from darcnn.runtime.engines.tensorrt_build import BuildOptions, build_engine
@@ -28,7 +28,8 @@ from darcnn.runtime.manifest import Manifest
 from darcnn.runtime.options import BACKENDS
 
 if TYPE_CHECKING:
-    from darcnn.export.parity import Parity, TileSource
+    from darcnn.export.parity import Parity
+    from darcnn.export.tiles import TileSource
     from darcnn.training.config import Recipe
     from darcnn.training.model.network import Darcnn
 
@@ -38,6 +39,13 @@ _NEEDS = ("torch", "torchvision", "timm", "safetensors", "onnx", "onnxscript")
 
 _folder = click.Path(path_type=Path, file_okay=False)
 _file = click.Path(path_type=Path, dir_okay=False)
+_precision = click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="fp16: layers in half precision, boxes and scores in float32; derived from the bundle.",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,6 +76,8 @@ def cli() -> None:
 @click.option("--name", help="Name of the model; the recipe's by default.")
 @click.option("--tile", type=int, help="Side of a tile, pixels; the recipe's by default.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Tiles per call.")
+@click.option("--proposals", type=int, help="Candidates a level, and proposals of a tile; 400 by default.")
+@click.option("--detections", type=int, help="Most objects of a tile; 256 by default.")
 @click.option("--data", type=_folder, help="Images to verify on; the recipe's by default.")
 @click.option("--licence", type=_file, help="Text of the model's licence.")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle if it exists.")
@@ -77,6 +87,8 @@ def bundle(
     name: str | None,
     tile: int | None,
     batch: int,
+    proposals: int | None,
+    detections: int | None,
     data: Path | None,
     licence: Path | None,
     overwrite: bool,
@@ -87,27 +99,29 @@ def bundle(
     """
     _require_export()
     from darcnn.export.pack import make_licence, make_members, make_training, options_of
+    from darcnn.export.tiles import images_of
     from darcnn.training.checkpoint import load_network
     from darcnn.training.trust import most_trusted_round
 
-    if out.exists() and not overwrite:
-        raise OutputError("exists already", where=out, fix="pass --overwrite, or choose another name")
+    _refuse_existing(out, overwrite)
     if not (checkpoint / "checkpoint.json").is_file() and (checkpoint / "refine").is_dir():
         checkpoint = most_trusted_round(checkpoint)
         click.echo(f"taking the most trusted round, {checkpoint.name}", err=True)
     network, info = load_network(checkpoint)
     recipe = info.recipe
     name = name or recipe.name
-    sources = _sources(recipe, data)
+    sources = images_of(recipe, data)
     terms = make_licence(name, recipe.data_licence) if licence is None else _read_text(licence)
-    manifest = _make_manifest(network, recipe, name, tile or recipe.export.tile_px, batch)
+    sizes = {"proposals_per_level": proposals, "proposals": proposals, "detections": detections}
+    given = {size: value for size, value in sizes.items() if value is not None}
+    manifest = _make_manifest(network, recipe, name, tile or recipe.export.tile_px, batch=batch, **given)
     click.echo(f"exporting {name}, stage {info.stage}, step {info.step}", err=True)
     members = make_members(network, options_of(manifest), make_training(info), terms)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "draft.darcnn"
         write_bundle(draft, manifest, members)
         parity = _compare(open_bundle(draft), network, sources)
-    click.echo(_table(parity), err=True)
+    click.echo(parity_table(parity), err=True)
     if not parity.agrees:
         raise InputError(
             f"the exported graphs do not agree with PyTorch: {', '.join(parity.complaints)}",
@@ -129,13 +143,23 @@ def bundle(
     type=click.Choice([name for name in BACKENDS if name != "auto"]),
     help="What runs the bundle, repeatable; by default ONNX Runtime, and OpenVINO where it is installed.",
 )
-def verify(bundle: Path, checkpoint: Path, data: Path | None, backends: tuple[str, ...]) -> int:
+@_precision
+def verify(
+    bundle: Path, checkpoint: Path, data: Path | None, backends: tuple[str, ...], precision: str
+) -> int:
     """Compare BUNDLE with the checkpoint that it was made of; exit code 1 where they disagree."""
     _require_export()
+    from darcnn.export.tiles import images_of
     from darcnn.training.checkpoint import load_network
 
-    opened = open_bundle(bundle)
+    opened = _in_precision(open_bundle(bundle), precision)
     network, info = load_network(checkpoint)
+    if opened.precision == "int8":
+        raise UsageError(
+            "is in int8, which finds other boxes than PyTorch",
+            where=bundle,
+            fix="score it with `darcnn-train evaluate`, or verify the one that it was made of",
+        )
     if network.preset.name != opened.manifest.preset:
         raise UsageError(
             f"holds preset {network.preset.name}, the bundle {opened.manifest.preset}",
@@ -143,10 +167,10 @@ def verify(bundle: Path, checkpoint: Path, data: Path | None, backends: tuple[st
             fix="give the folder that the bundle was made of",
         )
     has_openvino = importlib.util.find_spec("openvino") is not None
-    sources, agrees = _sources(info.recipe, data), True
+    sources, agrees = images_of(info.recipe, data), True
     for backend in backends or ("onnxruntime", *(["openvino"] if has_openvino else [])):
         parity = _compare(opened, network, sources, backend)
-        click.echo(f"{backend}\n{_table(parity)}")
+        click.echo(f"{backend}\n{parity_table(parity)}")
         agrees = agrees and parity.agrees
     return 0 if agrees else EXIT_PARTIAL
 
@@ -163,6 +187,7 @@ def verify(bundle: Path, checkpoint: Path, data: Path | None, backends: tuple[st
 @click.option(
     "--target", "targets", multiple=True, help="GPUs to compile for, sm86 say; tensorrt-rtx only, repeatable."
 )
+@_precision
 @click.option("--workspace", type=click.IntRange(1), help="Most scratch memory of a layer, MiB.")
 @click.option("--version-compatible", is_flag=True, help="Later versions run it too; tensorrt only.")
 @click.option("--out", type=_folder, help="Folder to write; the user's cache by default, where runs look.")
@@ -170,6 +195,7 @@ def engine(
     model: str,
     backend: str,
     targets: tuple[str, ...],
+    precision: str,
     workspace: int | None,
     version_compatible: bool,
     out: Path | None,
@@ -182,16 +208,82 @@ def engine(
             click.echo(f"\r\x1b[K{phase} {done}/{total}", err=True, nl=False)
 
     options = BuildOptions(backend, targets, workspace, version_compatible)
-    folder = build_engine(find_bundle(model), options, out=out, progress=show)
+    opened = _in_precision(find_bundle(model), precision)
+    folder = build_engine(opened, options, out=out, progress=show)
     size = sum(path.stat().st_size for path in folder.iterdir())
     click.echo(f"{folder}: {size / 1e6:.1f} MB")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--data", required=True, type=_folder, help="Images like those that the model is to see.")
+@click.option("--diameter", type=float, help="Typical object, pixels; for images without a pixel size.")
+@click.option("--tiles", default=16, show_default=True, type=click.IntRange(1), help="To calibrate on.")
+@click.option("--tensorrt", is_flag=True, help="Without offsets, as TensorRT needs it; slow on ONNX Runtime.")
+@click.option("--out", required=True, type=_file, help="The bundle to write, NAME.darcnn.")
+@click.option("--overwrite", is_flag=True, help="Replace the bundle if it exists.")
+def quantise(
+    model: str,
+    data: Path,
+    diameter: float | None,
+    tiles: int,
+    tensorrt: bool,
+    out: Path,
+    overwrite: bool,
+) -> None:
+    """Write MODEL as a bundle whose encoders compute in int8, calibrated on unlabelled images.
+
+    Score both on labelled images (darcnn-train evaluate) before you use it: findings differ.
+    """
+    _require_export()
+    from darcnn.export.pack import write_quantised
+    from darcnn.export.tiles import images_in, read_tiles
+    from darcnn.runtime.load import find_bundle
+
+    _refuse_existing(out, overwrite)
+    opened = find_bundle(model)
+    chosen = read_tiles(images_in(data, diameter), opened, limit=tiles)
+    click.echo(f"calibrating on {len(chosen)} tiles", err=True)
+    write_quantised(out, opened, list(chosen.values()), has_offsets=not tensorrt)
+    click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--out", required=True, type=_folder, help="The model repository; others in it stay.")
+@click.option("--engine", type=_folder, help="Serve this TensorRT engine of MODEL instead of its graphs.")
+@click.option("--overwrite", is_flag=True, help="Replace what the repository has of this model.")
+def triton(model: str, out: Path, engine: Path | None, overwrite: bool) -> None:
+    """Write a repository from which Triton Inference Server serves MODEL: NAME_detect and NAME_mask."""
+    from darcnn.export.triton import plan_repository, write_repository
+    from darcnn.runtime.engines.engine_cache import read_engine
+    from darcnn.runtime.load import find_bundle
+
+    opened = find_bundle(model)
+    graphs = plan_repository(opened, None if engine is None else read_engine(engine, opened))
+    write_repository(out, graphs, overwrite=overwrite)
+    click.echo("\n".join(str(out / graph.name) for graph in graphs))
 
 
 @cli.command()
 @click.argument("bundle", type=_file)
 def info(bundle: Path) -> None:
     """Say what BUNDLE is: manifest, sizes, hashes, and the figures of its training."""
-    click.echo("\n".join(_describe(open_bundle(bundle))))
+    click.echo("\n".join(describe_bundle(open_bundle(bundle))))
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise OutputError("exists already", where=out, fix="pass --overwrite, or choose another name")
+
+
+def _in_precision(bundle: Bundle, precision: str) -> Bundle:
+    if precision == "fp32":
+        return bundle
+    _require_export()
+    from darcnn.export.half import derive_half
+
+    return derive_half(bundle)
 
 
 def _require_export() -> None:
@@ -202,29 +294,7 @@ def _require_export() -> None:
         )
 
 
-def _sources(recipe: Recipe, data: Path | None) -> list[TileSource]:
-    """Return the images to verify on: those in the folder `data`, else the recipe's own."""
-    from darcnn.export.parity import TileSource
-    from darcnn.runtime.readers.open import is_readable
-
-    if data is None:
-        found = [
-            TileSource(path, group.diameter_px)
-            for group in recipe.target.sets
-            for path in sorted(Path(recipe.data).glob(group.images))
-        ]
-    else:
-        found = [TileSource(path) for path in sorted(data.rglob("*")) if is_readable(path)]
-    if not found:
-        raise UsageError(
-            f"no image in {recipe.data if data is None else data}",
-            where="--data",
-            fix="give a folder of images like those of the training",
-        )
-    return found
-
-
-def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, batch: int) -> Manifest:
+def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, **sizes: int) -> Manifest:
     from darcnn.export.pack import make_manifest
     from darcnn.export.static import ExportOptions
     from darcnn.training.engine import halo_for
@@ -233,8 +303,8 @@ def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, bat
     options = ExportOptions(
         channels=target.channels,
         tile_px=tile_px,
-        batch=batch,
         halo_px=halo_for(target.nominal_diameter_px, max(network.preset.strides_px)),
+        **sizes,
     )
     return make_manifest(
         network,
@@ -253,7 +323,8 @@ def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, bat
 def _compare(
     bundle: Bundle, network: Darcnn, sources: list[TileSource], backend: str = "onnxruntime"
 ) -> Parity:
-    from darcnn.export.parity import read_tiles, verify_bundle
+    from darcnn.export.parity import verify_bundle
+    from darcnn.export.tiles import read_tiles
 
     tiles = read_tiles(sources, bundle)
     click.echo(f"comparing on {len(tiles)} tiles", err=True)
@@ -261,41 +332,6 @@ def _compare(
     if parity.n_objects == 0:
         click.echo("no object on any tile: only the features were compared", err=True)
     return parity
-
-
-def _table(parity: Parity) -> str:
-    """Return the comparison as a table, one line a tile, and the verdict."""
-    lines = [f"{'tile':32} {'torch':>6} {'bundle':>6} {'matched':>8} {'box px':>8} {'score':>8} {'mask':>8}"]
-    for one in parity.tiles:
-        counts = f"{one.n_torch:6d} {one.n_onnx:6d} {one.n_matched:8d}"
-        lines.append(f"{one.tile[-32:]:32} {counts} {one.box_px:8.4f} {one.score:8.5f} {one.mask:8.5f}")
-    verdict = "they agree" if parity.agrees else f"they disagree: {', '.join(parity.complaints)}"
-    return "\n".join([*lines, verdict])
-
-
-def _describe(bundle: Bundle) -> list[str]:
-    manifest = bundle.manifest
-    sizes, limits, rule = manifest.input, manifest.limits, manifest.input.intensity
-    window = "" if rule.kind == "full_range" else f" {rule.low:g} to {rule.high:g}"
-    training: dict[str, Any] = json.loads(bundle.read("training.json"))
-    lines = [
-        f"{manifest.name}: {manifest.preset}, format {manifest.format}",
-        f"file       {bundle.path.stat().st_size / 1e6:.1f} MB, sha256 {bundle.sha256}",
-        f"input      {sizes.batch} x {sizes.tile_px} x {sizes.tile_px} x {sizes.channels}, "
-        f"halo {sizes.halo_px} px",
-        f"intensity  {rule.kind}{window}",
-        f"scale      objects of {sizes.nominal_diameter_px:g} px, "
-        + ("no pixel size" if sizes.mpp is None else f"{sizes.mpp:g} um per pixel"),
-        f"limits     {limits.proposals} proposals, {limits.detections} objects a tile, "
-        f"score {limits.min_score:g} (graph {limits.score_threshold:g}), NMS {limits.nms_threshold:g}",
-        f"training   stage {training.get('stage')}, step {training.get('step')}",
-        f"data       {training.get('data_licence')}",
-    ]
-    lines += [f"figure     {key} {value}" for key, value in dict(training.get("figures") or {}).items()]
-    return lines + [
-        f"member     {name:14} {len(bundle.read(name)):>10} bytes  {digest}"
-        for name, digest in manifest.files.items()
-    ]
 
 
 def _read_text(path: Path) -> str:

@@ -14,7 +14,7 @@ from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from darcnn.export.static import AtlasPool, DetectGraph, ExportOptions, MaskGraph
+from darcnn.export.static import MAX_TOP_K, AtlasPool, DetectGraph, ExportOptions, MaskGraph
 from darcnn.runtime.errors import InputError
 from darcnn.training.model.network import Darcnn
 
@@ -23,12 +23,16 @@ __all__ = [
     "DETECT_OUTPUTS",
     "MASK_INPUTS",
     "MASK_OUTPUTS",
+    "MIN_HALF_ELEMENTS",
     "OPSET",
+    "QUANTISED_OPS",
     "STANDARD_OPS",
     "check_graph",
     "export_detect",
     "export_mask",
     "freeze_network",
+    "store_as_half",
+    "strip_notes",
 ]
 
 OPSET = 18
@@ -44,8 +48,9 @@ STANDARD_OPS = frozenset({
     "Where",
 })
 # fmt: on
-_MIN_HALF_ELEMENTS = 256  # below it a float16 saves nothing
-_FOLD_ELEMENTS = 1024  # constants are computed in advance up to this size, else comparisons become tables
+QUANTISED_OPS = STANDARD_OPS | {"DequantizeLinear", "QuantizeLinear"}  # of a bundle in int8
+MIN_HALF_ELEMENTS = 256  # below it a float16 saves nothing
+_FOLD_ELEMENTS = MAX_TOP_K  # constants are computed in advance up to this size: ranks, and no tables of them
 
 
 def export_detect(network: Darcnn, options: ExportOptions) -> bytes:
@@ -103,11 +108,11 @@ def freeze_network(network: Darcnn) -> Darcnn:
     return frozen
 
 
-def check_graph(content: bytes) -> None:
+def check_graph(content: bytes, operations: frozenset[str] = STANDARD_OPS) -> None:
     """Refuse a graph that some backend could not run as it is.
 
     Raises:
-        RuntimeError: an operation outside `STANDARD_OPS`, a free dimension, or no valid ONNX.
+        RuntimeError: an operation outside `operations`, a free dimension, or no valid ONNX.
     """
     model = onnx.load_model_from_string(content)
     try:
@@ -115,7 +120,7 @@ def check_graph(content: bytes) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as err:
         raise RuntimeError(f"the exporter made an invalid graph: {err}") from err
     domains = {opset.domain: opset.version for opset in model.opset_import}
-    others = {node.op_type for node in model.graph.node if node.domain or node.op_type not in STANDARD_OPS}
+    others = {node.op_type for node in model.graph.node if node.domain or node.op_type not in operations}
     if domains != {"": OPSET} or others or model.functions:
         raise RuntimeError(f"the exporter used {sorted(others)} of {domains}")
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
@@ -143,7 +148,7 @@ def _fold_batch_norms(module: nn.Module) -> None:
 
 
 def _is_stored_as_half(parameter: Tensor) -> bool:
-    return parameter.ndim > 1 and parameter.numel() >= _MIN_HALF_ELEMENTS
+    return parameter.ndim > 1 and parameter.numel() >= MIN_HALF_ELEMENTS
 
 
 def _to_onnx(
@@ -167,15 +172,15 @@ def _to_onnx(
     model = onnxscript.optimizer.optimize(
         model, input_size_limit=_FOLD_ELEMENTS, output_size_limit=_FOLD_ELEMENTS
     )
-    _strip(model)
+    strip_notes(model)
     _merge_equal_constants(model)
-    _store_as_half(model, {name for name, p in graph.named_parameters() if _is_stored_as_half(p)})
+    store_as_half(model, {name for name, p in graph.named_parameters() if _is_stored_as_half(p)})
     content: bytes = model.SerializeToString(deterministic=True)
     check_graph(content)
     return content
 
 
-def _strip(model: ModelProto) -> None:
+def strip_notes(model: ModelProto) -> None:
     """Remove what the exporter noted about itself: stack traces, paths, intermediate shapes."""
     model.producer_name, model.producer_version = "darcnn", ""
     del model.metadata_props[:], model.graph.value_info[:], model.graph.metadata_props[:]
@@ -203,7 +208,7 @@ def _merge_equal_constants(model: ModelProto) -> None:
         node.input[:] = [renamed.get(name, name) for name in node.input]
 
 
-def _store_as_half(model: ModelProto, names: set[str]) -> None:
+def store_as_half(model: ModelProto, names: set[str]) -> None:
     """Store the constants called `names` as float16, each with a Cast to float32 behind it."""
     casts = []
     for constant in model.graph.initializer:

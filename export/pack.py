@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from darcnn.export.graph import export_detect, export_mask
-from darcnn.export.static import MASK_PX, AtlasPool, ExportOptions
-from darcnn.runtime.bundle import write_bundle
+from darcnn.export.quantise import quantise
+from darcnn.export.static import AtlasPool, ExportOptions
+from darcnn.runtime.bundle import MEMBER_CAPS, Bundle, write_bundle
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.manifest import FORMAT, Anchors, Limits, Manifest, ModelInput
@@ -27,6 +31,7 @@ __all__ = [
     "make_training",
     "options_of",
     "write_model_bundle",
+    "write_quantised",
 ]
 
 
@@ -133,13 +138,33 @@ def make_members(
     network: Darcnn, options: ExportOptions, training: Mapping[str, Any], licence: str
 ) -> dict[str, bytes]:
     """Return the members of a bundle other than its manifest."""
-    text = json.dumps(_finite(training), indent=2, ensure_ascii=False, allow_nan=False)
     return {
         "detect.onnx": export_detect(network, options),
         "mask.onnx": export_mask(network, options),
-        "training.json": (text + "\n").encode(),
+        "training.json": _as_text(training),
         "LICENSE": licence.encode(),
     }
+
+
+def write_quantised(
+    path: Path, bundle: Bundle, tiles: Sequence[NDArray[np.uint8]], *, has_offsets: bool
+) -> None:
+    """Write `bundle` with its encoders in int8, called NAME-int8; replaces `path`.
+
+    Args:
+        path: of the new bundle.
+        bundle: in float32.
+        tiles: (S, S, C) uint8 to calibrate on.
+        has_offsets: as `quantise` explains.
+    Raises:
+        UsageError: the bundle is not in float32, or there is no tile.
+        OutputError: the file cannot be written.
+    """
+    quantised = quantise(bundle, tiles, has_offsets=has_offsets)
+    training = json.loads(bundle.read("training.json")) | {"calibration_tiles": len(tiles)}
+    members = {name: quantised.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
+    members["training.json"] = _as_text(training)
+    write_bundle(path, replace(quantised.manifest, name=f"{bundle.manifest.name}-int8"), members)
 
 
 def write_model_bundle(
@@ -154,13 +179,17 @@ def write_model_bundle(
     write_bundle(path, manifest, make_members(network, options_of(manifest), training, licence))
 
 
+def _as_text(training: Mapping[str, Any]) -> bytes:
+    return (json.dumps(_finite(training), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def _limits(network: Darcnn, options: ExportOptions, min_score: float) -> Limits:
     return Limits(
         proposals_per_level=options.proposals_per_level,
         proposals=options.proposals,
         detections=options.detections,
         mask_batch=options.mask_batch,
-        mask_px=MASK_PX,
+        mask_px=network.preset.mask_px,
         score_threshold=network.target_heads.score_thresh,
         nms_threshold=network.target_heads.nms_thresh,
         min_score=min_score,
@@ -183,7 +212,7 @@ def _signatures(network: Darcnn, options: ExportOptions) -> dict[str, dict[str, 
             "atlas": atlas,
             "boxes": ("float32", (boxes, 4)),
             "tile_index": ("int64", (boxes,)),
-            "masks": ("float32", (boxes, MASK_PX, MASK_PX)),
+            "masks": ("float32", (boxes, network.preset.mask_px, network.preset.mask_px)),
         },
     }
 

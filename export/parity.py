@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -19,21 +18,15 @@ from darcnn.runtime.boxes import non_maximum_suppression, pairwise_iou
 from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.choose import open_engine
 from darcnn.runtime.engines.protocol import Engine
-from darcnn.runtime.errors import UsageError
-from darcnn.runtime.intensity import sees_separate_channels
-from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
-from darcnn.runtime.segmenter import Segmenter
 from darcnn.training.model.network import Darcnn
 
 __all__ = [
     "Objects",
     "Parity",
     "TileParity",
-    "TileSource",
     "compare_objects",
     "find_with_engine",
     "find_with_torch",
-    "read_tiles",
     "verify_bundle",
 ]
 
@@ -43,10 +36,18 @@ Tiles = Mapping[str, NDArray[np.uint8]]  # name -> (S, S, C)
 STRONG_SCORE = 0.1  # weaker objects may flip at the score threshold, 0.05
 MATCH_IOU = 0.9
 MAX_UNMATCHED = 0.01  # share of strong objects that the other side lacks
-MAX_BOX_PX, MEDIAN_BOX_PX = 0.5, 0.05
-MAX_SCORE = 0.01
-MAX_MASK = 0.02  # mean over the cells of one mask
-MAX_FEATURES = 1e-3  # of the largest feature; seen also where there is no object
+# The largest differences of a bundle that agrees, by the precision of its layers.
+LIMITS = {
+    "fp32": {
+        "box_px": 0.5,
+        "box_median_px": 0.05,
+        "score": 0.01,
+        "mask": 0.02,  # mean over the cells of one mask
+        "features": 1e-3,  # of the largest feature; seen also where there is no object
+    },
+    # float16 has 11 bits: a box that lies between two pyramid levels may be pooled from the other one
+    "fp16": {"box_px": 0.5, "box_median_px": 0.05, "score": 0.02, "mask": 0.05, "features": 1e-2},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class Parity:
     """The comparison on all tiles."""
 
     tiles: tuple[TileParity, ...]
+    precision: str = "fp32"  # of the bundle's layers
 
     @property
     def n_objects(self) -> int:
@@ -93,14 +95,7 @@ class Parity:
         found = [f"{unmatched} of {self.n_objects} objects unmatched"] * (
             unmatched > MAX_UNMATCHED * self.n_objects
         )
-        limits = {
-            "box_px": MAX_BOX_PX,
-            "box_median_px": MEDIAN_BOX_PX,
-            "score": MAX_SCORE,
-            "mask": MAX_MASK,
-            "features": MAX_FEATURES,
-        }
-        for name, limit in limits.items():
+        for name, limit in LIMITS[self.precision].items():
             worst = max((float(getattr(tile, name)) for tile in self.tiles), default=0.0)
             if not worst < limit:  # NaN disagrees
                 found.append(f"{name} differs by {worst:.3g}, limit {limit:g}")
@@ -110,14 +105,6 @@ class Parity:
     def agrees(self) -> bool:
         """Tell whether the bundle may stand for the network."""
         return not self.complaints
-
-
-@dataclass(frozen=True, slots=True)
-class TileSource:
-    """An image to verify on; `diameter_px` of its typical object where known, level-0 px."""
-
-    path: Path
-    diameter_px: float | None = None
 
 
 def verify_bundle(bundle: Bundle, network: Darcnn, tiles: Tiles, *, backend: str = "onnxruntime") -> Parity:
@@ -134,9 +121,8 @@ def verify_bundle(bundle: Bundle, network: Darcnn, tiles: Tiles, *, backend: str
     device = "cpu" if backend == "onnxruntime" else "auto"
     with closing(open_engine(bundle, device=device, backend=backend)) as engine:
         found = find_with_engine(engine, tiles, bundle.manifest.limits.nms_threshold)
-        return Parity(
-            tuple(compare_objects(name, find_with_torch(reference, tiles[name]), one) for name, one in found)
-        )
+        pairs = ((name, find_with_torch(reference, tiles[name]), one) for name, one in found)
+        return Parity(tuple(compare_objects(*pair) for pair in pairs), bundle.precision)
 
 
 def find_with_torch(network: Darcnn, tile: NDArray[np.uint8]) -> Objects:
@@ -207,61 +193,6 @@ def _features_apart(ours: NDArray[np.float32] | None, theirs: NDArray[np.float32
     if ours is None or theirs is None:
         return 0.0
     return float(np.abs(ours - theirs).max()) / (float(np.abs(ours).max()) or 1.0)
-
-
-def read_tiles(
-    sources: Sequence[TileSource], bundle: Bundle, *, limit: int = 8
-) -> dict[str, NDArray[np.uint8]]:
-    """Return up to `limit` tiles (S, S, C), spread evenly over the images and over each image.
-
-    A volume is represented by its middle plane, at the middle of its time.
-    Pixels come as in a run: same scale, same intensity rule, same reflection at the edges.
-
-    Raises:
-        InputError: an image cannot be read.
-        UsageError: there is no image.
-    """
-    if not sources:
-        raise UsageError(
-            "no image to verify on", where="--data", fix="give a folder of images like the model's"
-        )
-    chosen = _spread(sources, limit)
-    tiles: dict[str, NDArray[np.uint8]] = {}
-    with Segmenter(open_engine(bundle, device="cpu"), bundle.manifest) as segmenter:
-        for source in chosen:
-            with _open_middle(source.path) as reader:
-                facts = reader.info
-                plan = segmenter.plan(
-                    facts,
-                    diameter_px=source.diameter_px,
-                    pixels=facts.mpp is None,
-                    channel=_channel_for(bundle.manifest.input.channels, facts),
-                )
-                sampler = segmenter.sampler(reader, plan, segmenter.measure(reader, plan))
-                for tile in _spread(plan.tiles, max(1, limit // len(chosen))):
-                    tiles[f"{facts.name} {tile.index}"] = sampler.read(tile)
-    return tiles
-
-
-def _open_middle(path: Path) -> Reader:
-    planes = count_planes(path)
-    z, t = (n // 2 if n > 1 else None for n in (planes.n_z, planes.n_t))
-    return open_source(path, z=z, t=t)
-
-
-def _channel_for(channels: int, facts: SlideInfo) -> int | None:
-    """Return the first channel for a model that sees one of several, None where nothing is to be chosen."""
-    available = len(facts.channel_names)
-    if facts.is_rgb or available == 1 or channels not in (1, 3):
-        return None
-    sees_all = sees_separate_channels(available=available, is_rgb=False, channels=channels, channel=None)
-    return None if sees_all else 0
-
-
-def _spread(items: Sequence[T], limit: int) -> list[T]:
-    """Return at most `limit` of `items`, evenly spaced, none at the ends."""
-    n = min(limit, len(items))
-    return [items[(2 * k + 1) * len(items) // (2 * n)] for k in range(n)]
 
 
 def _with_limits(network: Darcnn, options: ExportOptions) -> Darcnn:

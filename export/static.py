@@ -13,11 +13,12 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.image_list import ImageList
 
 from darcnn.runtime.errors import UsageError
-from darcnn.training.model.heads import BOX_POOL, MASK_POOL
+from darcnn.runtime.manifest import MAX_TILE_PX
+from darcnn.training.model.heads import BOX_POOL
 from darcnn.training.model.network import Darcnn
 
 __all__ = [
-    "MASK_PX",
+    "MAX_TOP_K",
     "NMS_ROUNDS",
     "AtlasPool",
     "DetectGraph",
@@ -28,7 +29,7 @@ __all__ = [
     "pack_atlas",
 ]
 
-MASK_PX = 2 * MASK_POOL  # the mask head doubles its 14 x 14 cells
+MAX_TOP_K = 3840  # what TensorRT's TopK layer takes
 NMS_ROUNDS = 16  # even; tiles of tissue need 3 to 8
 _SAMPLES = 2  # bilinear samples a cell and side, as training pools
 _MIN_UNION_PX2 = 1e-12  # two empty boxes have IoU 0, not 0 / 0
@@ -55,8 +56,10 @@ class ExportOptions:
             UsageError: the tile does not fit the network's strides, or a count is too small.
         """
         stride = max(network.preset.strides_px)
-        if self.tile_px <= 0 or self.tile_px % stride:
-            raise UsageError(f"{self.tile_px} px", where="--tile", fix=f"give a multiple of {stride}")
+        if not 0 < self.tile_px <= MAX_TILE_PX or self.tile_px % stride:
+            raise UsageError(
+                f"{self.tile_px} px", where="--tile", fix=f"give a multiple of {stride} up to {MAX_TILE_PX}"
+            )
         if self.batch < 1:
             raise UsageError(f"{self.batch} tiles", where="--batch", fix="give 1 or more")
         if not 1 <= self.channels <= 4:
@@ -67,6 +70,13 @@ class ExportOptions:
                 f"{self.detections} detections of {self.proposals} proposals of {candidates} candidates",
                 where="export",
                 fix="let no count be above the one that it is chosen from",
+            )
+        largest = max(self.proposals_per_level, self.proposals)
+        if largest > MAX_TOP_K:
+            raise UsageError(
+                f"{largest} candidates are more than TensorRT sorts (TopK)",
+                where="--proposals",
+                fix=f"give up to {MAX_TOP_K}",
             )
 
 
@@ -219,10 +229,11 @@ class MaskGraph(nn.Module):
         self.mask_head = network.target_heads.mask_head
         self.mask_predictor = network.target_heads.mask_predictor
         self.pool = AtlasPool(network, options.tile_px)
+        self.cells = network.preset.mask_cells
 
     def forward(self, atlas: Tensor, boxes: Tensor, tile_index: Tensor) -> Tensor:
         """Return (M, 28, 28) probabilities of `boxes` (M, 4) px on tiles `tile_index` (M,) int64."""
-        logits: Tensor = self.mask_predictor(self.mask_head(self.pool(atlas, boxes, tile_index, MASK_POOL)))
+        logits: Tensor = self.mask_predictor(self.mask_head(self.pool(atlas, boxes, tile_index, self.cells)))
         return logits[:, 1].sigmoid()
 
 

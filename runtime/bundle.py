@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from darcnn.runtime.errors import BundleError
-from darcnn.runtime.manifest import FORMAT, Manifest, manifest_from_json, manifest_to_json
+from darcnn.runtime.manifest import FORMAT, MAX_TILE_PX, Manifest, manifest_from_json, manifest_to_json
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 
 __all__ = ["MEMBER_CAPS", "Bundle", "open_bundle", "write_bundle"]
@@ -21,10 +21,11 @@ __all__ = ["MEMBER_CAPS", "Bundle", "open_bundle", "write_bundle"]
 _MIB = 2**20
 
 # Each member of a bundle in the order written, and its largest size in bytes. A network of this kind
-# has some ten million weights; a file beyond its cap is not one of ours, and is not read into memory.
+# has some ten million weights, with ResNet-50 some seventy, of two bytes each; a file beyond its cap is not
+# one of ours, and is not read into memory.
 MEMBER_CAPS: Mapping[str, int] = {
     "manifest.json": _MIB,
-    "detect.onnx": 64 * _MIB,
+    "detect.onnx": 192 * _MIB,
     "mask.onnx": 64 * _MIB,
     "training.json": _MIB,
     "LICENSE": _MIB,
@@ -57,6 +58,16 @@ class Bundle:
             KeyError: a bundle has no such member.
         """
         return self._members[member]
+
+    @property
+    def precision(self) -> str:
+        """What the layers of the graphs compute in: "fp32", or "fp16" or "int8" where derived from such."""
+        return self.manifest.precision
+
+    def with_graphs(self, graphs: Mapping[str, bytes], *, precision: str) -> Bundle:
+        """Return this bundle with `graphs`, members derived from its own; path and hash stay the file's."""
+        manifest = replace(self.manifest, precision=precision)
+        return replace(self, manifest=manifest, _members={**self._members, **graphs})
 
 
 def open_bundle(path: str | Path) -> Bundle:
@@ -207,11 +218,19 @@ def _check_format(path: Path, table: Mapping[str, Any]) -> None:
 
 def _parse_manifest(path: Path, content: bytes) -> Manifest:
     try:
-        return manifest_from_json(_parse_json(path, content))
+        manifest = manifest_from_json(_parse_json(path, content))
     except _FIELD_ERRORS as err:
         raise BundleError(
             f"manifest.json is wrong ({err})", where=path, fix="export the model again"
         ) from err
+    tile_px = manifest.input.tile_px
+    if not 0 < tile_px <= MAX_TILE_PX:
+        raise BundleError(
+            f"manifest.json states tiles of {tile_px} px, a bundle may have up to {MAX_TILE_PX}",
+            where=path,
+            fix="export the model again",
+        )
+    return manifest
 
 
 def _check_hashes(path: Path, manifest: Manifest, members: Mapping[str, bytes]) -> None:

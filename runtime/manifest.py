@@ -9,9 +9,19 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.slab import Slab
 
-__all__ = ["FORMAT", "Anchors", "Limits", "Manifest", "ModelInput", "manifest_from_json", "manifest_to_json"]
+__all__ = [
+    "FORMAT",
+    "MAX_TILE_PX",
+    "Anchors",
+    "Limits",
+    "Manifest",
+    "ModelInput",
+    "manifest_from_json",
+    "manifest_to_json",
+]
 
 FORMAT = 1  # the newest bundle format this version reads
+MAX_TILE_PX = 8192  # 256 times the memory of the usual 512; more is a mistake or an attack
 
 T = TypeVar("T")
 
@@ -68,6 +78,7 @@ class Manifest:
     limits: Limits
     graphs: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]  # graph -> tensor -> (dtype, shape)
     files: Mapping[str, str]
+    precision: str = "fp32"  # of the layers; "int8": the encoders in Q/DQ
 
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:

@@ -22,8 +22,14 @@ from darcnn.runtime.geometry import Region
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("runtime", "training", "export")
 PAGES = (
-    *("README.md", "docs/method.md", "docs/architecture.md", "docs/export.md", "docs/live.md"),
-    *("docs/your-own-images.md", "docs/tomograms.md"),
+    "README.md",
+    "docs/architecture.md",
+    "docs/export.md",
+    "docs/live.md",
+    "docs/method.md",
+    "docs/native.md",
+    "docs/tomograms.md",
+    "docs/your-own-images.md",
 )
 # How each command's click object is found.
 COMMANDS = {

@@ -18,8 +18,6 @@ from darcnn.training.model.network import Darcnn
 
 __all__ = ["TorchEngine", "halo_for", "make_manifest", "make_segmenter"]
 
-_MASK_PX = 28
-
 
 class TorchEngine:
     """Runs the target branch, or the branch that the source stage trained, with PyTorch."""
@@ -35,7 +33,7 @@ class TorchEngine:
             channels=channels,
             detections=network.target_heads.detections_per_img,
             mask_batch=64,
-            mask_px=_MASK_PX,
+            mask_px=network.preset.mask_px,
         )
 
     @property
@@ -67,7 +65,7 @@ class TorchEngine:
     ) -> NDArray[np.float32]:
         """Return (M, 28, 28) mask probabilities for `boxes` (M, 4) on tiles `tile_index`."""
         pyramid: Sequence[Tensor] = detections.atlas
-        result = np.zeros((len(boxes), _MASK_PX, _MASK_PX), np.float32)
+        result = np.zeros((len(boxes), self._spec.mask_px, self._spec.mask_px), np.float32)
         for index in np.unique(tile_index):
             rows = np.flatnonzero(tile_index == index)
             on_tile = [level[index : index + 1] for level in pyramid]
@@ -127,7 +125,7 @@ def make_manifest(
             proposals=proposer.post_nms_top_n(),
             detections=heads.detections_per_img,
             mask_batch=64,
-            mask_px=_MASK_PX,
+            mask_px=preset.mask_px,
             score_threshold=heads.score_thresh,
             nms_threshold=heads.nms_thresh,
             min_score=min_score,

@@ -27,7 +27,6 @@ __all__ = [
 
 _MIN_OBJECTNESS = 0.5  # k of DARCNN, section 3.2
 _MAX_REGIONS = 64  # proposals an image in L_target
-_MASK_CELLS = 28
 
 
 class AdaptWeights(Protocol):
@@ -148,6 +147,6 @@ def _consistency(network: Darcnn, private: list[Tensor], regions: list[Tensor]) 
         return private[0].sum() * 0.0
     with torch.no_grad():
         masks = network.target_heads.mask_probabilities(private, regions)
-    features = network.target_heads.mask_roi_pool(private, regions, cells=_MASK_CELLS, samples=1)
+    features = network.target_heads.mask_roi_pool(private, regions, cells=network.preset.mask_px, samples=1)
     image = torch.cat([torch.full((len(boxes),), i, device=boxes.device) for i, boxes in enumerate(regions)])
     return background_consistency(features, masks, image, len(regions))

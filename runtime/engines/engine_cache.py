@@ -44,6 +44,7 @@ class EngineFacts:
     batch: int
     tile_px: int
     is_version_compatible: bool = False
+    precision: str = "fp32"  # of the layers, that of the graphs: "fp32" or "fp16"
 
     @property
     def key(self) -> str:
@@ -88,14 +89,14 @@ def write_engine(folder: Path, facts: EngineFacts, plans: Mapping[str, bytes]) -
 
 
 def read_engine(
-    folder: Path, bundle: Bundle, *, version: str, capability: str | None = None
+    folder: Path, bundle: Bundle, *, version: str | None = None, capability: str | None = None
 ) -> CompiledEngine:
     """Return the engine in `folder` if it fits.
 
     Args:
         folder: as `write_engine` left it.
         bundle: the model that it must have been made of.
-        version: of the backend that is to run it.
+        version: of the backend that is to run it; None is not compared.
         capability: of the GPU that is to run it, "sm86"; None is not compared.
     Raises:
         DeviceError: there is none, it is damaged, or it does not fit; the message says why.
@@ -126,13 +127,14 @@ def find_engines(bundle: Bundle, backend: str, root: Path | None = None) -> Iter
     yield from sorted(complete, key=lambda folder: -(folder / _FACTS_FILE).stat().st_mtime)
 
 
-def _misfits(facts: EngineFacts, bundle: Bundle, version: str, capability: str | None) -> Iterator[str]:
+def _misfits(
+    facts: EngineFacts, bundle: Bundle, version: str | None, capability: str | None
+) -> Iterator[str]:
     sizes = bundle.manifest.input
     if facts.bundle_sha256 != bundle.sha256:
         yield f"it was made of another {facts.bundle_name} than {bundle.path}"
-    if facts.version != version and not (
-        facts.is_version_compatible and facts.version.split(".")[0] == version.split(".")[0]
-    ):
+    is_of_major = version is not None and facts.version.split(".")[0] == version.split(".")[0]
+    if version not in (None, facts.version) and not (facts.is_version_compatible and is_of_major):
         yield f"it was built by {facts.backend} {facts.version}, this is {version}"
     if capability is not None and facts.targets and capability not in facts.targets:
         yield f"it was built for {', '.join(facts.targets)}, this GPU is {capability}"

@@ -87,7 +87,8 @@ class TensorRtEngine:
             self._graphs[graph] = loaded
             check_signature(bundle, graph, loaded.signature)
             shared = {"atlas": loaded.buffers["atlas"]}
-        name = f"{compiled.facts.backend} {compiled.facts.version} {gpu_capability()}"
+        facts = compiled.facts
+        name = f"{facts.backend} {facts.version} {facts.precision} {gpu_capability()}"
         self._spec = make_spec(bundle, name)
 
     @property

@@ -86,6 +86,7 @@ def build_engine(
         batch=sizes.batch,
         tile_px=sizes.tile_px,
         is_version_compatible=options.is_version_compatible,
+        precision=bundle.precision,
     )
     timings = timing_cache_path(options.backend, version, facts.device or "")
     known = timings.read_bytes() if is_built_on_gpu and timings.is_file() else b""

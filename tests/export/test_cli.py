@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from darcnn.export import cli, pack, parity
-from darcnn.runtime.bundle import MEMBER_CAPS
+from darcnn.runtime.bundle import MEMBER_CAPS, write_bundle
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def run(capsys):
     return call
 
 
-@pytest.mark.parametrize("command", ["bundle", "verify", "info", "engine"])
+@pytest.mark.parametrize("command", ["bundle", "verify", "info", "engine", "triton"])
 def test_every_command_has_help(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -47,6 +49,23 @@ def test_verify_passes_with_the_checkpoint_it_was_made_of(run, bundle_path, chec
     assert sum(int(row[4]) for row in rows) > 50
 
 
+def test_verify_compares_half_precision_with_pytorch_in_float32(run, bundle_path, checkpoint):
+    code, out, _ = run(
+        "verify", bundle_path, "--checkpoint", checkpoint, "--precision", "fp16", "--backend", "onnxruntime"
+    )
+    assert (code, "they agree" in out) == (0, True)
+    assert max(float(line.split()[-2]) for line in out.splitlines() if line.startswith("discs")) > 1e-5
+
+
+def test_the_checkpoint_of_another_preset_is_refused(run, bundle, checkpoint, tmp_path):
+    members = {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
+    path = tmp_path / "other.darcnn"
+    write_bundle(path, replace(bundle.manifest, preset="resnet50"), members)
+    code, _, err = run("verify", path, "--checkpoint", checkpoint)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "holds preset lite, the bundle resnet50" in err
+
+
 def test_verify_fails_with_another_checkpoint(run, bundle_path, make_network, make_checkpoint):
     network = make_network()
     with torch.no_grad():
@@ -59,7 +78,7 @@ def test_verify_fails_with_another_checkpoint(run, bundle_path, make_network, ma
 def test_nothing_is_written_where_the_graphs_disagree(run, bundle, checkpoint, tmp_path, monkeypatch):
     members = {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
     monkeypatch.setattr(pack, "make_members", lambda *arguments: members)
-    monkeypatch.setattr(parity, "MAX_SCORE", 0.0)
+    monkeypatch.setitem(parity.LIMITS["fp32"], "score", 0.0)
     out = tmp_path / "new.darcnn"
     code, _, err = run("bundle", checkpoint, "--out", out, "--batch", "2")
     assert code == 2
@@ -107,7 +126,13 @@ def test_info_says_what_the_bundle_is(run, bundle):
         (["verify", "nowhere.darcnn", "--checkpoint", "nowhere"], "nowhere.darcnn"),
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--data", "{empty}"], "--data"),
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--tile", "100"], "--tile"),
+        (["bundle", "{checkpoint}", "--out", "new.darcnn", "--tile", "1000000"], "--tile"),
+        (["bundle", "{checkpoint}", "--out", "new.darcnn", "--proposals", "3841"], "up to 3840"),
+        (["bundle", "{checkpoint}", "--out", "new.darcnn", "--detections", "401"], "chosen from"),
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--licence", "nowhere.txt"], "nowhere.txt"),
+        (["quantise", "nuclei-he", "--data", "{empty}", "--out", "new.darcnn"], "--data"),
+        (["triton", "nowhere.darcnn", "--out", "repository"], "nowhere.darcnn"),
+        (["engine", "nowhere.darcnn", "--precision", "fp16"], "nowhere.darcnn"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, word, checkpoint, tmp_path, monkeypatch):
@@ -147,14 +172,28 @@ def test_an_engine_is_built_for_gpus_that_are_not_here(run, bundle_path, tmp_pat
     assert code == 0
     assert str(out) in text
     assert {path.name for path in out.iterdir()} == {"detect.plan", "mask.plan", "engine.json"}
+    half = tmp_path / "half"
+    assert run("engine", bundle_path, "--target", "sm75", "--precision", "fp16", "--out", half)[0] == 0
+    assert json.loads((half / "engine.json").read_text())["facts"]["precision"] == "fp16"
     code, _, error = run("engine", bundle_path, "--target", "sm99", "--out", tmp_path / "other")
     assert code == 2
     assert "no target 'sm99'" in error
     assert not (tmp_path / "other").exists()
 
 
+def test_a_repository_for_triton_is_written_and_named(run, bundle_path, tmp_path):
+    repository = tmp_path / "repository"
+    code, out, _ = run("triton", bundle_path, "--out", repository)
+    assert (code, out.split()) == (0, [str(repository / f"tiny_{graph}") for graph in ("detect", "mask")])
+    assert (repository / "tiny_mask" / "config.pbtxt").is_file()
+    code, _, error = run("triton", bundle_path, "--out", repository)
+    assert (code, len(error.splitlines())) == (2, 1)
+    code, _, error = run("triton", bundle_path, "--out", repository, "--engine", tmp_path, "--overwrite")
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert "no readable engine" in error
+
+
 def test_of_a_whole_run_the_most_trusted_round_is_exported(run, checkpoint, tmp_path, pictures):
-    import json
     import shutil
 
     for name, trust in (("refine-1", 0.8), ("refine", 0.7)):

@@ -15,10 +15,21 @@ from onnx import TensorProto, numpy_helper
 
 from darcnn.export.graph import OPSET, STANDARD_OPS, _to_onnx, check_graph, freeze_network
 from darcnn.runtime.errors import InputError
+from darcnn.runtime.load import find_bundle, shipped_models
 from darcnn.training.model.backbone import to_three_channels
 
 GRAPHS = ["detect", "mask"]
-FORBIDDEN = {"RoiAlign", "NonMaxSuppression", "If", "Loop", "Scan", "NonZero", "ScatterND", "Shape"}
+FORBIDDEN = {
+    "If",
+    "Loop",
+    "NonMaxSuppression",
+    "NonZero",
+    "RoiAlign",
+    "Scan",
+    "ScatterElements",
+    "ScatterND",
+    "Shape",
+}
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +51,12 @@ def test_only_standard_operations_are_used(models, graph):
 
 def test_the_allowed_operations_hold_nothing_that_needs_a_plugin_or_data_dependent_shapes():
     assert not STANDARD_OPS & FORBIDDEN
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("name", shipped_models())
+def test_the_shipped_models_use_only_what_every_backend_runs(name, graph):
+    check_graph(find_bundle(name).read(f"{graph}.onnx"))
 
 
 @pytest.mark.parametrize("graph", GRAPHS)

@@ -11,16 +11,9 @@ import torch
 from PIL import Image
 
 from darcnn.export.pack import make_manifest, write_model_bundle
-from darcnn.export.parity import (
-    Objects,
-    Parity,
-    TileSource,
-    compare_objects,
-    find_with_engine,
-    read_tiles,
-    verify_bundle,
-)
+from darcnn.export.parity import Objects, Parity, compare_objects, find_with_engine, verify_bundle
 from darcnn.export.static import ExportOptions
+from darcnn.export.tiles import TileSource, read_tiles
 from darcnn.runtime.bundle import open_bundle
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
 from darcnn.runtime.errors import UsageError

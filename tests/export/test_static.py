@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,7 @@ from darcnn.runtime.boxes import decode_deltas, non_maximum_suppression
 from darcnn.runtime.errors import UsageError
 from darcnn.training.model.heads import RoiPool
 from darcnn.training.model.network import Darcnn
+from darcnn.training.model.presets import PRESETS
 
 TILE_PX = 128
 OPTIONS = ExportOptions(channels=3, tile_px=TILE_PX)
@@ -180,6 +183,21 @@ def test_the_modules_find_what_the_network_finds(make_network, real_tile, preset
     assert parity.mask < 1e-3
 
 
+@pytest.mark.parametrize(("cells", "layers"), [(7, (32, 32)), (14, (64,)), (16, (24, 24, 24))])
+def test_the_size_of_the_mask_head_is_an_option_of_the_preset(real_tile, cells, layers):
+    torch.manual_seed(0)
+    network = Darcnn(replace(PRESETS["lite"], mask_cells=cells, mask_head_layers=layers)).eval()
+    boxes = random_boxes(9) + torch.tensor([0.0, 0, 1, 1])
+    with torch.no_grad():
+        pyramid = network.target_encoder(
+            network.trunk(torch.tensor(real_tile).float().permute(2, 0, 1)[None])
+        )
+        expected = network.target_heads.mask_probabilities(pyramid, [boxes])
+        masks = MaskGraph(network, OPTIONS)(pack_atlas(pyramid), boxes, torch.zeros(9, dtype=torch.int64))
+    assert masks.shape == (9, 2 * cells, 2 * cells)
+    torch.testing.assert_close(masks, expected, atol=1e-4, rtol=0)
+
+
 def test_limits_cut_the_weakest_objects(network, real_tile):
     few = ExportOptions(channels=3, tile_px=TILE_PX, proposals=400, detections=9)
     many = run_eagerly(network, OPTIONS, real_tile)
@@ -235,6 +253,8 @@ def test_anchors_are_the_numbers_of_training(network):
         ({"channels": 5}, "1, 2, 3 or 4"),
         ({"detections": 500}, "chosen from"),
         ({"proposals": 2000}, "chosen from"),
+        ({"tile_px": 1_000_000}, "up to 8192"),
+        ({"proposals_per_level": 3841}, "up to 3840"),
         ({"mask_batch": 0}, "chosen from"),
     ],
 )

@@ -232,6 +232,13 @@ def test_unknown_field_is_refused(tmp_path, manifest):
     check_refused(path, "unknown field colour")
 
 
+@pytest.mark.parametrize("tile_px", [0, -512, 1_000_000])
+def test_tiles_that_no_machine_holds_are_refused_before_anything_is_made_of_them(tmp_path, manifest, tile_px):
+    changed = replace(manifest, input=replace(manifest.input, tile_px=tile_px))
+    write_bundle(tmp_path / "large.darcnn", changed, SMALL)
+    check_refused(tmp_path / "large.darcnn", f"states tiles of {tile_px} px")
+
+
 def test_newer_format_is_refused_whatever_else_it_brings(tmp_path):
     path = tmp_path / "newer.darcnn"
     write_zip(path, [("manifest.json", json.dumps({"format": FORMAT + 1})), ("extra.onnx", b"")])

@@ -108,6 +108,7 @@ def test_what_an_engine_is_for_decides_where_it_lies(tmp_path, facts):
             {"device": "a GPU"},
             {"batch": 9},
             {"backend": "tensorrt"},
+            {"precision": "fp16"},
         )
     ]
     assert len({engine_folder(one, tmp_path) for one in (facts, *others)}) == 1 + len(others)

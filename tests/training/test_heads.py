@@ -8,12 +8,12 @@ import torch
 
 from darcnn.runtime.masks import outline_mask
 from darcnn.training.data.batches import Batch
-from darcnn.training.model.heads import MASK_POOL
 from darcnn.training.model.network import Darcnn
+from darcnn.training.model.presets import PRESETS
 from darcnn.training.model.targets import crop_masks, draw_balanced, generator_of, leave_doubtful
 from darcnn.training.steps import source_losses
 
-CELLS = 2 * MASK_POOL
+CELLS = PRESETS["lite"].mask_px
 
 
 @pytest.mark.parametrize(("x", "y", "w", "h"), [(10, 20, 10, 10), (3, 5, 28, 14), (20, 1, 13, 31)])

@@ -9,7 +9,7 @@ from torch import Tensor
 from darcnn.runtime.errors import UsageError
 from darcnn.training.config import Recipe
 from darcnn.training.data.batches import Batch
-from darcnn.training.model.heads import BOX_POOL, MASK_POOL, RoiPool
+from darcnn.training.model.heads import BOX_POOL, RoiPool
 from darcnn.training.model.network import Darcnn
 from darcnn.training.model.presets import PRESETS
 from darcnn.training.steps import adapt_losses, refine_losses
@@ -100,7 +100,7 @@ def test_resnet50_builds_and_gives_a_pyramid_of_the_paper() -> None:
         probabilities = network.target_heads.mask_probabilities(pyramid, [boxes[0][:3]])
     assert [tuple(level.shape) for level in levels] == [(1, 256, n, n) for n in (16, 8, 4, 2, 1)]
     assert boxes[0].shape == (len(scores[0]), 4)
-    assert probabilities.shape == (3, 2 * MASK_POOL, 2 * MASK_POOL)
+    assert probabilities.shape == (3, network.preset.mask_px, network.preset.mask_px)
     assert losses == {}
 
 

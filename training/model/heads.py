@@ -26,7 +26,6 @@ from darcnn.training.parallel import mean_count
 
 __all__ = [
     "BOX_POOL",
-    "MASK_POOL",
     "Heads",
     "Proposer",
     "RoiPool",
@@ -35,7 +34,6 @@ __all__ = [
 ]
 
 BOX_POOL = 7  # cells a side, Mask R-CNN (arXiv:1703.06870)
-MASK_POOL = 14
 _SAMPLES = 2  # bilinear samples a cell and side; 0 lets their number follow the size of the box
 _POOLED_STRIDES = (4, 8, 16, 32)
 _MAX_TRAINING_PROPOSALS = 500
@@ -216,7 +214,7 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         labels: list[Tensor],
         targets: list[Target],
     ) -> Tensor:
-        """Return the binary cross entropy at 28 x 28 over up to `_MASK_ROIS` positive proposals an image.
+        """Return the binary cross entropy of whole masks over up to `_MASK_ROIS` positive proposals an image.
 
         An image with fewer repeats its own, or, without any, proposals that count nothing.
         """
@@ -229,7 +227,7 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
             filler = chosen[:1] if n else torch.zeros(1, dtype=torch.int64, device=box.device)
             rows = torch.cat([chosen, filler.expand(_MASK_ROIS - n)])
             boxes.append(box[rows])
-            truth.append(crop_masks(target["masks"], box[rows], match[rows], 2 * MASK_POOL))
+            truth.append(crop_masks(target["masks"], box[rows], match[rows], 2 * self.mask_roi_pool.cells))
             weights.append((torch.arange(_MASK_ROIS, device=box.device) < n).to(box.dtype))
         features = self.mask_roi_pool(pyramid, boxes)
         logits = self.mask_predictor(self.mask_head(features))[:, 1].float()  # (B * _MASK_ROIS, 28, 28)
@@ -291,7 +289,7 @@ def make_heads(preset: Preset, *, n_classes: int = 1) -> Heads:
         score_thresh=_SCORE_THRESHOLD,
         nms_thresh=0.5,
         detections_per_img=256,  # a 512 px tile of dense tissue holds some 130 nuclei
-        mask_roi_pool=RoiPool(MASK_POOL, preset.canonical_size_px),
+        mask_roi_pool=RoiPool(preset.mask_cells, preset.canonical_size_px),
         mask_head=MaskRCNNHeads(width, preset.mask_head_layers, 1),
         mask_predictor=MaskRCNNPredictor(mask_width, mask_width, n_classes + 1),
     )

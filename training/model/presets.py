@@ -28,9 +28,15 @@ class Preset:
     mask_head_layers: tuple[int, ...]
     # FPN (arXiv:1612.03144), eq. 1: a box of this side is pooled from the level of stride 16
     canonical_size_px: float
+    mask_cells: int = 14  # pooled for a mask, a side; Mask R-CNN (arXiv:1703.06870), figure 4
     # where torchvision and detectron2 differ; both defaults are torchvision's
     has_stride_in_1x1: bool = False  # a stage halves the size in its first 1x1 convolution, not in its 3x3
     has_whole_anchors: bool = True  # anchors are rounded to whole pixels
+
+    @property
+    def mask_px(self) -> int:
+        """The side of a mask, in its own pixels."""
+        return 2 * self.mask_cells
 
     @property
     def strides_px(self) -> tuple[int, ...]:

@@ -41,9 +41,9 @@ def test_the_soak_watches_memory_threads_and_files(run):
     assert soak["files"][0] == soak["files"][1]
 
 
-def test_the_roofline_counts_a_convolution_and_a_product(root):
+def test_the_bounds_count_a_convolution_and_a_product(root):
     onnx = pytest.importorskip("onnx")
-    script = runpy.run_path(str(root / "benchmarks" / "roofline.py"))
+    script = runpy.run_path(str(root / "benchmarks" / "gpu_bounds.py"))
     model = onnx.parser.parse_model(
         """<ir_version: 9, opset_import: ["" : 18]>
         g (float[1, 3, 8, 8] x, float[5, 3, 3, 3] w, float[4, 6] a, float[6, 2] b)

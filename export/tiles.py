@@ -1,0 +1,123 @@
+"""Tiles of real images, as a run reads them: to verify a bundle on, or to calibrate it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.bundle import Bundle
+from darcnn.runtime.engines.choose import open_engine
+from darcnn.runtime.errors import UsageError
+from darcnn.runtime.intensity import sees_separate_channels
+from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
+from darcnn.runtime.readers.open import is_readable
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.training.config import Recipe
+
+__all__ = ["TileSource", "images_in", "images_of", "read_tiles"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class TileSource:
+    """An image; `diameter_px` of its typical object where known, level-0 px."""
+
+    path: Path
+    diameter_px: float | None = None
+
+
+def images_of(recipe: Recipe, folder: Path | None = None) -> list[TileSource]:
+    """Return the images in `folder`, by default those that the recipe adapts to.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if folder is not None:
+        return images_in(folder)
+    found = [
+        TileSource(path, group.diameter_px)
+        for group in recipe.target.sets
+        for path in sorted(Path(recipe.data).glob(group.images))
+    ]
+    if not found:
+        raise _no_image(recipe.data)
+    return found
+
+
+def images_in(folder: Path, diameter_px: float | None = None) -> list[TileSource]:
+    """Return all images below `folder`; `diameter_px` of their typical object where known, level-0 px.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = [TileSource(path, diameter_px) for path in sorted(folder.rglob("*")) if is_readable(path)]
+    if not found:
+        raise _no_image(folder)
+    return found
+
+
+def read_tiles(
+    sources: Sequence[TileSource], bundle: Bundle, *, limit: int = 8
+) -> dict[str, NDArray[np.uint8]]:
+    """Return up to `limit` tiles (S, S, C), spread evenly over the images and over each image.
+
+    A volume is represented by its middle plane, at the middle of its time.
+    Pixels come as in a run: same scale, same intensity rule, same reflection at the edges.
+
+    Raises:
+        InputError: an image cannot be read.
+        UsageError: there is no image.
+    """
+    if not sources:
+        raise UsageError(
+            "no image to verify on", where="--data", fix="give a folder of images like the model's"
+        )
+    chosen = _spread(sources, limit)
+    tiles: dict[str, NDArray[np.uint8]] = {}
+    with Segmenter(open_engine(bundle, device="cpu"), bundle.manifest) as segmenter:
+        for source in chosen:
+            with _open_middle(source.path) as reader:
+                facts = reader.info
+                plan = segmenter.plan(
+                    facts,
+                    diameter_px=source.diameter_px,
+                    pixels=facts.mpp is None,
+                    channel=_channel_for(bundle.manifest.input.channels, facts),
+                )
+                sampler = segmenter.sampler(reader, plan, segmenter.measure(reader, plan))
+                for tile in _spread(plan.tiles, max(1, limit // len(chosen))):
+                    tiles[f"{facts.name} {tile.index}"] = sampler.read(tile)
+    return tiles
+
+
+def _open_middle(path: Path) -> Reader:
+    planes = count_planes(path)
+    z, t = (n // 2 if n > 1 else None for n in (planes.n_z, planes.n_t))
+    return open_source(path, z=z, t=t)
+
+
+def _channel_for(channels: int, facts: SlideInfo) -> int | None:
+    """Return the first channel for a model that sees one of several, None where nothing is to be chosen."""
+    available = len(facts.channel_names)
+    if facts.is_rgb or available == 1 or channels not in (1, 3):
+        return None
+    sees_all = sees_separate_channels(available=available, is_rgb=False, channels=channels, channel=None)
+    return None if sees_all else 0
+
+
+def _spread(items: Sequence[T], limit: int) -> list[T]:
+    """Return at most `limit` of `items`, evenly spaced, none at the ends."""
+    n = min(limit, len(items))
+    return [items[(2 * k + 1) * len(items) // (2 * n)] for k in range(n)]
+
+
+def _no_image(folder: object) -> UsageError:
+    return UsageError(
+        f"no image in {folder}", where="--data", fix="give a folder of images like those of the training"
+    )

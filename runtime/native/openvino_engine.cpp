@@ -1,0 +1,107 @@
+// Runs the two graphs with OpenVINO, on a CPU.
+#include <cstring>
+#include <openvino/openvino.hpp>
+
+#include "engine.hpp"
+
+namespace darcnn {
+namespace {
+
+constexpr const char *kDevice = "CPU";
+
+std::string shorten(const std::exception &error) { return std::string(error.what()).substr(0, 200); }
+
+std::string type_name(const ov::element::Type &type) {
+    if (type == ov::element::u8) return "uint8";
+    if (type == ov::element::f32) return "float32";
+    if (type == ov::element::i64) return "int64";
+    return type == ov::element::boolean ? "bool" : type.get_type_name();
+}
+
+Signature signature_of(const ov::CompiledModel &model) {
+    Signature found;
+    for (const auto &ports : {model.inputs(), model.outputs()}) {
+        for (const auto &port : ports) {
+            found[port.get_any_name()] = describe_tensor(type_name(port.get_element_type()), port.get_shape());
+        }
+    }
+    return found;
+}
+
+template <typename T>
+std::vector<T> copy_out(ov::InferRequest &request, const char *name) {
+    const ov::Tensor tensor = request.get_tensor(name);
+    const T *start = static_cast<const T *>(tensor.data());
+    return {start, start + tensor.get_size()};
+}
+
+template <typename T>
+void copy_in(ov::InferRequest &request, const char *name, const std::vector<T> &values) {
+    ov::Tensor tensor = request.get_tensor(name);  // of the size that check_signature asked for
+    std::memcpy(tensor.data(), values.data(), tensor.get_byte_size());
+}
+
+class OpenVinoEngine final : public Engine {
+  public:
+    OpenVinoEngine(const Bundle &bundle, int threads)
+        : detect_(compile(bundle, "detect", threads)), mask_(compile(bundle, "mask", threads)) {
+        mask_.set_tensor("atlas", detect_.get_tensor("atlas"));  // one memory: it is never copied
+    }
+
+    Detections detect(const std::vector<std::uint8_t> &tiles) override {
+        copy_in(detect_, "tile", tiles);
+        infer(detect_, "detect");
+        return {copy_out<float>(detect_, "boxes"), copy_out<float>(detect_, "scores"),
+                copy_out<std::uint8_t>(detect_, "converged")};
+    }
+
+    std::vector<float> masks(const std::vector<float> &boxes, const std::vector<std::int64_t> &tile_index) override {
+        copy_in(mask_, "boxes", boxes);
+        copy_in(mask_, "tile_index", tile_index);
+        infer(mask_, "mask");
+        return copy_out<float>(mask_, "masks");
+    }
+
+  private:
+    ov::InferRequest compile(const Bundle &bundle, const std::string &graph, int threads) {
+        // float32 throughout: on CPUs with bfloat16 OpenVINO would take that unasked, and scores would differ
+        ov::AnyMap options = {ov::hint::inference_precision(ov::element::f32),
+                              ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)};
+        if (threads > 0) options.insert(ov::inference_num_threads(threads));
+        const std::string file = graph + ".onnx";
+        ov::CompiledModel model;
+        try {
+            model = core_.compile_model(core_.read_model(std::string(bundle.member(file)), ov::Tensor()), kDevice, options);
+        } catch (const ov::Exception &err) {
+            throw Error(DARCNN_ERROR_BUNDLE, bundle.path(),
+                        "OpenVINO cannot compile " + file + " (" + shorten(err) + ")",
+                        "build libdarcnn with a newer openvino");
+        }
+        try {
+            check_signature(bundle.manifest(), graph, file, signature_of(model));
+        } catch (const JsonError &err) {
+            throw Error(DARCNN_ERROR_BUNDLE, bundle.path(), err.what(), "export the model again");
+        }
+        return model.create_infer_request();
+    }
+
+    void infer(ov::InferRequest &request, const char *graph) {
+        try {
+            request.infer();
+        } catch (const ov::Exception &err) {
+            throw Error(DARCNN_ERROR_ENGINE, kDevice,
+                        std::string("OpenVINO failed on the ") + graph + " graph (" + shorten(err) + ")", "free memory");
+        }
+    }
+
+    ov::Core core_;
+    ov::InferRequest detect_, mask_;
+};
+
+}  // namespace
+
+std::unique_ptr<Engine> open_openvino(const Bundle &bundle, int threads) {
+    return std::make_unique<OpenVinoEngine>(bundle, threads);
+}
+
+}  // namespace darcnn
