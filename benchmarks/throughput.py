@@ -1,9 +1,13 @@
-"""How fast does a model segment a slide, and where does the time go?
+"""How fast does a model run on a slide, and what holds it up?
 
-    python benchmarks/throughput.py nuclei-he examples/CMU-1-Small-Region.svs --repeats 3
+    python benchmarks/throughput.py slide.svs --model nuclei-he
+    python benchmarks/throughput.py --synthetic 8192 --model nuclei-he --out figures.json --plot figures.png
 
-Runs the tiles of a slide through reading, `detect` and the rest, after a burn-in of two tiles, and
-prints the spread over the repeats. The figures hold for this machine and load only.
+Four figures a slide, all in megapixels of tissue (level 0) a second: decode only (tiles read as a run reads
+them, nothing computed), engine only (the two graphs on tiles in memory, nothing else), find (a run up to its
+part files) and end to end (all outputs written). `efficiency`: end to end by the slower of decode and engine.
+Decode and engine are timed on a sample of the tiles before and after the run, for the load of a machine
+changes. Figures hold for this machine and load.
 """
 
 from __future__ import annotations
@@ -11,71 +15,230 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
+import shutil
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
+from synthetic_slide import make_slide
 
 import darcnn.runtime
+from darcnn.runtime.engines.protocol import Detections, Engine, EngineSpec
+from darcnn.runtime.ground import Ground, survey_ground
+from darcnn.runtime.pipeline import RunOptions, run_slide
+from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.sampling import read_ahead
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.tiling import Tile
+
+_EXAMPLE = Path(__file__).parents[1] / "examples" / "CMU-1-Small-Region.svs"
+_FINDING = ("diameter", "tissue", "intensity", "detect", "measure", "parts")
+
+
+class TimedEngine:
+    """An engine that knows how long it was busy."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.seconds = 0.0
+
+    @property
+    def spec(self) -> EngineSpec:
+        return self._engine.spec
+
+    def detect(self, tiles: NDArray[np.uint8]) -> Detections:
+        start = time.perf_counter()
+        found = self._engine.detect(tiles)
+        self.seconds += time.perf_counter() - start
+        return found
+
+    def masks(
+        self, detections: Detections, boxes: NDArray[np.float32], tile_index: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        start = time.perf_counter()
+        found = self._engine.masks(detections, boxes, tile_index)
+        self.seconds += time.perf_counter() - start
+        return found
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured on one slide."""
+
+    slide: str
+    megapixels: float  # of level 0
+    tissue_megapixels: float
+    tiles: int
+    tiles_skipped: int
+    computed_per_tissue: float  # network pixels in engine calls by network pixels of tissue
+    objects: int
+    decode_mpx_s: float
+    engine_mpx_s: float
+    find_mpx_s: float
+    end_to_end_mpx_s: float
+    objects_per_s: float
+    efficiency: float
+    wall_by_engine: float  # of the same run: its seconds by those in which the engine was busy
+    outputs_share: float  # seconds of the outputs by those of finding
+    cpu_busy: float  # share of all cores
+    peak_memory_gb: float  # beyond the loaded model
+    seconds: dict[str, float]
 
 
 @click.command()
-@click.argument("model")
-@click.argument("slide", type=click.Path(path_type=Path, exists=True))
+@click.argument("slides", nargs=-1, type=click.Path(path_type=Path, exists=True))
+@click.option("--model", default="nuclei-he", show_default=True)
 @click.option("--device", default="auto", show_default=True)
-@click.option("--tiles", type=int, default=40, show_default=True, help="Tiles from the middle of the slide.")
-@click.option("--repeats", type=int, default=3, show_default=True)
+@click.option("--backend", default="auto", show_default=True)
+@click.option(
+    "--synthetic",
+    "sides",
+    type=int,
+    multiple=True,
+    help="Also a slide of this side, px, made of the example.",
+)
+@click.option("--filled", type=float, default=1.0, show_default=True, help="Share of its side with tissue.")
+@click.option("--sample", type=int, default=40, show_default=True, help="Tiles for decode and engine alone.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
-def main(model: str, slide: Path, device: str, tiles: int, repeats: int, out: Path | None) -> None:
-    """Time MODEL on SLIDE."""
-    with darcnn.runtime.load(model, device=device) as segmenter, darcnn.runtime.open_source(slide) as reader:
-        plan = segmenter.plan(reader.info)
-        window = segmenter.measure(reader, plan)
-        first = max(0, (len(plan.tiles) - tiles) // 2)
-        chosen = plan.tiles[first : first + tiles]
-        sampler = segmenter.sampler(reader, plan, window)
-        list(segmenter.stream(reader, plan, tiles=chosen[:2], window=window))  # burn-in
-        read_s, segment_s, objects = [], [], 0
-        shape = (reader.info.height_px0, reader.info.width_px0)
-        batch = segmenter.engine.spec.batch
-        for _ in range(repeats):
-            start = time.perf_counter()
-            pixels = [sampler.read(tile) for tile in chosen]
-            middle = time.perf_counter()
-            found = [
-                instances
-                for at in range(0, len(chosen), batch)
-                for instances in segmenter.segment_batch(
-                    plan, shape, chosen[at : at + batch], pixels[at : at + batch]
-                )
-            ]
-            read_s.append(middle - start)
-            segment_s.append(time.perf_counter() - middle)
-            objects = sum(len(instances) for instances in found)
-        megapixels = sum(tile.core.width * tile.core.height for tile in chosen) / 1e6
-        record = {
-            "model": model,
-            "engine": segmenter.engine.spec.name,
-            "machine": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "date": time.strftime("%Y-%m-%d"),
-            "tiles": len(chosen),
-            "objects": objects,
-            "network_megapixels": megapixels,
-            "read_seconds": _spread(read_s),
-            "segment_seconds": _spread(segment_s),
-            "megapixels_per_second": megapixels / float(np.median(np.add(read_s, segment_s))),
-        }
-    for key, value in record.items():
-        click.echo(f"{key:<24}{value}")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw them here as PNG.")
+def main(
+    slides: tuple[Path, ...],
+    model: str,
+    device: str,
+    backend: str,
+    sides: tuple[int, ...],
+    filled: float,
+    sample: int,
+    out: Path | None,
+    plot: Path | None,
+) -> None:
+    """Time a model on SLIDES."""
+    folder = Path(tempfile.mkdtemp())
+    try:
+        made = [folder / f"synthetic-{side}.tif" for side in sides]
+        for path, side in zip(made, sides, strict=True):
+            make_slide(_EXAMPLE, path, side_px=side, filled=filled)
+        with darcnn.runtime.load(model, device=device, backend=backend) as loaded:
+            engine = TimedEngine(loaded.engine)
+            segmenter = Segmenter(engine, loaded.manifest)
+            figures = [_measure(segmenter, engine, path, sample, folder) for path in (*slides, *made)]
+            record = {
+                "model": model,
+                "engine": engine.spec.name,
+                "machine": platform.processor() or platform.machine(),
+                "cores": os.cpu_count(),
+                "load": os.getloadavg(),
+                "date": time.strftime("%Y-%m-%d"),
+                "slides": [asdict(one) for one in figures],
+            }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for one in figures:
+        click.echo("\n".join(f"{key:22}{_shown(value)}" for key, value in asdict(one).items()))
     if out is not None:
         out.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    if plot is not None:
+        _draw(figures, plot)
 
 
-def _spread(seconds: list[float]) -> dict[str, float]:
-    """Return minimum, median and maximum."""
-    return {"min": min(seconds), "median": float(np.median(seconds)), "max": max(seconds)}
+def _measure(segmenter: Segmenter, engine: TimedEngine, path: Path, sample: int, folder: Path) -> Figures:
+    with darcnn.runtime.open_source(path) as reader:
+        model, plan = segmenter.manifest.input, segmenter.plan(reader.info)
+        ground = survey_ground(reader, plan, model, tissue=True, roi=None)
+        before = _time_alone(segmenter, engine, reader, ground, sample)
+        memory, busy = _peak_bytes(), sum(os.times()[:2])
+        engine.seconds, start = 0.0, time.perf_counter()
+        summary = run_slide(segmenter, reader, folder / "out", options=RunOptions(overwrite=True))
+        wall, in_engine = time.perf_counter() - start, engine.seconds
+        busy, peak = sum(os.times()[:2]) - busy, _peak_bytes() - memory
+        after = _time_alone(segmenter, engine, reader, ground, sample)
+        record = json.loads((summary.folder / "run.json").read_text(encoding="utf-8"))
+    tissue = ground.area_px0 / 1e6
+    decode, alone = (tissue / float(np.mean(pair)) for pair in zip(before, after, strict=True))
+    seconds = record["seconds"]
+    finding = sum(seconds[stage] for stage in _FINDING)
+    computed = len(ground.tiles) * model.tile_px**2 / 1e6
+    return Figures(
+        slide=path.name,
+        megapixels=summary.megapixels,
+        tissue_megapixels=tissue,
+        tiles=len(ground.tiles),
+        tiles_skipped=len(plan.tiles) - len(ground.tiles),
+        computed_per_tissue=computed / (tissue * plan.scale**2),
+        objects=summary.n_objects,
+        decode_mpx_s=decode,
+        engine_mpx_s=alone,
+        find_mpx_s=tissue / finding,
+        end_to_end_mpx_s=tissue / wall,
+        objects_per_s=summary.n_objects / wall,
+        efficiency=tissue / wall / min(decode, alone),
+        wall_by_engine=wall / in_engine,
+        outputs_share=(wall - finding) / finding,
+        cpu_busy=busy / wall / (os.cpu_count() or 1),
+        peak_memory_gb=peak / 1e9,
+        seconds=seconds,
+    )
+
+
+def _time_alone(
+    segmenter: Segmenter, engine: TimedEngine, reader: Reader, ground: Ground, sample: int
+) -> tuple[float, float]:
+    """Return the seconds that decoding, and the engine, would take for all tiles: from a spread of them."""
+    tiles = ground.tiles[:: max(1, len(ground.tiles) // sample)]
+    plan = segmenter.plan(reader.info)
+    shape = (reader.info.height_px0, reader.info.width_px0)
+    sampler = segmenter.sampler(reader, plan, segmenter.measure(reader, plan))
+    start = time.perf_counter()
+    for _ in read_ahead(sampler, tiles, batch=engine.spec.batch):
+        pass
+    decode = time.perf_counter() - start
+    engine.seconds = 0.0
+    for batch in _batches(tiles, engine.spec.batch):
+        segmenter.segment_batch(plan, shape, batch, [sampler.read(tile) for tile in batch])
+    share = len(tiles) / len(ground.tiles)
+    return decode / share, engine.seconds / share
+
+
+def _batches(tiles: tuple[Tile, ...], size: int) -> Iterator[tuple[Tile, ...]]:
+    for at in range(0, len(tiles), size):
+        yield tiles[at : at + size]
+
+
+def _peak_bytes() -> int:
+    """Return the largest memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _draw(figures: list[Figures], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(8, 1 + 1.6 * len(figures)), layout="constrained")
+    axes = page.subplots(len(figures), squeeze=False)[:, 0]
+    names = ("decode", "engine", "find", "end_to_end")
+    for one, axis in zip(figures, axes, strict=True):
+        axis.barh(
+            [name.replace("_", " ") for name in names], [getattr(one, f"{name}_mpx_s") for name in names]
+        )
+        axis.invert_yaxis()
+        axis.set(title=f"{one.slide}: efficiency {one.efficiency:.2f}", xscale="log")
+    axes[-1].set_xlabel("megapixels of tissue a second")
+    page.savefig(path)
 
 
 if __name__ == "__main__":

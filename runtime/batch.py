@@ -6,7 +6,6 @@ import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from darcnn.runtime.errors import (
     EXIT_PARTIAL,
@@ -17,39 +16,24 @@ from darcnn.runtime.errors import (
     InputError,
     UsageError,
 )
-from darcnn.runtime.pipeline import RunOptions, RunSummary, run_slide
+from darcnn.runtime.pipeline import RunOptions, run_slide
+from darcnn.runtime.progress import Listener
 from darcnn.runtime.readers.base import make_slide_name
+from darcnn.runtime.readers.ome_zarr import is_ome_zarr, is_url
 from darcnn.runtime.readers.open import is_readable, open_source
+from darcnn.runtime.readers.protocol import Location
+from darcnn.runtime.rows import RowRunner, find_rows_here
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import output_error
 from darcnn.runtime.sinks.result_folder import make_folder_name
+from darcnn.runtime.summary import SlideOutcome, write_summary
 from darcnn.runtime.volumes.open import is_volume
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
 
-__all__ = ["BatchOutcome", "Listener", "list_slides", "run_batch"]
+__all__ = ["BatchOutcome", "list_slides", "run_batch"]
 
 _ONE_OF_MANY = ".dcm"  # the files of a DICOM slide lie side by side: one must be named, not the folder
-
-
-class Listener(Protocol):
-    """Who is told how a batch goes on."""
-
-    def begin(self, path: Path, number: int, total: int) -> None:
-        """Slide `number` (from 1) of `total` begins."""
-        ...
-
-    def advance(self, done: int, total: int) -> None:
-        """So many tiles of the current slide are done."""
-        ...
-
-    def finish(self, summary: RunSummary) -> None:
-        """The current slide is complete."""
-        ...
-
-    def fail(self, message: str) -> None:
-        """The current slide failed; `message` is one line."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,22 +51,22 @@ class BatchOutcome:
         return EXIT_PARTIAL if self.n_done else EXIT_UNUSABLE
 
 
-def list_slides(inputs: Sequence[str]) -> tuple[Path, ...]:
+def list_slides(inputs: Sequence[str]) -> tuple[Location, ...]:
     """Return the files that `inputs` name, in order, each once.
 
-    A folder stands for the images directly in it, sorted; a pattern with * or ? for what it matches
-    (some shells leave that to the program). A file that does not exist is named all the same: opening
-    it says so.
+    A URL is an OME-Zarr image. A folder stands for the images directly in it, sorted; a pattern with * or ?
+    for what it matches (some shells leave that to the program). A file that does not exist is named all the
+    same: opening it says so.
 
     Raises:
         InputError: a folder without images, or a pattern without matches.
         UsageError: two files would be written to the same folder.
     """
-    slides: dict[Path, Path] = {}
+    slides: dict[Location, Location] = {}
     for text in inputs:
         for path in _expand(text):
-            slides.setdefault(path.resolve(), path)
-    folders: dict[str, Path] = {}
+            slides.setdefault(path if isinstance(path, str) else path.resolve(), path)
+    folders: dict[str, Location] = {}
     for slide in slides.values():
         name = make_folder_name(make_slide_name(slide))
         other = folders.setdefault(name.casefold(), slide)  # some disks ignore the case of names
@@ -95,22 +79,24 @@ def list_slides(inputs: Sequence[str]) -> tuple[Path, ...]:
     return tuple(slides.values())
 
 
-def _expand(text: str) -> list[Path]:
+def _expand(text: str) -> list[Location]:
+    if is_url(text):
+        return [text]
     path = Path(text)
-    if path.is_dir() and path.suffix.lower() != ".zarr":
-        files = sorted(
+    if path.is_dir() and not is_ome_zarr(path):
+        files: list[Location] = sorted(
             entry
             for entry in path.iterdir()
             if is_readable(entry)
             and entry.suffix.lower() != _ONE_OF_MANY
             and not entry.name.startswith(".")
-            and entry.is_file()
+            and (entry.is_file() or is_ome_zarr(entry))
         )
         if not files:
             raise InputError("holds no images", where=path, fix="name the files themselves")
         return files
     if not path.exists() and glob.has_magic(text):
-        matches = sorted(Path(match) for match in glob.glob(text))  # noqa: PTH207  # the text may be absolute
+        matches: list[Location] = sorted(Path(match) for match in glob.glob(text))  # noqa: PTH207  # the text may be absolute
         if not matches:
             raise InputError("matches no file", where=text, fix="check the pattern")
         return matches
@@ -119,41 +105,60 @@ def _expand(text: str) -> list[Path]:
 
 def run_batch(
     segmenter: Segmenter,
-    slides: Sequence[Path],
+    slides: Sequence[Location],
     out_dir: Path,
     *,
     options: RunOptions,
     volume_options: VolumeOptions | None = None,
     listener: Listener,
+    find_rows: RowRunner = find_rows_here,
 ) -> BatchOutcome:
     """Run all `slides`; those that fail are told to `listener` and the rest goes on.
 
-    A file of several planes is run as a volume, unless `options` choose one of them.
+    A file of several planes is run as a volume, unless `options` choose one of them. `out_dir`/summary.csv
+    has a line for each, also when the batch is interrupted.
 
     Raises:
         BundleError, DeviceError: no further slide would fare better.
         KeyboardInterrupt: at Ctrl-C; finished slides stay, the current one its finished rows of tiles.
     """
-    n_done = 0
-    for number, path in enumerate(slides, start=1):
-        listener.begin(path, number, len(slides))
-        try:
-            if options.z is None and is_volume(path, t=options.t):
-                summary = run_volume(
-                    segmenter, path, out_dir, options=volume_options, progress=listener.advance
-                )
-            else:
-                with open_source(path, z=options.z, t=options.t) as reader:
-                    summary = run_slide(
-                        segmenter, reader, out_dir, options=options, progress=listener.advance
-                    )
-        except (BundleError, DeviceError):
-            raise
-        except DarcnnError as err:
-            listener.fail(str(err))
-        except OSError as err:  # what no reader and no sink foresaw
-            listener.fail(str(output_error(err, Path(err.filename or path))))
-        else:
-            n_done += 1
-            listener.finish(summary)
+    outcomes: list[SlideOutcome] = []
+    try:
+        for number, path in enumerate(slides, start=1):
+            listener.begin(path, number, len(slides))
+            outcomes.append(_run_one(segmenter, path, out_dir, options, volume_options, listener, find_rows))
+    finally:
+        write_summary(out_dir, outcomes)
+    n_done = sum(outcome.summary is not None for outcome in outcomes)
     return BatchOutcome(n_done, len(slides) - n_done)
+
+
+def _run_one(
+    segmenter: Segmenter,
+    path: Location,
+    out_dir: Path,
+    options: RunOptions,
+    volume_options: VolumeOptions | None,
+    listener: Listener,
+    find_rows: RowRunner,
+) -> SlideOutcome:
+    tell = listener.advance
+    try:
+        if options.z is None and is_volume(path, t=options.t):
+            summary = run_volume(segmenter, path, out_dir, options=volume_options, progress=tell)
+        else:
+            with open_source(path, z=options.z, t=options.t) as reader:
+                summary = run_slide(
+                    segmenter, reader, out_dir, options=options, progress=tell, find_rows=find_rows
+                )
+    except (BundleError, DeviceError):
+        raise
+    except DarcnnError as err:
+        message = str(err)
+    except OSError as err:  # what no reader and no sink foresaw
+        message = str(output_error(err, Path(err.filename or path)))
+    else:
+        listener.finish(summary)
+        return SlideOutcome(path, summary)
+    listener.fail(message)
+    return SlideOutcome(path, error=message)

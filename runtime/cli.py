@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,15 +16,15 @@ import click
 from darcnn.runtime.batch import list_slides, run_batch
 from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
 from darcnn.runtime.options import BACKENDS, read_diameter
-from darcnn.runtime.pipeline import RunOptions, RunSummary
+from darcnn.runtime.pipeline import RunOptions
+from darcnn.runtime.progress import JsonLines, Terminal
 from darcnn.runtime.record import installed_version
-from darcnn.runtime.volumes.options import VolumeOptions, parse_voxel_size
+from darcnn.runtime.rows import RowRunner, find_rows_here
+from darcnn.runtime.run_options import EXTRA_FORMATS
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.volumes.options import LABELS_MRC, VolumeOptions, parse_voxel_size
 
 __all__ = ["main"]
-
-_REDRAW_SECONDS = 0.2
-_CLEAR_LINE = "\r\x1b[K"
-_NAME_WIDTH = 40  # so that the progress line fits a terminal
 
 
 def _show_machine(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -107,7 +110,6 @@ def _read_voxel_size(
     callback=_read_voxel_size,
     help="Of a volume: 1.35 (nm), 13.5A or Z,Y,X, in place of what the file says.",
 )
-@click.option("--labels-mrc", is_flag=True, help="Of a volume: write labels.mrc too.")
 @click.option(
     "--min-score", type=click.FloatRange(0, 1), help="Leave out objects below this score; else the model's."
 )
@@ -117,9 +119,36 @@ def _read_voxel_size(
     metavar="CONDITION",
     help='Report only objects that satisfy it, "mean_intensity < 140 and area_um2 > 20" say.',
 )
+@click.option(
+    "--tissue/--no-tissue",
+    default=True,
+    show_default=True,
+    help="Leave out glass and empty background.",
+)
+@click.option(
+    "--roi",
+    metavar="X0,Y0,X1,Y1|GEOJSON",
+    help="Report only objects inside: a rectangle in pixels of the slide, or polygons drawn in QuPath.",
+)
+@click.option(
+    "--also",
+    multiple=True,
+    type=click.Choice((*EXTRA_FORMATS, LABELS_MRC)),
+    help="Write this format too; repeatable. A finished slide gets it without being done again. "
+    "labels-mrc is for volumes, the others for slides.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Compute in so many processes on this machine; extra cluster.",
+)
+@click.option(
+    "--scheduler", metavar="ADDRESS", help="Compute on the workers of this Dask scheduler: tcp://host:8786."
+)
 @click.option("--overwrite", is_flag=True, help="Replace complete results.")
 @click.option("--restart", is_flag=True, help="Begin anew what an earlier run left unfinished.")
 @click.option("--quiet", is_flag=True, help="No progress line.")
+@click.option("--json", "as_json", is_flag=True, help="Progress and results as lines of JSON, for programs.")
 @click.version_option(installed_version(), prog_name="darcnn-run")
 def main(
     inputs: tuple[str, ...],
@@ -138,14 +167,19 @@ def main(
     axis: Literal["z", "y", "x", "all"],
     slab: int | None,
     voxel_size: tuple[float, float, float] | None,
-    labels_mrc: bool,
     min_score: float | None,
     row_filter: str | None,
+    tissue: bool,
+    roi: str | None,
+    also: tuple[str, ...],
+    workers: int | None,
+    scheduler: str | None,
     overwrite: bool,
     restart: bool,
     quiet: bool,
+    as_json: bool,
 ) -> None:
-    """Find the objects of slides, images and volumes: INPUT is a file, a folder of images or a pattern.
+    """Find the objects of slides, images and volumes: INPUT is a file, a folder, a pattern or a URL.
 
     One line a slide goes to standard output. The exit code is 0 when every slide is done, 1 when some
     failed, 2 when nothing usable was made, 130 after Ctrl-C.
@@ -157,7 +191,10 @@ def main(
         channel=int(channel) if channel is not None and channel.isdecimal() else channel,
         z=z,
         t=t,
+        tissue=tissue,
+        roi=roi,
         row_filter=row_filter,
+        also=tuple(one for one in dict.fromkeys(also) if one in EXTRA_FORMATS),
         overwrite=overwrite,
         restart=restart,
     )
@@ -170,22 +207,25 @@ def main(
         t=t,
         channel=options.channel,
         row_filter=row_filter,
-        labels_mrc=labels_mrc,
+        labels_mrc=LABELS_MRC in also,
         overwrite=overwrite,
         restart=restart,
     )
     # what tifffile logs of a damaged file would stand beside our one line about it
     logging.getLogger("tifffile").addHandler(logging.NullHandler())
-    terminal = _Terminal(shows_progress=not quiet and sys.stderr.isatty())
+    shows_progress = not quiet and sys.stderr.isatty()
+    terminal = JsonLines() if as_json else Terminal(shows_progress=shows_progress)
     try:
         from darcnn.runtime.load import load  # here, so that --help need not load an engine
 
         slides = list_slides(inputs)
         if build:
             _build_engine(model, backend, terminal)
-        with load(
-            model, device=device, backend=backend, min_score=min_score, tell=terminal.tell
-        ) as segmenter:
+        load_model = partial(load, _absolute(model), device=device, backend=backend, min_score=min_score)
+        with (
+            _open_runner(load_model, workers, scheduler, options) as find_rows,
+            load_model(tell=terminal.tell) as segmenter,
+        ):
             outcome = run_batch(
                 segmenter,
                 slides,
@@ -193,6 +233,7 @@ def main(
                 options=options,
                 volume_options=volume_options,
                 listener=terminal,
+                find_rows=find_rows,
             )
         code = outcome.exit_code
     except DarcnnError as err:
@@ -204,7 +245,35 @@ def main(
     sys.exit(code)
 
 
-def _build_engine(model: str, backend: str, terminal: _Terminal) -> None:
+def _absolute(model: str) -> str:
+    """Return the whole path of a bundle, for workers that run elsewhere; a name stays."""
+    return str(Path(model).resolve()) if Path(model).is_file() else model
+
+
+@contextmanager
+def _open_runner(
+    load_model: partial[Segmenter], workers: int | None, scheduler: str | None, options: RunOptions
+) -> Iterator[RowRunner]:
+    """Give who finds the objects: this process, processes on this machine, or those of a scheduler."""
+    if workers is None and scheduler is None:
+        yield find_rows_here
+        return
+    if workers is not None and scheduler is not None:
+        raise UsageError("goes without --scheduler", where="--workers", fix="pass one of them")
+    try:
+        from darcnn.runtime.cluster import open_cluster
+    except ImportError as err:
+        option = "--scheduler" if workers is None else "--workers"
+        raise UsageError("needs Dask", where=option, fix="run `pip install 'darcnn[cluster]'`") from err
+    if workers is not None:  # the cores are shared out
+        load_model = partial(load_model, threads=max(1, (os.cpu_count() or 1) // workers))
+    with open_cluster(
+        load_model, n_workers=workers, scheduler=scheduler, z=options.z, t=options.t
+    ) as find_rows:
+        yield find_rows
+
+
+def _build_engine(model: str, backend: str, terminal: Terminal | JsonLines) -> None:
     """Compile an engine of `model` into the user's cache, unless one fits already."""
     from darcnn.runtime.engines.cuda import gpu_capability
     from darcnn.runtime.engines.tensorrt import has_engine
@@ -221,68 +290,3 @@ def _build_engine(model: str, backend: str, terminal: _Terminal) -> None:
     targets = (gpu_capability(),) if backend == "tensorrt-rtx" else ()
     if not has_engine(bundle, backend):
         build_engine(bundle, BuildOptions(backend, targets), progress=terminal.show_phase)
-
-
-class _Terminal:
-    """Results to standard output; one progress line and errors to standard error."""
-
-    def __init__(self, *, shows_progress: bool) -> None:
-        self._shows_progress = shows_progress
-        self._title = ""
-        self._started = self._drawn = 0.0
-        self.n_finished = 0
-
-    def tell(self, words: str) -> None:
-        """Print a line about what runs, where there is somebody to read it."""
-        if self._shows_progress:
-            click.echo(words, err=True)
-
-    def show_phase(self, phase: str, done: int, total: int) -> None:
-        """Draw how far an engine is compiled."""
-        self._title = "building"
-        self._draw(f"{phase} {done}/{total}")
-
-    def begin(self, path: Path, number: int, total: int) -> None:
-        """Remember what the progress line is about."""
-        name = path.name if len(path.name) <= _NAME_WIDTH else f"{path.name[: _NAME_WIDTH - 3]}..."
-        self._title = f"[{number}/{total}] {name}"
-        self._started, self._drawn = time.monotonic(), 0.0
-        self._draw("opening")
-
-    def advance(self, done: int, total: int) -> None:
-        """Draw the progress line, a few times a second."""
-        now = time.monotonic()
-        if done < total and now - self._drawn < _REDRAW_SECONDS:
-            return
-        self._drawn = now
-        if done == total:
-            self._draw("writing")
-        else:
-            left = (now - self._started) / done * (total - done)
-            self._draw(f"{100 * done // total:3d} %  tile {done}/{total}  {left:.0f} s left")
-
-    def finish(self, summary: RunSummary) -> None:
-        """Print one line for a slide."""
-        self._draw(None)
-        objects = f"{summary.n_objects:,} object{'' if summary.n_objects == 1 else 's'}"
-        self.n_finished += 1
-        if summary.was_done:
-            click.echo(f"{summary.name}: {objects}, done before, {summary.overview}")
-            return
-        speed = summary.megapixels / max(summary.seconds, 1e-9)
-        click.echo(
-            f"{summary.name}: {objects}, {summary.seconds:.1f} s, {speed:.1f} Mpx/s, {summary.overview}"
-        )
-        for warning in summary.warnings:
-            click.echo(f"{summary.name}: {warning}", err=True)
-
-    def fail(self, message: str) -> None:
-        """Print one line for a failure."""
-        self._draw(None)
-        click.echo(f"Error: {message}", err=True)
-
-    def _draw(self, text: str | None) -> None:
-        """Replace the progress line; None removes it."""
-        if self._shows_progress:
-            line = "" if text is None else f"{self._title}  {text}"
-            click.echo(f"{_CLEAR_LINE}{line}", err=True, nl=False)

@@ -30,6 +30,7 @@ class Instances:
     masks: tuple[NDArray[np.bool_], ...]  # N crops (h, w)
     outlines: tuple[NDArray[np.float64], ...]  # N closed rings (K, 2) x y, first point repeated
     truncated: NDArray[np.bool_]  # (N,) the object goes on where the tile ended
+    is_saturated: bool = False  # as many objects as the model can report on a tile: some may be missing
 
     def __post_init__(self) -> None:
         n = len(self.scores)
@@ -72,6 +73,7 @@ class Instances:
             masks=tuple(mask for part in parts for mask in part.masks),
             outlines=tuple(ring for part in parts for ring in part.outlines),
             truncated=np.concatenate([part.truncated for part in parts]),
+            is_saturated=any(part.is_saturated for part in parts),
         )
 
     def select(self, keep: NDArray[Any]) -> Instances:
@@ -85,6 +87,7 @@ class Instances:
             masks=tuple(self.masks[row] for row in rows),
             outlines=tuple(self.outlines[row] for row in rows),
             truncated=self.truncated[rows],
+            is_saturated=self.is_saturated,
         )
 
     def labels(self) -> NDArray[np.int32]:

@@ -22,6 +22,7 @@ def load(
     device: str = "auto",
     backend: str = "auto",
     min_score: float | None = None,
+    threads: int | None = None,
     tell: Callable[[str], None] = lambda words: None,
 ) -> Segmenter:
     """Return a segmenter, ready to run; a context manager that owns its engine.
@@ -31,6 +32,7 @@ def load(
         device: "cpu", "cuda", or "auto": CUDA where it serves, else the CPU.
         backend: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto": a compiled TensorRT engine
             where one fits the GPU, else ONNX Runtime.
+        threads: that compute on a CPU; None: one a core.
         min_score: objects below it are not reported; None takes the model's own.
         tell: is told in a line each what runs, and why what would be faster does not.
     Raises:
@@ -41,7 +43,7 @@ def load(
     if min_score is not None and not 0 <= min_score <= 1:
         raise UsageError(f"{min_score} is not a score", where="--min-score", fix="give a number from 0 to 1")
     bundle = find_bundle(name_or_path)
-    engine = open_engine(bundle, device=device, backend=backend, tell=tell)
+    engine = open_engine(bundle, device=device, backend=backend, threads=threads, tell=tell)
     return Segmenter(engine, bundle.manifest, min_score=min_score)
 
 

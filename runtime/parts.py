@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,47 @@ import shapely
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import OutputError
-from darcnn.runtime.row_filter import RowFilter
+from darcnn.runtime.measure import object_schema
 from darcnn.runtime.seams import drop_twins
 from darcnn.runtime.sinks.atomic import atomic_file
 
-__all__ = ["Parts", "with_tile"]
+__all__ = ["FinalRow", "Parts", "empty_part", "with_tile"]
 
 _JOURNAL = "journal.json"
-_TILE, _SEAM = "tile", "near_seam"  # columns of the parts that the result does not have
+# columns of the parts that the result does not have
+_TILE, _SEAM, _SATURATED = "tile", "near_seam", "from_saturated_tile"
 
 
-def with_tile(table: pa.Table, tile: int, near_seam: NDArray[np.bool_]) -> pa.Table:
-    """Return the measured objects of a tile with its index, and which of them lie near a seam."""
-    return table.append_column(_TILE, pa.array(np.full(table.num_rows, tile, np.int64))).append_column(
-        _SEAM, pa.array(near_seam)
+def with_tile(
+    table: pa.Table, tile: int, near_seam: NDArray[np.bool_], *, is_saturated: bool = False
+) -> pa.Table:
+    """Return the measured objects of a tile as a part.
+
+    Args:
+        table: the N objects.
+        tile: its index.
+        near_seam: (N,) which of them lie near a seam.
+        is_saturated: whether the tile holds as many objects as the model can report.
+    """
+    return (
+        table.append_column(_TILE, pa.array(np.full(table.num_rows, tile, np.int64)))
+        .append_column(_SEAM, pa.array(near_seam))
+        .append_column(_SATURATED, pa.array(np.full(table.num_rows, is_saturated)))
     )
+
+
+def empty_part(channel_names: Sequence[str]) -> pa.Table:
+    """Return the part of a tile without objects."""
+    return with_tile(object_schema(channel_names).empty_table(), 0, np.zeros(0, np.bool_))
+
+
+@dataclass(frozen=True, slots=True)
+class FinalRow:
+    """The N objects of a row of tiles that are reported."""
+
+    table: pa.Table  # numbered
+    tiles: NDArray[np.int64]  # (N,) the tile of each
+    n_saturated: int  # tiles that hold as many objects as the model can report
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +108,12 @@ class Parts:
             pq.write_table(table, file)
 
     def read(
-        self, n_rows: int, row_filter: RowFilter | None = None
-    ) -> Iterator[tuple[pa.Table, NDArray[np.int64]]]:
-        """Yield the objects of each row of tiles and the tile of each: seams resolved, ids 1, 2, ...
+        self, n_rows: int, keep: Callable[[pa.Table], NDArray[np.bool_]] | None = None
+    ) -> Iterator[FinalRow]:
+        """Yield the objects of each row of tiles: seams resolved, ids 1, 2, ...
 
-        Objects that do not satisfy `row_filter` are left out, and have no id.
+        Objects that `keep` leaves out have no id. It is asked after the seams are resolved, so that what it
+        says of one object changes no other.
 
         Three rows are in memory at once: an object on a seam has its twin in its own row or in one beside.
         """
@@ -96,13 +123,14 @@ class Parts:
         for row in range(n_rows):
             assert current is not None
             after = self.load(row + 1) if row + 1 < n_rows else None
+            n_saturated = len(np.unique(current[_TILE].filter(current[_SATURATED])))
             table = current.filter(pa.array(_stays(before, current, after)))
-            if row_filter is not None:
-                table = table.filter(pa.array(row_filter.keep(table)))
+            if keep is not None:
+                table = table.filter(pa.array(keep(table)))
             tiles = table[_TILE].to_numpy()
             ids = pa.array(np.arange(first, first + table.num_rows), pa.int64())
             numbered = table.set_column(table.schema.get_field_index("id"), table.schema.field("id"), ids)
-            yield numbered.drop_columns([_TILE, _SEAM]), tiles
+            yield FinalRow(numbered.drop_columns([_TILE, _SEAM, _SATURATED]), tiles, n_saturated)
             first += table.num_rows
             before, current = current, after
 

@@ -3,73 +3,61 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from darcnn.runtime.diameter import choose_diameter
+from darcnn.runtime.errors import UsageError
 from darcnn.runtime.fit import ModelFit
-from darcnn.runtime.instances import Instances
-from darcnn.runtime.intensity import Window
-from darcnn.runtime.measure import measure_on_slide, object_schema
-from darcnn.runtime.parts import Parts, with_tile
+from darcnn.runtime.ground import Ground, survey_ground
+from darcnn.runtime.measure import object_schema
+from darcnn.runtime.outputs import add_formats, write_outputs
+from darcnn.runtime.parts import Parts
 from darcnn.runtime.planning import find_channel
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.record import (
-    describe_plan,
-    describe_slide,
     fingerprint,
     fingerprint_pixels,
+    hash_of,
     make_record,
     model_hash,
     read_record,
+    write_record,
 )
-from darcnn.runtime.row_filter import parse_filter
-from darcnn.runtime.seams import lies_near_seam
-from darcnn.runtime.segmenter import Segmenter, SlidePlan
-from darcnn.runtime.sinks.atomic import atomic_file, translated
-from darcnn.runtime.sinks.geojson import write_geojson
-from darcnn.runtime.sinks.ome_zarr import write_label_pyramid
-from darcnn.runtime.sinks.overview import write_overview
-from darcnn.runtime.sinks.parquet import write_parquet
+from darcnn.runtime.roi import Roi, read_roi
+from darcnn.runtime.row_filter import RowFilter, parse_filter
+from darcnn.runtime.rows import Row, RowRunner, SlideTask, find_rows_here, plan_rows
+from darcnn.runtime.run_options import EXTRA_FORMATS, RunOptions
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.sinks.atomic import translated
 from darcnn.runtime.sinks.result_folder import (
-    GEOJSON_FILE,
-    LABELS_FOLDER,
     OVERVIEW_FILE,
     RUN_FILE,
-    TABLE_FILE,
     ResultFolder,
     claim_folder,
     make_folder_name,
 )
+from darcnn.runtime.tally import Tally
 from darcnn.runtime.tiling import Tile
 
-__all__ = ["RunOptions", "RunSummary", "run_slide"]
+__all__ = ["Progress", "RunOptions", "RunSummary", "run_slide"]
 
-Progress = Callable[[int, int], None]
+# What the objects do not depend on, or what is told apart by something else.
+_NOT_ASKED = ("overwrite", "restart", "row_filter", "also")
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """What a user may choose for a run."""
+class Progress(Protocol):
+    """Is told how far a slide is."""
 
-    mpp: float | None = None  # micrometres per level-0 pixel, in place of what the file says
-    pixels: bool = False  # take the pixels as they are, whatever their size
-    diameter_px: float | Literal["auto"] | None = None  # of a typical object, level-0 pixels; auto: estimated
-    channel: int | str | None = None  # number or name
-    z: int | None = None  # the plane that the reader was opened at; recorded
-    t: int | None = None  # the moment, likewise
-    row_filter: str | None = None  # a condition on the measurements of the objects that are reported
-    overwrite: bool = False  # replace a complete result
-    restart: bool = False  # begin anew where an earlier try stopped
+    def __call__(self, done: int, total: int, /, *, n_objects: int, megapixels: float) -> None:
+        """So many of the tiles are done, in them so many objects (those on seams twice), in so many Mpx."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,33 +71,24 @@ class RunSummary:
     seconds: float
     megapixels: float  # of level 0
     warnings: tuple[str, ...]
+    ground_mm2: float | None = None  # area of the tissue that was looked at; None without a pixel size
     was_done: bool = False  # by an earlier run that asked for the same
 
+    @property
+    def objects_per_mm2(self) -> float | None:
+        """Density of the objects on the tissue, None where its area is unknown or 0."""
+        return self.n_objects / self.ground_mm2 if self.ground_mm2 else None
 
-@dataclass(slots=True)
-class _Tally:
-    """What is counted and timed on the way."""
 
-    fit: ModelFit
-    n_objects: int = 0
-    n_truncated: int = 0
-    n_tiles_with_objects: int = 0
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """The options of a run, checked against its slide."""
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
-
-    def count(self, table: pa.Table, tiles: NDArray[np.int64]) -> None:
-        """Take the final objects of a row of tiles, and the tile of each."""
-        self.n_objects += table.num_rows
-        self.n_truncated += int(table["truncated"].to_numpy().sum())
-        self.n_tiles_with_objects += len(np.unique(tiles))
-        self.fit.add(*(table[name].to_numpy().astype(np.float64) for name in ("area_px", "score")))
+    options: RunOptions
+    channel: int | None
+    roi: Roi | None
+    row_filter: RowFilter | None
+    asked: dict[str, Any]  # all that the objects depend on
 
 
 def run_slide(
@@ -119,6 +98,7 @@ def run_slide(
     *,
     options: RunOptions | None = None,
     progress: Progress | None = None,
+    find_rows: RowRunner = find_rows_here,
 ) -> RunSummary:
     """Find the objects of one slide and write them to `out_dir`/<slide name>/.
 
@@ -132,209 +112,175 @@ def run_slide(
         reader: the open slide; stays open.
         out_dir: made if it is not there.
         options: None for the defaults.
-        progress: called with (tiles done, tiles in all) after each tile.
+        progress: called after each tile.
+        find_rows: who finds the objects of rows of tiles; by default this process.
     Raises:
         InputError: the slide cannot be read, or its pixel size or channels do not serve.
         UsageError: an option is out of range.
         OutputError: the results cannot be written, or exist.
     """
-    chosen, info = options or RunOptions(), reader.info
     start = time.perf_counter()
+    wish = _check(segmenter, reader, options or RunOptions())
+    folder = out_dir / make_folder_name(reader.info.name)
+    final = {**wish.asked, "filter": wish.options.row_filter}
+    earlier = None if wish.options.overwrite else read_record(folder / RUN_FILE, final)
+    if earlier is not None:
+        add_formats(folder, earlier, wish.options.also)
+        return _summarize(reader.info, folder, earlier, start, was_done=True)
+    with claim_folder(folder, overwrite=wish.options.overwrite, restart=wish.options.restart) as claimed:
+        record = _fill(segmenter, reader, wish, claimed, progress, find_rows)
+        with translated(folder):
+            write_record(claimed.built / RUN_FILE, {**record, "asked_sha256": hash_of(final)})
+            claimed.commit()
+    return _summarize(reader.info, folder, record, start)
+
+
+def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
+    """Raise what is wrong with the options or the slide before anything is made or looked at."""
+    info = reader.info
+    unknown = sorted(set(chosen.also) - set(EXTRA_FORMATS))
+    if unknown:
+        raise UsageError(
+            f"no format {unknown[0]}", where="--also", fix=f"choose from {', '.join(EXTRA_FORMATS)}"
+        )
     channel = find_channel(info, chosen.channel)
-    folder = out_dir / make_folder_name(info.name)
+    roi = None if chosen.roi is None else read_roi(chosen.roi, origin_px0=info.origin_px0)
     row_filter = None
     if chosen.row_filter is not None:
         row_filter = parse_filter(chosen.row_filter, object_schema(info.channel_names).names)
-    asked = _asked(segmenter, reader, chosen)
-    final = {**asked, "filter": chosen.row_filter}
-    if not chosen.overwrite and (earlier := read_record(folder / RUN_FILE, final)) is not None:
-        return RunSummary(
-            info.name,
-            folder,
-            folder / OVERVIEW_FILE,
-            earlier["counts"]["objects"],
-            time.perf_counter() - start,
-            info.width_px0 * info.height_px0 / 1e6,
-            (),
-            was_done=True,
-        )
-    _check_plan(segmenter, info, chosen, channel)
-    with claim_folder(folder, overwrite=chosen.overwrite, restart=chosen.restart) as claimed:
-        parts = Parts(claimed.parts)
-        noted = parts.begin(asked)
-        before = time.perf_counter()
-        diameter_px = noted["diameter_px"] if noted else _diameter(segmenter, reader, chosen, channel)
-        plan = segmenter.plan(
-            info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel
-        )
-        tally = _Tally(ModelFit(segmenter.manifest.input.nominal_diameter_px / plan.scale))
-        tally.seconds["diameter"] = time.perf_counter() - before
-        mpp = info.mpp if chosen.mpp is None else (chosen.mpp, chosen.mpp)
-        with tally.stage("intensity"):
-            window = segmenter.measure(reader, plan)
-        with translated(folder):
-            parts.note(asked, {"diameter_px": diameter_px})
-        rows = _find_rows(segmenter, reader, plan, window, parts, mpp, tally, progress, folder)
-        final_rows = _counted(parts.read(rows, row_filter), tally)
-        _write_outputs(segmenter, reader, plan, window, claimed, final_rows, mpp, tally)
-        warnings = _warnings(tally, mpp)
-        record = make_record(
-            segmenter,
-            asked=final,
-            source=describe_slide(info, plan, asked["slide"]),
-            network=describe_plan(plan, diameter_px),
-            counts={
-                "objects": tally.n_objects,
-                "truncated": tally.n_truncated,
-                "tiles": len(plan.tiles),
-                "tiles_with_objects": tally.n_tiles_with_objects,
-            },
-            seconds=dict(tally.seconds),
-            warnings=warnings,
-        )
-        with translated(folder):
-            with atomic_file(claimed.built / RUN_FILE) as file:
-                file.write(record)
-            claimed.commit()
-    megapixels = info.width_px0 * info.height_px0 / 1e6
-    seconds = time.perf_counter() - start
-    return RunSummary(
-        info.name, folder, folder / OVERVIEW_FILE, tally.n_objects, seconds, megapixels, warnings
-    )
-
-
-def _asked(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> dict[str, Any]:
-    """Return all that the objects depend on: parts of an earlier try are used only if it asked the same."""
-    others = ("overwrite", "restart", "row_filter")
-    options = {key: value for key, value in asdict(chosen).items() if key not in others}
-    return {
-        "model": model_hash(segmenter.manifest),
-        "min_score": segmenter.min_score,
-        "slide": fingerprint_pixels(reader) if reader.info.path is None else fingerprint(reader.info.path),
-        "size": [reader.info.width_px0, reader.info.height_px0],
-        "options": options,
-    }
-
-
-def _check_plan(segmenter: Segmenter, info: SlideInfo, chosen: RunOptions, channel: int | None) -> None:
-    """Raise what is wrong with the slide or the options before anything is made or looked at."""
     nominal = segmenter.manifest.input.nominal_diameter_px
     diameter_px = nominal if chosen.diameter_px == "auto" else chosen.diameter_px
     segmenter.plan(info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel)
+    options = {key: value for key, value in asdict(chosen).items() if key not in _NOT_ASKED}
+    asked = {
+        "model": model_hash(segmenter.manifest),
+        "min_score": segmenter.min_score,
+        "slide": fingerprint_pixels(reader) if info.path is None else fingerprint(info),
+        "size": [info.width_px0, info.height_px0],
+        "options": options | {"roi": None if roi is None else roi.record},
+    }
+    return _Wish(chosen, channel, roi, row_filter, asked)
 
 
-def _diameter(segmenter: Segmenter, reader: Reader, chosen: RunOptions, channel: int | None) -> float | None:
+def _fill(
+    segmenter: Segmenter,
+    reader: Reader,
+    wish: _Wish,
+    claimed: ResultFolder,
+    progress: Progress | None,
+    find_rows: RowRunner,
+) -> dict[str, Any]:
+    """Find the objects, write all outputs but run.json into the claimed folder, and return its content."""
+    options, info, model = wish.options, reader.info, segmenter.manifest.input
+    parts = Parts(claimed.parts)
+    noted = parts.begin(wish.asked)
+    before = time.perf_counter()
+    diameter_px = noted["diameter_px"] if noted else _diameter(segmenter, reader, wish)
+    plan = segmenter.plan(
+        info, mpp=options.mpp, diameter_px=diameter_px, pixels=options.pixels, channel=wish.channel
+    )
+    looked = time.perf_counter()
+    ground = survey_ground(reader, plan, model, tissue=options.tissue, roi=wish.roi)
+    tally = Tally(
+        ModelFit(model.nominal_diameter_px / plan.scale),
+        n_tiles=len(ground.tiles),
+        n_tiles_skipped=len(plan.tiles) - len(ground.tiles),
+    )
+    tally.add_seconds({"diameter": looked - before, "tissue": time.perf_counter() - looked})
+    with tally.stage("intensity"):
+        window = segmenter.measure(reader, plan)
+    task = SlideTask(plan, window, info.mpp if options.mpp is None else (options.mpp, options.mpp))
+    with translated(claimed.path):
+        parts.note(wish.asked, {"diameter_px": diameter_px})
+    rows = plan_rows(plan, ground)
+    counter = _Counter(info.width_px0 * info.height_px0 / (plan.width * plan.height), ground.tiles, progress)
+    todo = counter.skip_done(rows, parts)
+    for found in find_rows(segmenter, reader, task, todo, counter.advance):
+        tally.add_seconds(found.seconds)
+        with tally.stage("parts"), translated(claimed.path):
+            parts.write(found.number, found.table)
+    with translated(claimed.path):
+        write_outputs(
+            claimed.built,
+            _final_tables(parts, len(rows), ground, wish.row_filter, tally),
+            reader,
+            task,
+            model_name=segmenter.manifest.name,
+            also=options.also,
+            tally=tally,
+        )
+    return make_record(
+        segmenter,
+        info,
+        task,
+        asked=wish.asked | {"options": wish.asked["options"] | {"filter": options.row_filter}},
+        diameter_px=diameter_px,
+        ground=ground.describe(task.mpp),
+        tally=tally,
+    )
+
+
+def _diameter(segmenter: Segmenter, reader: Reader, wish: _Wish) -> float | None:
     return choose_diameter(
         segmenter,
         reader,
-        diameter_px=chosen.diameter_px,
-        is_scale_given=chosen.pixels or chosen.mpp is not None,
-        channel=channel,
+        diameter_px=wish.options.diameter_px,
+        is_scale_given=wish.options.pixels or wish.options.mpp is not None,
+        channel=wish.channel,
     )
 
 
-def _find_rows(
-    segmenter: Segmenter,
-    reader: Reader,
-    plan: SlidePlan,
-    window: Window,
-    parts: Parts,
-    mpp: tuple[float, float] | None,
-    tally: _Tally,
-    progress: Progress | None,
-    folder: Path,
-) -> int:
-    """Write a part for each row of tiles that has none yet, and return the number of rows.
+def _final_tables(
+    parts: Parts, n_rows: int, ground: Ground, row_filter: RowFilter | None, tally: Tally
+) -> Iterator[pa.Table]:
+    """Yield the objects that are reported, row by row, and count them."""
 
-    No engine call spans two rows: what goes into one depends on the slide, not on where a run was stopped.
-    """
-    done = n_rows = 0
-    for row, (_, group) in enumerate(groupby(plan.tiles, key=lambda tile: tile.core.y0)):
-        tiles, n_rows = list(group), row + 1
-        if not parts.has(row):
-            tables = []
-            for tile, instances in _timed(segmenter.stream(reader, plan, tiles=tiles, window=window), tally):
-                with tally.stage("measure"):
-                    tables.append(_measure_tile(tile, instances, reader, plan, mpp))
-                if progress is not None:
-                    progress(done + len(tables), len(plan.tiles))
-            with tally.stage("parts"), translated(folder):
-                parts.write(row, pa.concat_tables(tables))
-        elif progress is not None:
-            progress(done + len(tiles), len(plan.tiles))
-        done += len(tiles)
-    return n_rows
+    def keep(table: pa.Table) -> NDArray[np.bool_]:
+        kept = ground.keep(table)
+        return kept if row_filter is None else kept & row_filter.keep(table)
+
+    for row in parts.read(n_rows, keep):
+        tally.count(row)
+        yield row.table
 
 
-def _timed(stream: Iterator[tuple[Tile, Instances]], tally: _Tally) -> Iterator[tuple[Tile, Instances]]:
-    while True:
-        with tally.stage("detect"):
-            found = next(stream, None)
-        if found is None:
-            return
-        yield found
+class _Counter:
+    """Adds up how far the rows of a slide are, for whoever shows it."""
+
+    def __init__(self, px0_per_px: float, tiles: Sequence[Tile], progress: Progress | None) -> None:
+        self._total = len(tiles)
+        pixels = sum(tile.core.width * tile.core.height for tile in tiles)
+        self._megapixels = px0_per_px * pixels / max(1, len(tiles)) / 1e6  # of a tile, on average
+        self._progress = progress
+        self._tiles = self._objects = 0
+
+    def skip_done(self, rows: Sequence[Row], parts: Parts) -> list[Row]:
+        """Return the rows that have no part yet, and count the others."""
+        todo = [row for row in rows if not parts.has(row.number)]
+        n_done = self._total - sum(len(row.tiles) for row in todo)
+        if n_done:
+            self.advance(n_done, 0)
+        return todo
+
+    def advance(self, n_tiles: int, n_objects: int) -> None:
+        self._tiles += n_tiles
+        self._objects += n_objects
+        if self._progress is not None:
+            megapixels = self._tiles * self._megapixels
+            self._progress(self._tiles, self._total, n_objects=self._objects, megapixels=megapixels)
 
 
-def _measure_tile(
-    tile: Tile, instances: Instances, reader: Reader, plan: SlidePlan, mpp: tuple[float, float] | None
-) -> pa.Table:
-    """Measure the objects of one tile, for its part file."""
-    height, width = instances.shape
-    near = lies_near_seam(
-        tile,
-        instances.boxes,
-        factor=(width / plan.width, height / plan.height),
-        extent=(plan.width, plan.height),
+def _summarize(
+    info: SlideInfo, folder: Path, record: Mapping[str, Any], start: float, *, was_done: bool = False
+) -> RunSummary:
+    return RunSummary(
+        info.name,
+        folder,
+        folder / OVERVIEW_FILE,
+        n_objects=record["counts"]["objects"],
+        seconds=time.perf_counter() - start,
+        megapixels=info.width_px0 * info.height_px0 / 1e6,
+        warnings=tuple(record["warnings"]),
+        ground_mm2=record["ground"]["area_mm2"],
+        was_done=was_done,
     )
-    return with_tile(measure_on_slide(instances, reader, plan.level, mpp), tile.index, near)
-
-
-def _counted(rows: Iterator[tuple[pa.Table, NDArray[np.int64]]], tally: _Tally) -> Iterator[pa.Table]:
-    """Yield the final objects row by row, and count them."""
-    for table, tiles in rows:
-        tally.count(table, tiles)
-        yield table
-
-
-def _write_outputs(
-    segmenter: Segmenter,
-    reader: Reader,
-    plan: SlidePlan,
-    window: Window,
-    claimed: ResultFolder,
-    rows: Iterator[pa.Table],
-    mpp: tuple[float, float] | None,
-    tally: _Tally,
-) -> None:
-    info, built, model = reader.info, claimed.built, segmenter.manifest.name
-    table = built / TABLE_FILE
-    with translated(claimed.path):
-        with tally.stage("table"):
-            write_parquet(table, rows, object_schema(info.channel_names))
-        with tally.stage("geojson"):
-            write_geojson(built / GEOJSON_FILE, table, slide_name=info.name, class_name=model)
-        with tally.stage("labels"):
-            shape = (info.height_px0, info.width_px0)
-            write_label_pyramid(built / LABELS_FOLDER, table, shape=shape, mpp=mpp, name=info.name)
-        with tally.stage("overview"):
-            write_overview(
-                built / OVERVIEW_FILE,
-                table,
-                reader,
-                window=window,
-                channel=plan.channel,
-                model_name=model,
-                mpp=mpp,
-            )
-
-
-def _warnings(tally: _Tally, mpp: tuple[float, float] | None) -> tuple[str, ...]:
-    warnings = []
-    if not tally.n_objects:
-        warnings.append("no objects found")
-    if tally.n_truncated:
-        warnings.append(f"{tally.n_truncated} objects reach beyond their tile and may be cut")
-    warnings.extend(tally.fit.warnings())
-    if mpp is None:
-        warnings.append("pixel size unknown: micrometre columns are empty")
-    return tuple(warnings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,23 @@ from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.manifest import Manifest, manifest_to_json
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
-from darcnn.runtime.segmenter import Segmenter, SlidePlan
+from darcnn.runtime.rows import SlideTask
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.sinks.atomic import atomic_file
+from darcnn.runtime.tally import Tally
 
 __all__ = [
-    "describe_plan",
-    "describe_slide",
+    "describe_run",
     "fingerprint",
+    "fingerprint_file",
     "fingerprint_pixels",
+    "hash_of",
     "installed_version",
     "make_record",
     "model_hash",
     "read_record",
+    "rounded_seconds",
+    "write_record",
 ]
 
 _RECORD_FORMAT = 1
@@ -46,28 +52,12 @@ _DIGITS = 3  # of seconds
 _STRIP_PX = 1024  # rows that are hashed at once
 
 
-def make_record(
-    segmenter: Segmenter,
-    *,
-    asked: Mapping[str, Any],
-    source: Mapping[str, Any],
-    network: Mapping[str, Any],
-    counts: Mapping[str, int],
-    seconds: Mapping[str, float],
-    warnings: Sequence[str],
-) -> bytes:
-    """Return the content of run.json: versions, model, options, input, plan, counts, times, warnings.
+def describe_run(segmenter: Segmenter, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what every run.json begins with: versions, model and options.
 
-    Args:
-        segmenter: the model.
-        asked: all that the objects depend on; its "options" are what the user chose.
-        source: of `describe_slide` or what else was looked at.
-        network: how the model looked at it.
-        counts: objects, tiles and the like.
-        seconds: by stage.
-        warnings: told to the user too.
+    `asked` is all that the objects depend on; its "options" are what the user chose.
     """
-    content: dict[str, Any] = {
+    return {
         "format": _RECORD_FORMAT,
         "versions": _versions(),
         "model": {
@@ -78,40 +68,63 @@ def make_record(
         },
         "engine": segmenter.engine.spec.name,
         "options": dict(asked["options"]),
-        "asked_sha256": _hash_of(asked),
-        "input": dict(source),
-        "network": dict(network),
-        "counts": dict(counts),
-        "seconds": {stage: round(value, _DIGITS) for stage, value in seconds.items()},
-        "warnings": list(warnings),
     }
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def describe_slide(info: SlideInfo, plan: SlidePlan, file: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what run.json says of a slide; `file` is its fingerprint."""
+def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return seconds by stage as run.json holds them."""
+    return {stage: round(value, _DIGITS) for stage, value in seconds.items()}
+
+
+def make_record(
+    segmenter: Segmenter,
+    info: SlideInfo,
+    task: SlideTask,
+    *,
+    asked: Mapping[str, Any],
+    diameter_px: float | None,
+    ground: Mapping[str, Any],
+    tally: Tally,
+) -> dict[str, Any]:
+    """Return what a slide's run.json holds: `describe_run`, slide, ground, plan, counts, times, warnings."""
+    plan, mpp = task.plan, task.mpp
     return {
-        "name": info.name,
-        "file": None if info.path is None else file,
-        "width_px": info.width_px0,
-        "height_px": info.height_px0,
-        "channels": list(info.channel_names),
-        "dtype": str(info.dtype),
-        "mpp": plan.mpp,
-        "mpp_source": plan.mpp_source,
+        **describe_run(segmenter, asked),
+        "input": {
+            "name": info.name,
+            "file": None if info.path is None else asked["slide"],
+            "width_px": info.width_px0,
+            "height_px": info.height_px0,
+            "channels": list(info.channel_names),
+            "dtype": str(info.dtype),
+            "mpp": plan.mpp,
+            "mpp_xy": None if mpp is None else list(mpp),
+            "mpp_source": plan.mpp_source,
+            "origin_px": list(info.origin_px0),  # objects.geojson.gz counts from here, as QuPath does
+        },
+        "ground": dict(ground),
+        "network": {
+            "level": plan.level.index,
+            "scale": plan.scale,
+            "diameter_px": diameter_px,  # of a typical object, given or estimated; level-0 pixels
+            "width_px": plan.width,
+            "height_px": plan.height,
+            "channel": plan.channel,
+        },
+        "counts": tally.counts(),
+        "seconds": rounded_seconds(tally.seconds),
+        "warnings": list(tally.warnings(has_pixel_size=mpp is not None)),
     }
 
 
-def describe_plan(plan: SlidePlan, diameter_px: float | None) -> dict[str, Any]:
-    """Return what run.json says of how a model looked at a slide."""
-    return {
-        "level": plan.level.index,
-        "scale": plan.scale,
-        "diameter_px": diameter_px,  # of a typical object, given or estimated; level-0 pixels
-        "width_px": plan.width,
-        "height_px": plan.height,
-        "channel": plan.channel,
-    }
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write run.json.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -120,10 +133,11 @@ def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content if content.get("asked_sha256") == _hash_of(asked) else None
+    return content if content.get("asked_sha256") == hash_of(asked) else None
 
 
-def _hash_of(asked: Mapping[str, Any]) -> str:
+def hash_of(asked: Mapping[str, Any]) -> str:
+    """Return what tells one question to a slide from another."""
     return _sha256(json.dumps(asked, sort_keys=True).encode())
 
 
@@ -132,7 +146,19 @@ def model_hash(manifest: Manifest) -> str:
     return _sha256(json.dumps(manifest_to_json(manifest), sort_keys=True).encode())
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(info: SlideInfo) -> dict[str, Any]:
+    """Return what tells a slide that lies in a file from others: `fingerprint_file`, or that of its metadata.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    assert info.path is not None
+    if info.digest is not None:
+        return {"name": str(info.path), "size": None, "sha256": info.digest, "of": "metadata"}
+    return fingerprint_file(Path(info.path))
+
+
+def fingerprint_file(path: Path) -> dict[str, Any]:
     """Return name, size and sha256 of a file: of all of it up to 2 MiB, else of both ends and the size.
 
     A slide that is a folder is known by its name only.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from darcnn.runtime.boxes import clip_boxes, non_maximum_suppression
+from darcnn.runtime.boxes import non_maximum_suppression
 from darcnn.runtime.diameter import choose_diameter
 from darcnn.runtime.engines.protocol import Detections, Engine
 from darcnn.runtime.errors import ShapeError
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.manifest import Manifest
-from darcnn.runtime.masks import drop_covered, outline_mask
+from darcnn.runtime.placement import is_cut, lies_inside, place, to_slide
 from darcnn.runtime.planning import SlidePlan, plan_slide
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
@@ -26,11 +26,9 @@ from darcnn.runtime.seams import join_tiles
 from darcnn.runtime.tiling import SEAM_PX, Tile, owns
 
 if TYPE_CHECKING:
-    from darcnn.runtime.pipeline import RunOptions, RunSummary
+    from darcnn.runtime.pipeline import Progress, RunOptions, RunSummary
 
 __all__ = ["Segmenter", "SlidePlan"]
-
-EDGE_PX = 1.0  # a box this close to a tile's edge touches it
 
 
 class Segmenter:
@@ -147,7 +145,7 @@ class Segmenter:
         out_dir: Path,
         *,
         options: RunOptions | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> RunSummary:
         """Find the objects of a slide and write them to files: `darcnn.runtime.pipeline.run_slide`."""
         from darcnn.runtime.pipeline import run_slide  # here: the waist itself knows no files
@@ -220,11 +218,22 @@ class Segmenter:
         tile_index = np.repeat(np.arange(len(batch)), [len(slot) for slot in slots])
         boxes = detections.boxes[tile_index, np.concatenate(slots)]  # (M, 4) tile px
         scores = detections.scores[tile_index, np.concatenate(slots)]  # (M,)
+        # the least of the slots is good enough to be reported: there may have been more
+        least = detections.scores.min(axis=1)
+        is_full = (least > 0) & (least >= self._min_score)
         masks = np.zeros((0, spec.mask_px, spec.mask_px), np.float32)
         if len(boxes):
             masks = self._engine.masks(detections, boxes, tile_index)
         return [
-            _place(sampled.plan, sampled.shape, sampled.tile, boxes[rows], scores[rows], masks[rows])
+            place(
+                sampled.plan,
+                sampled.shape,
+                sampled.tile,
+                boxes[rows],
+                scores[rows],
+                masks[rows],
+                is_saturated=bool(is_full[n]),
+            )
             for n, sampled in enumerate(batch)
             for rows in [np.flatnonzero(tile_index == n)]
         ]
@@ -247,13 +256,13 @@ class Segmenter:
             )
             slots = slots[kept]
         slots = slots[self._is_small_enough(detections.boxes[index, slots])]
-        boxes = _to_slide(detections.boxes[index, slots], tile)
-        inside = _lies_inside(boxes, plan.width, plan.height)
+        boxes = to_slide(detections.boxes[index, slots], tile)
+        inside = lies_inside(boxes, plan.width, plan.height)
         clipped = np.clip(boxes, 0, [plan.width, plan.height, plan.width, plan.height])
         centres = (clipped[:, :2] + clipped[:, 2:]) / 2
         # beyond its core a tile reports only what it sees whole: half an object has its centre elsewhere
         near = owns(tile, centres, margin_px=SEAM_PX)
-        near &= ~_is_cut(detections.boxes[index, slots], tile, plan)
+        near &= ~is_cut(detections.boxes[index, slots], tile, plan)
         reported: NDArray[np.int64] = slots[inside & (owns(tile, centres) | near)]
         return reported
 
@@ -278,63 +287,3 @@ class Segmenter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _to_slide(boxes: NDArray[np.float32], tile: Tile) -> NDArray[np.float64]:
-    """Return (N, 4) boxes in network pixels of the slide."""
-    return boxes.astype(np.float64) + np.array([tile.read.x0, tile.read.y0] * 2, np.float64)
-
-
-def _lies_inside(boxes: NDArray[np.float64], width: int, height: int) -> NDArray[np.bool_]:
-    """Tell which boxes are of objects on the slide rather than of their mirror images beyond its edges.
-
-    Along each axis at least half of the box lies on the slide: an object that touches the edge is
-    one with its mirror image, and its box reaches as far out as in. A box wider than the slide
-    itself need only cover half of the slide.
-    """
-    extent = np.array([width, height], np.float64)
-    low, high = boxes[:, :2], boxes[:, 2:]
-    covered = np.minimum(high, extent) - np.maximum(low, 0)
-    is_covered = (covered > 0) & (covered >= np.minimum(high - low, extent) / 2)  # (N, 2)
-    return np.logical_and(is_covered[:, 0], is_covered[:, 1])
-
-
-def _is_cut(boxes: NDArray[np.float32], tile: Tile, plan: SlidePlan) -> NDArray[np.bool_]:
-    """Tell which boxes (N, 4), tile px, touch an edge of the tile beyond which the slide goes on."""
-    read, size = tile.read, tile.read.width
-    cut: NDArray[np.bool_] = (
-        ((boxes[:, 0] <= EDGE_PX) & (read.x0 > 0))
-        | ((boxes[:, 1] <= EDGE_PX) & (read.y0 > 0))
-        | ((boxes[:, 2] >= size - EDGE_PX) & (read.x1 < plan.width))
-        | ((boxes[:, 3] >= size - EDGE_PX) & (read.y1 < plan.height))
-    )
-    return cut
-
-
-def _place(
-    plan: SlidePlan,
-    shape: tuple[int, int],
-    tile: Tile,
-    boxes: NDArray[np.float32],
-    scores: NDArray[np.float32],
-    masks: NDArray[np.float32],
-) -> Instances:
-    """Return the objects of one tile at level 0, without those that have no pixel there or lie in another."""
-    height, width = shape
-    truncated = _is_cut(boxes, tile, plan)
-    factor_x, factor_y = width / plan.width, height / plan.height
-    boxes0 = _to_slide(boxes, tile) * np.array([factor_x, factor_y] * 2)
-    outlined = [outline_mask(mask, box, shape) for mask, box in zip(masks, boxes0, strict=True)]
-    rows = [row for row, found in enumerate(outlined) if found is not None]
-    placed = [found for found in outlined if found is not None]
-    return drop_covered(
-        Instances(
-            shape=shape,
-            boxes=clip_boxes(boxes0[rows].astype(np.float32), width, height),
-            scores=scores[rows],
-            origins=np.array([origin for origin, _, _ in placed], np.int64).reshape(-1, 2),
-            masks=tuple(mask for _, mask, _ in placed),
-            outlines=tuple(ring for _, _, ring in placed),
-            truncated=truncated[rows],
-        )
-    )

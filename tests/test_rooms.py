@@ -24,7 +24,9 @@ MAY_IMPORT = {
     "export": {"export", "training", "runtime"},
 }
 # The shells of the runtime: training and export use its parts, not its programs.
-SHELLS = {"batch", "cli", "journal", "live", "pipeline", "record", "sinks"}
+SHELLS = {
+    *("batch", "cli", "journal", "live", "outputs", "pipeline", "progress", "record", "sinks", "summary"),
+}
 NO_SHELL = "darcnn.runtime.sinks.atomic."  # how anything is written
 TORCH = {"torch", "torchvision", "timm", "torchaudio", "functorch"}
 # Forks copy locks in whatever state they are, and neither exists on Windows.
@@ -36,10 +38,12 @@ READS_PICKLES = "training/model/tensor_file.py"
 UNPICKLER = {"pickle.Unpickler", "pickle.UnpicklingError"}
 # Modules of the runtime that may import an extra, and which; nothing else there leaves the base install.
 EXTRAS_OF_RUNTIME: dict[str, set[str]] = {
+    "runtime/cluster.py": {"distributed"},
     "runtime/engines/cuda.py": {"cuda"},
     "runtime/engines/openvino.py": {"openvino"},
     "runtime/live/micromanager.py": {"pymmcore_plus", "useq"},
     "runtime/readers/mrc_header.py": {"mrcfile"},
+    "runtime/readers/ome_zarr.py": {"aiohttp"},
     "runtime/readers/nifti.py": {"nibabel"},
     "runtime/volumes/labels.py": {"mrcfile"},
     "runtime/volumes/particles.py": {"pandas", "starfile"},

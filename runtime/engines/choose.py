@@ -26,6 +26,7 @@ def open_engine(
     *,
     device: str = "auto",
     backend: str = "auto",
+    threads: int | None = None,
     tell: Callable[[str], None] = lambda words: None,
 ) -> Engine:
     """Return the engine that is to run `bundle`.
@@ -37,6 +38,7 @@ def open_engine(
         bundle: the model.
         device: "auto", "cpu" or "cuda".
         backend: one of `darcnn.runtime.options.BACKENDS`.
+        threads: that compute on a CPU; None: one a core.
         tell: is told in a line each what runs, and why what would be faster does not.
     Raises:
         UsageError: no such device or backend, or the backend does not run on the device.
@@ -51,16 +53,18 @@ def open_engine(
         )
     if (backend in TENSORRT and device == "cpu") or (backend == "openvino" and device == "cuda"):
         raise UsageError(f"{backend} does not run on {device}", where="--backend", fix="leave out --device")
-    engine = _open(bundle, device, backend, tell)
+    engine = _open(bundle, device, backend, threads, tell)
     tell(f"runs on {engine.spec.name}")
     return engine
 
 
-def _open(bundle: Bundle, device: str, backend: str, tell: Callable[[str], None]) -> Engine:
+def _open(
+    bundle: Bundle, device: str, backend: str, threads: int | None, tell: Callable[[str], None]
+) -> Engine:
     if backend in TENSORRT:
         return open_tensorrt(bundle, backend)
     if backend == "openvino":
-        return OpenVinoEngine(bundle)
+        return OpenVinoEngine(bundle, threads=threads)
     if backend == "auto" and device != "cpu":
         for name, module in TENSORRT.items():
             if util.find_spec(module) is not None:
@@ -68,7 +72,7 @@ def _open(bundle: Bundle, device: str, backend: str, tell: Callable[[str], None]
                     return open_tensorrt(bundle, name)
                 except DeviceError as err:
                     tell(f"not on {name}: {err}")
-    return OnnxRuntimeEngine(bundle, device=device, tell=tell)
+    return OnnxRuntimeEngine(bundle, device=device, threads=threads, tell=tell)
 
 
 def examine_machine() -> Iterator[str]:

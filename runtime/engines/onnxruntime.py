@@ -71,7 +71,12 @@ class OnnxRuntimeEngine:
     """An `Engine` on ONNX Runtime; all results are the caller's, the atlas lies on the host."""
 
     def __init__(
-        self, bundle: Bundle, *, device: str, tell: Callable[[str], None] = lambda words: None
+        self,
+        bundle: Bundle,
+        *,
+        device: str,
+        threads: int | None = None,
+        tell: Callable[[str], None] = lambda words: None,
     ) -> None:
         """Load both graphs.
 
@@ -79,6 +84,7 @@ class OnnxRuntimeEngine:
             bundle: the model; not needed afterwards.
             device: "cpu", "cuda", or "auto": CUDA where ONNX Runtime offers it and the model loads
                 there, else the CPU.
+            threads: that compute on the CPU; None: one a core.
             tell: is told why "auto" does not take CUDA.
         Raises:
             UsageError: no such device.
@@ -89,7 +95,7 @@ class OnnxRuntimeEngine:
             raise UsageError(
                 f"no device {device!r}", where="--device", fix=f"choose one of {', '.join(DEVICES)}"
             )
-        self._sessions: dict[str, Any] = _make_sessions(bundle, device, tell)
+        self._sessions: dict[str, Any] = _make_sessions(bundle, device, threads or 0, tell)
         self._provider: str = self._sessions["detect"].get_providers()[0]
         self._spec = make_spec(bundle, f"onnxruntime {onnxruntime.__version__} {self._provider}")
 
@@ -142,35 +148,36 @@ class OnnxRuntimeEngine:
         return outputs
 
 
-def _make_sessions(bundle: Bundle, device: str, tell: Callable[[str], None]) -> dict[str, Any]:
+def _make_sessions(bundle: Bundle, device: str, threads: int, tell: Callable[[str], None]) -> dict[str, Any]:
     if device != "cpu":
         try:
-            return _load_graphs(bundle, _CUDA)
+            return _load_graphs(bundle, _CUDA, threads)
         except DeviceError as err:
             if device == "cuda":
                 raise
             tell(f"not on CUDA: {err}")
-    return _load_graphs(bundle, _CPU)
+    return _load_graphs(bundle, _CPU, threads)
 
 
-def _load_graphs(bundle: Bundle, provider: str) -> dict[str, Any]:
+def _load_graphs(bundle: Bundle, provider: str, threads: int) -> dict[str, Any]:
     if provider not in onnxruntime.get_available_providers():
         raise _missing_cuda()
     if provider == _CUDA:
         with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses
             onnxruntime.preload_dlls()  # the CUDA and cuDNN libraries that pip installed
-    sessions = {graph: _make_session(bundle, graph, provider) for graph in ("detect", "mask")}
+    sessions = {graph: _make_session(bundle, graph, provider, threads) for graph in ("detect", "mask")}
     for graph, session in sessions.items():
         check_signature(bundle, graph, _signature(session))
     return sessions
 
 
-def _make_session(bundle: Bundle, graph: str, provider: str) -> Any:
+def _make_session(bundle: Bundle, graph: str, provider: str, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only; what matters is raised
     options.add_session_config_entry("session.load_model_format", "ONNX")  # never its own binary format
     # Idle threads would spin in wait of the next operator and take the cores from the readers that
-    # prepare the next tiles. The number of threads stays ONNX Runtime's own: one per core.
+    # prepare the next tiles. 0 threads: ONNX Runtime's own number, one per core.
+    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     providers = [provider] if provider == _CPU else [provider, _CPU]  # some operators have no CUDA kernel

@@ -29,11 +29,12 @@ _OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
 class OpenVinoEngine:
     """An `Engine` on OpenVINO; all results are the caller's, the atlas lies on the host."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         """Compile both graphs, some seconds.
 
         Args:
             bundle: the model; not needed afterwards.
+            threads: None: one a core.
         Raises:
             DeviceError: OpenVINO is not installed.
             BundleError: OpenVINO cannot compile a graph, or its tensors are not those of the manifest.
@@ -47,10 +48,11 @@ class OpenVinoEngine:
                 fix="run `pip install 'darcnn[openvino]'`",
             ) from err
         core = openvino.Core()
+        options = _OPTIONS if threads is None else _OPTIONS | {"INFERENCE_NUM_THREADS": str(threads)}
         self._requests: dict[str, Any] = {}
         for graph in OUTPUTS:
             try:
-                model = core.compile_model(core.read_model(bundle.read(f"{graph}.onnx")), _DEVICE, _OPTIONS)
+                model = core.compile_model(core.read_model(bundle.read(f"{graph}.onnx")), _DEVICE, options)
             except RuntimeError as err:
                 raise BundleError(
                     f"OpenVINO {openvino.__version__} cannot compile {graph}.onnx ({first_line(err)})",

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError, ShapeError, UsageError
 from darcnn.runtime.geometry import Level, Region
-from darcnn.runtime.readers.protocol import Pixels, Planes, SlideInfo
+from darcnn.runtime.readers.protocol import Location, Pixels, Planes, SlideInfo
 
 __all__ = [
     "RGB_NAMES",
@@ -111,7 +112,7 @@ class PlaneReader(ABC):
         """Give back what the reader holds; called once."""
 
 
-def choose_plane(axis: str, asked: int | None, count: int, *, where: str | Path) -> int:
+def choose_plane(axis: str, asked: int | None, count: int, *, where: Location) -> int:
     """Return which of the `count` planes along `axis` ("z" or "t") to read.
 
     Raises:
@@ -218,12 +219,16 @@ def make_channel_names(given: Sequence[str | None], count: int, *, is_rgb: bool)
     return tuple(names)
 
 
-def make_slide_name(path: Path) -> str:
+def make_slide_name(path: Location) -> str:
     """Return the name of a slide: that of its file without the ending.
 
     >>> [make_slide_name(Path(name)) for name in ("a/b.1.ome.tif", "c.svs", "d.nii.gz")]
     ['b.1', 'c', 'd']
+    >>> make_slide_name("s3://bucket/e.ome.zarr/?version=1")
+    'e'
     """
+    if isinstance(path, str):
+        path = Path(urlsplit(path).path.rstrip("/"))
     stem = path.stem
     inner = ".nii" if suffix_of(path) == ".nii.gz" else ".ome"
     return stem[: -len(inner)] if stem.lower().endswith(inner) and len(stem) > len(inner) else stem

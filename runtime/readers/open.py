@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.readers.base import suffix_of
 from darcnn.runtime.readers.mrc import MrcReader
 from darcnn.runtime.readers.nifti import NiftiReader
+from darcnn.runtime.readers.ome_zarr import OmeZarrReader, is_ome_zarr, is_url
 from darcnn.runtime.readers.picture import PictureReader, is_picture
-from darcnn.runtime.readers.protocol import Planes, Reader
+from darcnn.runtime.readers.protocol import Location, Planes, Reader
 from darcnn.runtime.readers.slide import SlideReader, detect_vendor
 from darcnn.runtime.readers.tiff import TiffReader, is_tiff
 
@@ -23,18 +24,19 @@ _HEAD_BYTES = 16  # enough for the magic bytes of every format
 class _Format(Protocol):
     """What the class of a reader offers before there is a reader."""
 
-    def __call__(self, path: Path, *, z: int | None, t: int | None, mpp: float | None) -> Reader: ...
+    def __call__(self, path: Any, *, z: int | None, t: int | None, mpp: float | None) -> Reader: ...
 
-    def count_planes(self, path: Path) -> Planes: ...
+    def count_planes(self, path: Any) -> Planes: ...
 
 
 def open_source(
     path: str | Path, *, z: int | None = None, t: int | None = None, mpp: float | None = None
 ) -> Reader:
-    """Open a slide, TIFF, picture or volume for reading; a context manager.
+    """Open a slide, TIFF, picture, volume or OME-Zarr image for reading; a context manager.
 
     Args:
-        path: the file; of a slide of several files, the one that opens it (.mrxs, .vms, one .dcm).
+        path: the file; of a slide of several files, the one that opens it (.mrxs, .vms, one .dcm). Of an
+            OME-Zarr image the folder, or a URL.
         z: which plane of a stack, from 0; may be left out where there is one only.
         t: which moment of a series, likewise.
         mpp: micrometres per pixel of level 0, in place of what the file says.
@@ -44,7 +46,7 @@ def open_source(
             The message names the file and the fix.
         UsageError: `mpp` is no pixel size.
     """
-    source = Path(path)
+    source = path if is_url(path) else Path(path)
     return _format_of(source)(source, z=z, t=t, mpp=mpp)
 
 
@@ -54,20 +56,22 @@ def count_planes(path: str | Path) -> Planes:
     Raises:
         InputError: as `open_source`.
     """
-    source = Path(path)
+    source = path if is_url(path) else Path(path)
     return _format_of(source).count_planes(source)
 
 
 def is_readable(path: Path) -> bool:
-    """Tell by its ending whether a file is one that `open_source` opens; nothing is read.
+    """Tell by its ending, or of a folder by what is in it, whether `open_source` opens it; nothing is read.
 
     >>> is_readable(Path("a.NII.gz")), is_readable(Path("a.csv"))
     (True, False)
     """
-    return suffix_of(path) in _BY_SUFFIX
+    return suffix_of(path) in _BY_SUFFIX or is_ome_zarr(path)
 
 
-def _format_of(path: Path) -> _Format:
+def _format_of(path: Location) -> _Format:
+    if isinstance(path, str) or is_ome_zarr(path):
+        return OmeZarrReader
     head = _read_head(path)
     return _BY_SUFFIX.get(suffix_of(path), _by_content)(path, head)
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.geometry import Level, Region
 
-__all__ = ["Pixels", "Planes", "Reader", "SlideInfo"]
+__all__ = ["Location", "Pixels", "Planes", "Reader", "SlideInfo"]
 
+Location = Path | str  # of a file or folder; text is a URL
 Pixels = NDArray[Any]  # (H, W, C), uint8, uint16 or float32, never transposed after the reader
 
 
@@ -24,10 +25,11 @@ class SlideInfo:
     `mpp` is micrometres per pixel of level 0 (x, y), None where the file does not say; `mpp_source`
     tells where it came from ("openslide.mpp-x", "OME PhysicalSizeX", "--mpp", ...). `is_rgb` is True
     when the three channels are red, green and blue of one brightfield-like picture, False when they are
-    separate (fluorescence) channels or a single grey one.
+    separate (fluorescence) channels or a single grey one. `origin_px0` is the level-0 pixel (x, y) that
+    QuPath shows in the upper left corner: it crops a slide to what the scanner says was scanned.
     """
 
-    path: Path | None
+    path: Location | None
     name: str
     levels: tuple[Level, ...]
     channel_names: tuple[str, ...]
@@ -35,6 +37,8 @@ class SlideInfo:
     is_rgb: bool
     mpp: tuple[float, float] | None = None
     mpp_source: str | None = None
+    origin_px0: tuple[int, int] = (0, 0)
+    digest: str | None = None  # sha256 of the metadata of a source that is not one file
 
     @property
     def width_px0(self) -> int:

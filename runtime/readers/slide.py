@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,21 @@ def _describe(slide: Any, path: Path, mpp: float | None) -> SlideInfo:
         is_rgb=True,
         mpp=size,
         mpp_source=source,
+        origin_px0=_origin(properties),
     )
+
+
+def _origin(properties: Mapping[str, str]) -> tuple[int, int]:
+    """Return where the scanned part begins, of slides that say so; QuPath shows them from there on.
+
+    >>> _origin({"openslide.bounds-x": "120", "openslide.bounds-y": "80"}), _origin({})
+    ((120, 80), (0, 0))
+    """
+    names = (openslide.PROPERTY_NAME_BOUNDS_X, openslide.PROPERTY_NAME_BOUNDS_Y)
+    x, y = (_number(properties, name) for name in names)
+    if x is None or y is None or not (math.isfinite(x) and math.isfinite(y)):
+        return (0, 0)
+    return (int(x), int(y))
 
 
 def _number(properties: Mapping[str, str], name: str) -> float | None:

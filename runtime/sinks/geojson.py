@@ -46,12 +46,13 @@ def write_geojson(
     slide_name: str,
     class_name: str,
     colour: tuple[int, int, int] = _COLOUR,
+    origin_px0: tuple[int, int] = (0, 0),
 ) -> None:
     """Write the table `objects` (objects.parquet) as detections that QuPath 0.4 and later imports.
 
-    Coordinates are level-0 pixels, rounded to 1/100 where that leaves the outline valid. The `id` of a
-    feature is a UUID made of the slide's name and the object's id, so the same run always writes the same
-    bytes.
+    Coordinates are level-0 pixels counted from `origin_px0` (`SlideInfo.origin_px0`: where QuPath begins),
+    rounded to 1/100 where that leaves the outline valid. The `id` of a feature is a UUID made of the slide's
+    name and the object's id, so the same run always writes the same bytes.
 
     Raises:
         OSError: the file cannot be written; nothing is left behind.
@@ -69,19 +70,19 @@ def write_geojson(
         out.write(b'{"type":"FeatureCollection","features":[')
         separator = b"\n"
         for part in read_objects(objects):
-            for features in _features(part, slide_name, opening):
+            for features in _features(part, slide_name, opening, origin_px0):
                 out.write(separator + features.encode("ascii"))
                 separator = b",\n"
         out.write(b"\n]}\n")
 
 
-def _features(part: pa.Table, slide_name: str, opening: str) -> Iterator[str]:
+def _features(part: pa.Table, slide_name: str, opening: str, origin_px0: tuple[int, int]) -> Iterator[str]:
     names = _measurement_names(part.column_names)
     for start in range(0, part.num_rows, _FEATURES):
         rows = part.slice(start, _FEATURES)
         values = [rows[name].to_pylist() for name in names.values()]
         measured = [_measurements(list(names), row) for row in zip(*values, strict=True)]
-        rings = _rings(rows)
+        rings = _rings(rows, origin_px0)
         ids = [uuid.uuid5(_NAMESPACE, f"{slide_name}/{number}") for number in rows["id"].to_pylist()]
         yield ",\n".join(
             f'{{"type":"Feature","id":"{identity}","geometry":{{"type":"Polygon","coordinates":[{ring}]}},'
@@ -112,9 +113,10 @@ def _measurements(names: Sequence[str], values: Sequence[float | int | bool | No
     return "{" + ",".join(known) + "}"
 
 
-def _rings(rows: pa.Table) -> list[str]:
+def _rings(rows: pa.Table, origin_px0: tuple[int, int]) -> list[str]:
     rings = shapely.get_exterior_ring(shapely.from_wkb(rows["geometry"].to_numpy()))
     points, owner = shapely.get_coordinates(rings, return_index=True)
+    points = points - origin_px0
     ends = np.searchsorted(owner, np.arange(1, len(rings)))
     rounded = points.round(2)
     # where rounding closes a narrow neck, the outline would touch itself: it keeps its digits

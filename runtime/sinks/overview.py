@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from darcnn.runtime.geometry import Level, Region, choose_level
 from darcnn.runtime.intensity import Window, apply_window, select_channels
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.sinks.atomic import atomic_file
 from darcnn.runtime.sinks.parquet import count_objects, read_objects
+from darcnn.runtime.thumbnail import read_strips
 
 __all__ = ["write_overview"]
 
 _SIDE_PX = 2048  # the picture is at most so wide and high
-_STRIP_BYTES = 16 << 20  # about so much of the slide is read at once; Pillow makes copies of it
 _FINER = 3  # outlines are drawn so many times finer and averaged, which smooths them
 _DOT_PX = 3.0  # an object smaller than this, in pixels of the picture, is filled: its outline would hide it
 _ON_TISSUE = (0, 225, 70)  # bright green stands out from pink and violet, and is still seen on white
@@ -65,7 +63,7 @@ def write_overview(
         max(1, round(info.width_px0 / reduction)),
         max(1, round(info.height_px0 / reduction)),
     )
-    picture = _shrink(reader, size, reduction, window=window, channel=channel)
+    picture = _shrink(reader, size, window=window, channel=channel)
     colour = _ON_TISSUE if info.is_rgb else _ON_BLACK
     picture.paste(colour, mask=_draw_outlines(objects, size, reduction))
     n_objects = count_objects(objects)
@@ -79,43 +77,22 @@ def write_overview(
         page.save(file, format="PNG")
 
 
-def _shrink(
-    reader: Reader, size: tuple[int, int], reduction: float, *, window: Window, channel: int | None
-) -> Image.Image:
+def _shrink(reader: Reader, size: tuple[int, int], *, window: Window, channel: int | None) -> Image.Image:
     """Return the slide at `size` (width, height), read strip by strip from the level that just suffices."""
     info = reader.info
-    level = choose_level(info.levels, reduction)
     channels = 3 if info.is_rgb and channel is None else 1
     if isinstance(window.low, tuple):
         channels = len(window.low)  # separate channels, each with its own window: as many as the model sees
     picture = Image.new("RGB", size)
-    for top, bottom, strip, box in _strips(level, size, _strip_rows(reader, level, size)):
-        pixels = reader.read(strip, level=level.index)
-        chosen = select_channels(pixels, is_rgb=info.is_rgb, channels=channels, channel=channel)
+    for strip in read_strips(reader, size):
+        chosen = select_channels(strip.pixels, is_rgb=info.is_rgb, channels=channels, channel=channel)
         seen = apply_window(chosen, window)  # (h, w, channels)
         # of separate channels the brightest is shown at each pixel
         is_colour = channels == 3 and info.is_rgb
         shown = Image.fromarray(seen if is_colour else seen.max(axis=2)).convert("RGB")
-        picture.paste(shown.resize((size[0], bottom - top), Image.Resampling.BOX, box=box), (0, top))
+        rows = (size[0], strip.bottom - strip.top)
+        picture.paste(shown.resize(rows, Image.Resampling.BOX, box=strip.box), (0, strip.top))
     return picture
-
-
-def _strip_rows(reader: Reader, level: Level, size: tuple[int, int]) -> int:
-    """Return how many rows of the picture are made of one strip of the slide."""
-    row_bytes = level.width_px * len(reader.info.channel_names) * reader.info.dtype.itemsize
-    return max(1, int(_STRIP_BYTES / row_bytes * size[1] / level.height_px))
-
-
-def _strips(
-    level: Level, size: tuple[int, int], rows: int
-) -> Iterator[tuple[int, int, Region, tuple[float, float, float, float]]]:
-    """Yield (top, bottom, region of `level`, box inside that region) for strips of `rows` picture rows."""
-    factor = level.height_px / size[1]
-    for top in range(0, size[1], rows):
-        bottom = min(top + rows, size[1])
-        y0, y1 = math.floor(top * factor), min(math.ceil(bottom * factor), level.height_px)
-        box = (0.0, top * factor - y0, float(level.width_px), min(bottom * factor, y1) - y0)
-        yield top, bottom, Region(0, y0, level.width_px, y1), box
 
 
 def _draw_outlines(objects: Path, size: tuple[int, int], reduction: float) -> Image.Image:

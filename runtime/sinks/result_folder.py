@@ -15,9 +15,11 @@ from darcnn.runtime.errors import OutputError
 from darcnn.runtime.sinks.atomic import translated
 
 __all__ = [
+    "CSV_FILE",
     "GEOJSON_FILE",
     "LABELS_FOLDER",
     "LABELS_MRC_FILE",
+    "LABELS_TIFF",
     "OVERVIEW_FILE",
     "POINTS_FILE",
     "RUN_FILE",
@@ -26,6 +28,7 @@ __all__ = [
     "TABLE_FILE",
     "ResultFolder",
     "claim_folder",
+    "hold_folder",
     "make_folder_name",
 ]
 
@@ -33,13 +36,15 @@ TABLE_FILE = "objects.parquet"
 GEOJSON_FILE = "objects.geojson.gz"
 LABELS_FOLDER = "labels.ome.zarr"
 OVERVIEW_FILE = "overview.png"
+CSV_FILE = "objects.csv"  # this and the next on request
+LABELS_TIFF = "labels.ome.tiff"
 RUN_FILE = "run.json"  # where it exists the folder is complete
 STAR_FILE = "particles.star"  # these and the next of volumes
 POINTS_FILE = "particles.txt"
 SCROLL_FILE = "scroll.gif"
 LABELS_MRC_FILE = "labels.mrc"
 _RESULTS = (
-    *(TABLE_FILE, GEOJSON_FILE, LABELS_FOLDER, OVERVIEW_FILE),
+    *(TABLE_FILE, GEOJSON_FILE, LABELS_FOLDER, OVERVIEW_FILE, CSV_FILE, LABELS_TIFF),
     *(STAR_FILE, POINTS_FILE, SCROLL_FILE, LABELS_MRC_FILE),
     RUN_FILE,  # last, always
 )
@@ -120,12 +125,25 @@ def claim_folder(folder: Path, *, overwrite: bool, restart: bool = False) -> Ite
         yield claimed
     finally:
         _clear(folder, keeps_parts=any((folder / _PARTS).glob("row-*.parquet")))
-        lock.release()  # before the file goes: Windows removes no open files
-        with suppress(OSError):  # someone else has it now, or it is not empty: both are as they should be
-            (folder / _LOCK).unlink(missing_ok=True)
+        _unlock(folder, lock)
         if not _is_complete(folder):
             with suppress(OSError):
                 folder.rmdir()
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a complete folder while something is added to it.
+
+    Raises:
+        OutputError: another run uses it, or it cannot be written.
+    """
+    with translated(folder):
+        lock = _lock(folder)
+    try:
+        yield
+    finally:
+        _unlock(folder, lock)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -159,6 +177,12 @@ def _lock(folder: Path) -> FileLock:
     except NotImplementedError as err:  # some network disks
         raise OutputError("is on a disk without locks", where=folder, fix="choose another --out") from err
     return lock
+
+
+def _unlock(folder: Path, lock: FileLock) -> None:
+    lock.release()  # before the file goes: Windows removes no open files
+    with suppress(OSError):  # someone else has it now, or it is not empty: both are as they should be
+        (folder / _LOCK).unlink(missing_ok=True)
 
 
 def _clear(folder: Path, *, keeps_parts: bool) -> None:

@@ -21,35 +21,33 @@ from darcnn.runtime.planning import find_channel
 from darcnn.runtime.readers.base import choose_plane, make_slide_name, suffix_of
 from darcnn.runtime.readers.mrc_header import read_mrc_header
 from darcnn.runtime.readers.nifti import open_nifti
+from darcnn.runtime.readers.ome_zarr import is_ome_zarr
 from darcnn.runtime.readers.open import count_planes, open_source
-from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.readers.protocol import Location, Reader
 from darcnn.runtime.readers.tiff import read_section_um
-from darcnn.runtime.volumes.ome_zarr import is_zarr_volume, unpack_zarr
-from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo
+from darcnn.runtime.volumes.ome_zarr import unpack_zarr
+from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, in_nanometres
 
 __all__ = ["is_volume", "open_volume"]
 
 _MRC = (".mrc", ".rec", ".map", ".st")
 _PACKED = (".gz", ".bz2")
-_NM_PER_UM = 1000.0
 
 
-def is_volume(path: Path, *, t: int | None = None) -> bool:
-    """Tell whether a file holds several planes along z, or along t of which `t` does not choose one.
+def is_volume(path: Location, *, t: int | None = None) -> bool:
+    """Tell whether a source holds several planes along z, or along t of which `t` does not choose one.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: it cannot be read.
     """
-    if _inner_suffix(path) is not None:
+    if isinstance(path, Path) and _inner_suffix(path) is not None:
         return True
-    if _is_zarr(path):
-        return is_zarr_volume(path)
     planes = count_planes(path)
     return planes.n_z > 1 or (planes.n_t > 1 and t is None)
 
 
 def open_volume(
-    path: Path,
+    path: Location,
     scratch: Path,
     *,
     t: int | None = None,
@@ -59,7 +57,8 @@ def open_volume(
     """Open the volume in `path`; a context manager.
 
     Args:
-        path: MRC (.mrc, .rec, .map, .st, also packed as .gz or .bz2), NIfTI, TIFF stack or OME-Zarr folder.
+        path: MRC (.mrc, .rec, .map, .st, also packed as .gz or .bz2), NIfTI, a TIFF stack, or OME-Zarr (a
+            folder or a URL).
         scratch: a folder that may be written to; what must be unpacked lies there until the volume is closed.
         t: which moment of a series of volumes. A series of single planes is a volume along t.
         channel: which of several channels, number or name.
@@ -68,24 +67,18 @@ def open_volume(
         InputError: the file is damaged, holds no volume or several, or needs a choice of `t` or `channel`.
         OSError: there is no room to unpack it.
     """
-    inner = _inner_suffix(path)
-    suffix = suffix_of(path) if inner is None else inner
-    if suffix in _MRC:
+    if not isinstance(path, Path) or is_ome_zarr(path):
+        volume = unpack_zarr(path, scratch, t=t, channel=channel)
+    elif (inner := _inner_suffix(path)) is not None or suffix_of(path) in _MRC:
         volume = _open_mrc(path, scratch, is_packed=inner is not None)
         choose_plane("t", t, 1, where=path)
-    elif suffix in (".nii", ".nii.gz"):
+    elif suffix_of(path) in (".nii", ".nii.gz"):
         volume = _open_nifti(path, scratch, t)
-    elif _is_zarr(path):
-        volume = unpack_zarr(path, scratch, t=t, channel=channel)
     else:
         volume = _unpack_stack(path, scratch, t, channel)
     if voxel_nm is not None:
         volume.info = replace(volume.info, voxel_nm=voxel_nm, voxel_source="--voxel-size")
     return volume
-
-
-def _is_zarr(path: Path) -> bool:
-    return path.suffix.lower() == ".zarr" and path.is_dir()
 
 
 def _inner_suffix(path: Path) -> str | None:
@@ -109,7 +102,7 @@ def _open_mrc(path: Path, scratch: Path, *, is_packed: bool) -> Volume:
         if unpacked is not None:
             unpacked.unlink(missing_ok=True)
         raise
-    voxel = _voxel_nm(header.mpp, header.section_um)
+    voxel = in_nanometres(header.mpp, header.section_um)
     info = VolumeInfo(
         path, make_slide_name(path), header.shape, header.dtype, voxel, None if voxel is None else "MRC cell"
     )
@@ -122,7 +115,7 @@ def _open_nifti(path: Path, scratch: Path, t: int | None) -> Volume:
     stored: Any = image.dataobj
     columns, rows = (int(n) for n in image.shape[:2])
     shape = (planes.n_z, rows, columns)
-    voxel = _voxel_nm(mpp, section_um)
+    voxel = in_nanometres(mpp, section_um)
     slope, intercept = (float(one) for one in (stored.slope, stored.inter))
     is_scaled = (slope, intercept) != (1.0, 0.0)
     unpacked = _unpack(path, scratch) if suffix_of(path) == ".nii.gz" else None
@@ -137,18 +130,6 @@ def _open_nifti(path: Path, scratch: Path, t: int | None) -> Volume:
     source = None if voxel is None else "NIfTI pixdim"
     info = VolumeInfo(path, make_slide_name(path), shape, kind, voxel, source)
     return Volume(info, Stored(place, dtype, offset, slope, intercept), scratch=unpacked)
-
-
-def _voxel_nm(mpp: tuple[float, float] | None, section_um: float | None) -> tuple[float, float, float] | None:
-    """Return nanometres along z, y, x; sections whose distance is unknown lie as far apart as pixels."""
-    if mpp is None:
-        return None
-    x, y = mpp
-    return (
-        (x if section_um is None else section_um) * _NM_PER_UM,
-        y * _NM_PER_UM,
-        x * _NM_PER_UM,
-    )
 
 
 def _unpack(path: Path, scratch: Path) -> Path:
@@ -187,7 +168,7 @@ def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str |
     shape = (len(places), info.height_px0, info.width_px0)
     voxel = None
     if not is_series:
-        voxel = _voxel_nm(info.mpp, read_section_um(path))
+        voxel = in_nanometres(info.mpp, read_section_um(path))
     source = None if voxel is None else info.mpp_source
     facts = VolumeInfo(path, make_slide_name(path), shape, info.dtype, voxel, source)
     return Volume(facts, Stored(target, info.dtype), scratch=target)

@@ -9,7 +9,9 @@ from typing import Literal
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.volumes.volume import AXES, Axis
 
-__all__ = ["VolumeOptions", "parse_voxel_size"]
+__all__ = ["LABELS_MRC", "VolumeOptions", "parse_voxel_size"]
+
+LABELS_MRC = "labels-mrc"  # what --also calls labels.mrc
 
 _NM_PER_UNIT = {"nm": 1.0, "A": 0.1, "um": 1000.0}
 

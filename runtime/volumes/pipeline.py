@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,9 +16,20 @@ import pyarrow.parquet as pq
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.parts import Parts
-from darcnn.runtime.pipeline import RunSummary
+from darcnn.runtime.pipeline import Progress, RunSummary
 from darcnn.runtime.readers.base import make_slide_name
-from darcnn.runtime.record import fingerprint, make_record, model_hash, read_record
+from darcnn.runtime.readers.open import open_source
+from darcnn.runtime.readers.protocol import Location
+from darcnn.runtime.record import (
+    describe_run,
+    fingerprint,
+    fingerprint_file,
+    hash_of,
+    model_hash,
+    read_record,
+    rounded_seconds,
+    write_record,
+)
 from darcnn.runtime.row_filter import RowFilter, parse_filter
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import atomic_file, translated
@@ -51,8 +62,6 @@ from darcnn.runtime.volumes.volume import AXES, Volume
 
 __all__ = ["run_volume"]
 
-Progress = Callable[[int, int], None]
-
 _BLOCK = 8  # planes that go to one part file: what a kill costs at most
 _CUBE = 0.01  # voxels whose sides differ by more are no cubes
 
@@ -74,7 +83,7 @@ class _Times:
 
 def run_volume(
     segmenter: Segmenter,
-    path: Path,
+    path: Location,
     out_dir: Path,
     *,
     options: VolumeOptions | None = None,
@@ -91,7 +100,7 @@ def run_volume(
         path: the file (`open_volume`).
         out_dir: made if it is not there.
         options: None for the defaults.
-        progress: called with (planes done, planes in all) after each plane.
+        progress: called after each plane, with what is done counted in planes and megavoxels.
     Raises:
         InputError: the volume cannot be read, or its voxel size or channels do not serve.
         UsageError: an option is out of range.
@@ -138,33 +147,44 @@ def run_volume(
             with translated(folder):
                 n_objects = _finish(claimed, views, parts, row_filter, chosen, segmenter, times)
             warnings = _warnings(n_objects, volume)
-            record = make_record(
-                segmenter,
-                asked=final,
-                source=_describe_volume(volume, asked),
-                network=_describe_views(views, diameter),
-                counts={"objects": n_objects, "planes": sum(len(view.stack) for view in views)},
-                seconds=times.seconds,
-                warnings=warnings,
-            )
+            record = {
+                **describe_run(segmenter, final),
+                "asked_sha256": hash_of(final),
+                "input": _describe_volume(volume, asked),
+                "network": _describe_views(views, diameter),
+                "counts": {"objects": n_objects, "planes": sum(len(view.stack) for view in views)},
+                "seconds": rounded_seconds(times.seconds),
+                "warnings": list(warnings),
+            }
             megavoxels = float(np.prod(volume.info.shape)) / 1e6
         with translated(folder):
-            with atomic_file(claimed.built / RUN_FILE) as file:
-                file.write(record)
+            write_record(claimed.built / RUN_FILE, record)
             claimed.commit()
     seconds = time.perf_counter() - start
     return RunSummary(name, folder, folder / OVERVIEW_FILE, n_objects, seconds, megavoxels, warnings)
 
 
-def _asked(segmenter: Segmenter, path: Path, chosen: VolumeOptions) -> dict[str, Any]:
+def _asked(segmenter: Segmenter, path: Location, chosen: VolumeOptions) -> dict[str, Any]:
     """Return all that the objects depend on."""
     others = ("overwrite", "restart", "row_filter", "labels_mrc")
     return {
         "model": model_hash(segmenter.manifest),
         "min_score": segmenter.min_score,
-        "slide": fingerprint(path),
+        "slide": _fingerprint(path),
         "options": {key: value for key, value in asdict(chosen).items() if key not in others},
     }
+
+
+def _fingerprint(path: Location) -> dict[str, Any]:
+    """Return what tells a volume from others: its file's size and both ends, or its metadata.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if isinstance(path, Path) and path.is_file():
+        return fingerprint_file(path)
+    with open_source(path, z=0, t=0) as reader:
+        return fingerprint(reader.info)
 
 
 def _check_cubes(volume: Volume, chosen: VolumeOptions) -> None:
@@ -199,18 +219,24 @@ def _find(
     segmenter: Segmenter, views: Sequence[View], parts: Parts, folder: Path, progress: Progress | None
 ) -> None:
     """Write a part for each block of planes that has none yet."""
-    done, total = 0, sum(len(view.stack) for view in views)
+    done, n_objects, total = 0, 0, sum(len(view.stack) for view in views)
+
+    def tell(n_planes: int) -> None:
+        if progress is not None:
+            megavoxels = n_planes * float(np.prod(views[0].stack.shape)) / 1e6
+            progress(n_planes, total, n_objects=n_objects, megapixels=megavoxels)
+
     for number, view, start, stop in _blocks(views):
-        if not parts.has(number):
+        if parts.has(number):
+            tell(done + stop - start)
+        else:
             found: list[Section] = []
             for index, sections in enumerate(find_sections(segmenter, view, start, stop), start=1):
                 found.extend(sections)
-                if progress is not None:
-                    progress(done + index, total)
+                n_objects += len(sections)
+                tell(done + index)
             with translated(folder):
                 parts.write(number, to_table(found))
-        elif progress is not None:
-            progress(done + stop - start, total)
         done += stop - start
 
 

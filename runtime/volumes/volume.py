@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError, ShapeError
+from darcnn.runtime.readers.protocol import Location
 
-__all__ = ["AXES", "Axis", "Volume", "VolumeInfo", "across"]
+__all__ = ["AXES", "Axis", "Stored", "Volume", "VolumeInfo", "across", "in_nanometres"]
 
 Axis = Literal["z", "y", "x"]
+_NM_PER_UM = 1000.0
 AXES: tuple[Axis, ...] = ("z", "y", "x")  # the order of an array's axes
 
 
@@ -25,7 +27,7 @@ class VolumeInfo:
     `voxel_nm` is None where the file does not say; `voxel_source` tells where it came from.
     """
 
-    path: Path
+    path: Location
     name: str
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]  # of what `Volume.read` returns
@@ -36,6 +38,23 @@ class VolumeInfo:
         """Return (rows, columns) of a plane across `axis`: the other two axes in their order."""
         rows, columns = (self.shape[AXES.index(one)] for one in across(axis))
         return rows, columns
+
+
+def in_nanometres(
+    mpp: tuple[float, float] | None, section_um: float | None
+) -> tuple[float, float, float] | None:
+    """Return nanometres per voxel z, y, x of micrometres x, y and from plane to plane.
+
+    Planes whose distance is unknown lie as far apart as pixels.
+
+    >>> in_nanometres((0.5, 0.5), None), in_nanometres(None, 1.0)
+    ((500.0, 500.0, 500.0), None)
+    """
+    if mpp is None:
+        return None
+    x, y = mpp
+    z = x if section_um is None else section_um
+    return z * _NM_PER_UM, y * _NM_PER_UM, x * _NM_PER_UM
 
 
 def across(axis: Axis) -> tuple[Axis, Axis]:

@@ -14,6 +14,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -126,6 +127,24 @@ def nifti_case(folder: Path) -> Case:
     return Case(lambda: open_source(folder / "volume.nii.gz", z=2), [plane], mpp=(500.0, 250.0))
 
 
+def ome_zarr_case(folder: Path) -> Case:
+    stack = noise((2, 3, 120, 160), np.uint16)  # C, Z, Y, X
+    levels = [stack, stack[..., ::2, ::2]]
+    group = zarr.create_group(folder / "image.ome.zarr", zarr_format=3)
+    for index, level in enumerate(levels):
+        group.create_array(str(index), data=level, chunks=(1, 1, 32, 32), shards=(1, 1, 64, 64))
+    axes = [{"name": "c", "type": "channel"}] + [
+        {"name": name, "type": "space", "unit": "micrometer"} for name in "zyx"
+    ]
+    scale = [{"type": "scale", "scale": [1, 2, 0.25, 0.5]}]
+    datasets = [{"path": str(index), "coordinateTransformations": scale} for index in range(2)]
+    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}
+    plane = np.moveaxis(stack[:, 1], 0, 2)
+    return Case(
+        lambda: open_source(folder / "image.ome.zarr", z=1), [plane, plane[::2, ::2]], mpp=(0.5, 0.25)
+    )
+
+
 CASES = {
     "array": array_case,
     "picture": picture_case,
@@ -138,6 +157,7 @@ CASES = {
     "slide pyramid": slide_pyramid_case,
     "MRC volume": mrc_case,
     "NIfTI volume": nifti_case,
+    "OME-Zarr": ome_zarr_case,
 }
 
 

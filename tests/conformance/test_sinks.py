@@ -344,7 +344,7 @@ def test_overview_is_at_most_2048_px_and_the_same_in_strips(tmp_path, monkeypatc
     whole = draw_overview(tmp_path, nothing, pixels, mpp=(0.5, 0.5))
     assert whole.shape[1] == round(2100 * 2048 / 2500)
     assert 2048 < whole.shape[0] < 2148
-    monkeypatch.setattr("darcnn.runtime.sinks.overview._STRIP_BYTES", 1 << 17)
+    monkeypatch.setattr("darcnn.runtime.thumbnail._STRIP_BYTES", 1 << 17)
     strips = draw_overview(tmp_path, nothing, pixels, mpp=(0.5, 0.5))
     assert np.abs(whole.astype(int) - strips).max() <= 1
 

@@ -88,7 +88,7 @@ def test_one_bad_slide_among_several_is_one_line_and_exit_1(loaded, slides, tmp_
     assert len(errors) == 1
     assert "a2.png" in errors[0]
     assert "Traceback" not in result.output
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b", "summary.csv"]
 
 
 def test_only_bad_slides_are_exit_2(loaded, slides, tmp_path):
@@ -118,7 +118,7 @@ def test_a_full_disk_is_one_line(loaded, slides, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("darcnn.runtime.pipeline.write_parquet", fail)
+    monkeypatch.setattr("darcnn.runtime.outputs.write_parquet", fail)
     result = run(slides / "a.png", "--model", "oracle", "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: ")
@@ -140,15 +140,15 @@ def test_a_bug_shows_itself(loaded, slides, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("darcnn.runtime.pipeline.write_parquet", fail)
+    monkeypatch.setattr("darcnn.runtime.outputs.write_parquet", fail)
     with pytest.raises(ZeroDivisionError):
         run(slides / "a.png", "--model", "oracle", "--out", tmp_path / "out")
 
 
 def test_ctrl_c_keeps_finished_slides(loaded, slides, tmp_path, monkeypatch):
-    from darcnn.runtime import pipeline
+    from darcnn.runtime import outputs
 
-    write, calls = pipeline.write_geojson, []
+    write, calls = outputs.write_geojson, []
 
     def interrupt(*arguments, **options):
         calls.append(arguments)
@@ -156,7 +156,7 @@ def test_ctrl_c_keeps_finished_slides(loaded, slides, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "write_geojson", interrupt)
+    monkeypatch.setattr(outputs, "write_geojson", interrupt)
     result = run(slides, "--model", "oracle", "--out", tmp_path / "out")
     assert result.exit_code == 130
     assert [path.name for path in (tmp_path / "out" / "b").iterdir()] == [".parts"]
@@ -166,13 +166,13 @@ def test_ctrl_c_keeps_finished_slides(loaded, slides, tmp_path, monkeypatch):
 
 
 def test_the_same_command_goes_on_and_does_no_slide_twice(loaded, slides, tmp_path, monkeypatch):
-    from darcnn.runtime import pipeline
+    from darcnn.runtime import outputs
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_geojson", interrupt)
+        patch.setattr(outputs, "write_geojson", interrupt)
         assert run(slides / "b.png", "--model", "oracle", "--out", tmp_path / "out").exit_code == 130
     assert run(slides / "a.png", "--model", "oracle", "--out", tmp_path / "out").exit_code == 0
     result = run(slides, "--model", "oracle", "--out", tmp_path / "out")
@@ -273,3 +273,23 @@ def test_a_stack_is_run_as_a_volume_and_one_plane_of_it_as_an_image(loaded, tmp_
     assert {one.name for one in folder.iterdir()} == NAMES
     assert run(tmp_path / "stack.tif", *options, "--voxel-size", "wide").exit_code == 2
     assert "slab" in run(tmp_path / "stack.tif", *options, "--slab", 4, "--overwrite").output
+
+
+def test_json_is_all_that_standard_output_holds(loaded, slides, tmp_path):
+    (slides / "a2.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    result = run(slides, "--model", "oracle", "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 1
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    kinds = [event["event"] for event in events if event["event"] != "progress"]
+    assert kinds == ["begin", "finish", "begin", "fail", "begin", "finish"]
+    assert [event["objects"] for event in events if event["event"] == "finish"] == [2, 2]
+
+
+def test_region_tissue_and_formats_reach_the_run(loaded, slides, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--roi", "0,0,40,40", "--no-tissue", "--also", "csv", "--also", "labels-tiff"]
+    assert run(slides, "--model", "oracle", "--out", out, *arguments).exit_code == 0
+    record = json.loads((out / "a" / "run.json").read_text())
+    assert (record["options"]["tissue"], record["counts"]["objects"]) == (False, 1)
+    assert {path.name for path in (out / "b").iterdir()} == NAMES | {"objects.csv", "labels.ome.tiff"}
+    assert (out / "summary.csv").read_text().count("\n") == 3

@@ -492,7 +492,9 @@ BROKEN = {
     "input/tile_px": lambda path: rewrite(path, lambda e: with_field(e, "input.tile_px", "8")),
     "does not list the other": lambda path: rewrite(path, lambda e: with_field(e, "files", {})),
     "(sha256)": lambda path: rewrite(path, lambda e: [*e[:-1], ("LICENSE", b"another\n")]),
-    "LICENSE has too many MiB": lambda path: rewrite(path, lambda e: [*e[:-1], ("LICENSE", bytes(2**20 + 1))]),
+    "LICENSE has too many MiB": lambda path: rewrite(
+        path, lambda e: [*e[:-1], ("LICENSE", bytes(2**20 + 1))]
+    ),
 }
 
 

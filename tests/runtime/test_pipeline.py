@@ -17,7 +17,7 @@ from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_orac
 from darcnn.runtime.errors import InputError, OutputError, UsageError
 from darcnn.runtime.pipeline import RunOptions, run_slide
 from darcnn.runtime.readers.array import ArrayReader
-from darcnn.runtime.record import fingerprint
+from darcnn.runtime.record import fingerprint_file
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.result_folder import claim_folder
 
@@ -140,9 +140,11 @@ def test_micrometres_are_null_without_a_pixel_size(segmenter, labels, tmp_path):
 
 def test_a_slide_without_objects_is_a_complete_result(segmenter, tmp_path):
     with ArrayReader(np.zeros((90, 80, 3), np.uint8), name="empty") as reader:
-        summary = run_slide(segmenter, reader, tmp_path)
-    assert {path.name for path in summary.folder.iterdir()} == NAMES
-    assert (summary.n_objects, summary.warnings[0]) == (0, "no objects found")
+        for options, warning in ((RunOptions(), "no tissue"), (RunOptions(tissue=False), "no objects found")):
+            summary = run_slide(segmenter, reader, tmp_path / warning, options=options)
+            assert {path.name for path in summary.folder.iterdir()} == NAMES
+            assert summary.n_objects == 0
+            assert warning in summary.warnings[0]
 
 
 def test_a_channel_goes_by_its_name(tmp_path):
@@ -182,9 +184,18 @@ def test_a_model_of_several_channels_sees_the_first_of_the_file(channels, in_fil
 
 
 def test_progress_counts_every_tile(segmenter, reader, tmp_path):
-    calls = []
-    run_slide(segmenter, reader, tmp_path, progress=lambda done, total: calls.append((done, total)))
+    calls, found, pixels = [], [], []
+
+    def progress(done, total, *, n_objects, megapixels):
+        calls.append((done, total))
+        found.append(n_objects)
+        pixels.append(megapixels)
+
+    summary = run_slide(segmenter, reader, tmp_path, progress=progress)
     assert calls == [(n, 20) for n in range(1, 21)]
+    assert found == sorted(found)
+    assert found[-1] >= summary.n_objects
+    assert pixels[-1] == pytest.approx(230 * 310 / 1e6)
 
 
 # --- the folder
@@ -280,12 +291,12 @@ def test_a_folder_in_use_by_a_thread_is_refused(tmp_path):
 
 
 STEPS = {
-    "find": "darcnn.runtime.pipeline._measure_tile",
+    "find": "darcnn.runtime.rows._measure_tile",
     "parts": "darcnn.runtime.parts.pq.write_table",
-    "table": "darcnn.runtime.pipeline.write_parquet",
-    "geojson": "darcnn.runtime.pipeline.write_geojson",
+    "table": "darcnn.runtime.outputs.write_parquet",
+    "geojson": "darcnn.runtime.outputs.write_geojson",
     "labels": "darcnn.runtime.sinks.ome_zarr._put",
-    "overview": "darcnn.runtime.pipeline.write_overview",
+    "overview": "darcnn.runtime.outputs.write_overview",
 }
 
 
@@ -357,7 +368,7 @@ def test_a_filter_leaves_out_objects_and_their_numbers(segmenter, reader, tmp_pa
 def test_another_question_does_not_go_on_with_the_parts_of_the_first(
     segmenter, reader, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("darcnn.runtime.pipeline.write_overview", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("darcnn.runtime.outputs.write_overview", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_slide(segmenter, reader, tmp_path)
     monkeypatch.undo()
@@ -424,6 +435,6 @@ def test_a_fingerprint_tells_files_apart_by_their_ends(tmp_path):
     content = np.random.default_rng(0).bytes((2 << 20) + 100)
     for name, data in {"a": content, "b": content[:-1] + b"x", "c": b"x" + content[1:], "d": b"tiny"}.items():
         (tmp_path / name).write_bytes(data)
-    prints = [fingerprint(tmp_path / name) for name in "abcd"]
+    prints = [fingerprint_file(tmp_path / name) for name in "abcd"]
     assert len({entry["sha256"] for entry in prints}) == 4
     assert [entry["of"] for entry in prints] == ["first and last MiB and size"] * 3 + ["all"]

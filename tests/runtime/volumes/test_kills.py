@@ -28,9 +28,13 @@ from darcnn.runtime.volumes.pipeline import run_volume
 engine = OracleEngine(tile_px=64, channels=1)
 manifest = make_oracle_manifest(engine, halo_px=16)
 manifest = replace(manifest, input=replace(manifest.input, intensity=IntensityRule("range", 0, 255)))
+
+def wait(done, total, **more):
+    time.sleep(0.05)
+
 print("begins", flush=True)
 with Segmenter(engine, manifest) as segmenter:
-    run_volume(segmenter, Path(sys.argv[1]), Path(sys.argv[2]), progress=lambda done, total: time.sleep(0.05))
+    run_volume(segmenter, Path(sys.argv[1]), Path(sys.argv[2]), progress=wait)
 """
 
 

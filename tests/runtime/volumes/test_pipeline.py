@@ -80,7 +80,7 @@ def test_a_stopped_run_goes_on_with_the_blocks_that_it_lacks(
 ) -> None:
     whole = run_volume(oracle16, mrc_file, tmp_path / "whole")
 
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int, **more: float) -> None:
         if done == 13:
             raise KeyboardInterrupt
 
@@ -88,7 +88,9 @@ def test_a_stopped_run_goes_on_with_the_blocks_that_it_lacks(
         run_volume(oracle16, mrc_file, tmp_path / "out", progress=stop)
     assert not (tmp_path / "out" / "balls" / "run.json").exists()
     seen: list[int] = []
-    again = run_volume(oracle16, mrc_file, tmp_path / "out", progress=lambda done, total: seen.append(done))
+    again = run_volume(
+        oracle16, mrc_file, tmp_path / "out", progress=lambda done, total, **more: seen.append(done)
+    )
     assert seen[0] == 8  # the first block was there already
     assert content(again.folder) == content(whole.folder)
     assert not list(again.folder.glob(".parts*"))
@@ -179,7 +181,7 @@ def test_a_disk_that_fills_at_the_labels_is_one_line_and_loses_nothing(
             run_volume(oracle16, mrc_file, tmp_path / "out")
     assert {one.name for one in (tmp_path / "out" / "balls").iterdir()} <= {".parts", ".lock"}
     seen: list[int] = []
-    run_volume(oracle16, mrc_file, tmp_path / "out", progress=lambda done, total: seen.append(done))
+    run_volume(oracle16, mrc_file, tmp_path / "out", progress=lambda done, total, **more: seen.append(done))
     assert seen == [8, 16, 20]  # block by block: nothing had to be searched again
 
 

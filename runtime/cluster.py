@@ -1,0 +1,206 @@
+"""Rows of tiles found by many processes: a local Dask cluster, or one that runs already (extra `cluster`).
+
+A worker gets the path of the slide and a row's tiles, and gives back the row's part; only the process that
+was given the command writes. What a worker computes depends on nothing but the slide and the row, so the
+result is that of a single process to the byte, in whatever order rows come back. A worker that dies loses its
+row only: another does it.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, cast
+
+from distributed import Client, LocalCluster, WorkerPlugin, as_completed, get_worker
+from distributed.scheduler import KilledWorker
+
+from darcnn.runtime.errors import DeviceError, UsageError
+from darcnn.runtime.readers.open import open_source
+from darcnn.runtime.readers.protocol import Location, Reader
+from darcnn.runtime.record import model_hash
+from darcnn.runtime.rows import FoundRow, Row, SlideTask, find_row
+from darcnn.runtime.segmenter import Segmenter
+
+__all__ = ["ClusterRunner", "SlideSource", "open_cluster"]
+
+_PLUGIN = "darcnn-model"
+_AHEAD = 2  # rows that each worker has in hand: the next one waits where the last ends
+_CONNECT_SECONDS, _WORKER_SECONDS = 20, 120
+
+
+@dataclass(frozen=True, slots=True)
+class SlideSource:
+    """What a worker opens."""
+
+    path: Location
+    z: int | None
+    t: int | None
+
+
+class _Model(WorkerPlugin):
+    """The segmenter of a worker, loaded once, and the slide that it read last."""
+
+    def __init__(self, make_segmenter: Callable[[], Segmenter], *, is_ours: bool) -> None:
+        self._make = make_segmenter
+        self._is_ours = is_ours
+        self.segmenter: Segmenter | None = None
+        self._opened: tuple[SlideSource, Reader] | None = None
+        self.lock: Any = None  # one row at a time, however many threads the worker has
+
+    def setup(self, worker: Any) -> None:
+        if self._is_ours:  # Ctrl-C reaches every process of a terminal; the one that gave us work ends us
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.segmenter = self._make()
+        self.lock = threading.Lock()
+
+    def teardown(self, worker: Any) -> None:
+        self._close_slide()
+        if self.segmenter is not None:
+            self.segmenter.close()
+
+    def open(self, source: SlideSource) -> Reader:
+        if self._opened is None or self._opened[0] != source:
+            self._close_slide()
+            self._opened = (source, open_source(source.path, z=source.z, t=source.t))
+        return self._opened[1]
+
+    def _close_slide(self) -> None:
+        if self._opened is not None:
+            self._opened[1].close()
+            self._opened = None
+
+
+def _find_row(source: SlideSource, task: SlideTask, row: Row, model: str) -> FoundRow:
+    """Find a row, in a worker."""
+    plugin = cast(_Model, get_worker().plugins[_PLUGIN])
+    with plugin.lock:
+        segmenter = plugin.segmenter
+        assert segmenter is not None  # set up before the first task
+        if model_hash(segmenter.manifest) != model:
+            raise DeviceError("has another model of that name", where=get_worker().address, fix="update it")
+        return find_row(segmenter, plugin.open(source), task, row)
+
+
+class ClusterRunner:
+    """The `RowRunner` of a cluster; made by `open_cluster`."""
+
+    def __init__(self, client: Client, *, z: int | None, t: int | None) -> None:
+        self._client = client
+        self._z, self._t = z, t
+
+    def __call__(
+        self,
+        segmenter: Segmenter,
+        reader: Reader,
+        task: SlideTask,
+        rows: Sequence[Row],
+        advance: Callable[[int, int], None],
+    ) -> Iterator[FoundRow]:
+        """Yield the rows as workers finish them.
+
+        Raises:
+            InputError: the slide cannot be read by a worker.
+            UsageError: the slide lies in memory, where no worker sees it.
+            DeviceError: a row killed several workers, or all are gone.
+        """
+        path = reader.info.path
+        if path is None:
+            raise UsageError("an image in memory has no workers", where="--workers", fix="leave it out")
+        source = SlideSource(path if isinstance(path, str) else path.resolve(), self._z, self._t)
+        # the tiles of all other rows need not travel
+        common = replace(task, plan=replace(task.plan, tiles=()))
+        arguments = (source, common)
+        model, run = model_hash(segmenter.manifest), uuid.uuid4().hex
+        waiting = iter(rows)
+
+        def submit(row: Row) -> Any:
+            key = f"darcnn-row-{row.number}-{run}"
+            return self._client.submit(_find_row, *arguments, row, model, key=key, pure=False)
+
+        n_ahead = _AHEAD * max(1, len(self._client.nthreads()))
+        first = [submit(row) for row in islice(waiting, n_ahead)]
+        running = as_completed(first, loop=self._client.loop)
+        n_tiles = {row.number: len(row.tiles) for row in rows}
+        try:
+            for future in running:
+                found = _result(future)
+                future.release()
+                for row in islice(waiting, 1):
+                    running.add(submit(row))
+                yield found
+                advance(n_tiles[found.number], found.table.num_rows)
+        finally:
+            self._client.cancel(list(running.futures))
+
+
+def _result(future: Any) -> FoundRow:
+    try:
+        found: FoundRow = future.result()
+    except KilledWorker as err:
+        raise DeviceError(
+            f"a row of tiles took {err.allowed_failures + 1} workers with it",
+            where=err.last_worker.address,
+            fix="give the workers more memory, or run fewer of them",
+        ) from err
+    return found
+
+
+@contextmanager
+def open_cluster(
+    make_segmenter: Callable[[], Segmenter],
+    *,
+    n_workers: int | None = None,
+    scheduler: str | None = None,
+    z: int | None = None,
+    t: int | None = None,
+) -> Iterator[ClusterRunner]:
+    """Give a runner whose workers have loaded a model each; they end, or forget it, when the block ends.
+
+    Args:
+        make_segmenter: how a worker loads the model; it is sent there.
+        n_workers: so many processes are started on this machine ...
+        scheduler: ... or those of this scheduler ("tcp://host:8786") are used. They must see the slides under
+            the same paths and have darcnn installed.
+        z: which plane the slides are opened at.
+        t: which moment, likewise.
+    Raises:
+        UsageError: no scheduler answers, or it has no workers.
+        BundleError, DeviceError: a worker cannot load the model.
+    """
+    with ExitStack() as stack:
+        if scheduler is None:
+            address: Any = stack.enter_context(
+                LocalCluster(
+                    n_workers=n_workers,
+                    threads_per_worker=1,
+                    processes=True,
+                    dashboard_address=None,
+                    memory_limit=0,  # slides are read in pieces: no worker need be stopped for what it holds
+                    silence_logs=logging.CRITICAL,
+                )
+            )
+        else:
+            address = scheduler
+        try:
+            client = stack.enter_context(Client(address, timeout=_CONNECT_SECONDS, set_as_default=False))
+            client.wait_for_workers(1, timeout=_WORKER_SECONDS)
+        except (OSError, ValueError) as err:  # a timeout is an OSError
+            raise UsageError(
+                f"no scheduler with workers answers at {scheduler}",
+                where="--scheduler",
+                fix="start one with `dask scheduler` and `dask worker`, or pass --workers",
+            ) from err
+        client.register_plugin(_Model(make_segmenter, is_ours=scheduler is None), name=_PLUGIN)
+        try:
+            yield ClusterRunner(client, z=z, t=t)
+        finally:
+            if scheduler is not None:  # workers of our own end with their memory
+                with suppress(KeyError, OSError):  # some are gone: nothing is left to forget there
+                    client.unregister_worker_plugin(_PLUGIN)

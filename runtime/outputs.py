@@ -1,0 +1,114 @@
+"""What a run writes into the folder of a slide, made of the objects that were found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from darcnn.runtime.measure import object_schema
+from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.rows import SlideTask
+from darcnn.runtime.sinks.atomic import translated
+from darcnn.runtime.sinks.geojson import write_geojson
+from darcnn.runtime.sinks.labels_tiff import write_labels_tiff
+from darcnn.runtime.sinks.ome_zarr import write_label_pyramid
+from darcnn.runtime.sinks.overview import write_overview
+from darcnn.runtime.sinks.parquet import write_parquet
+from darcnn.runtime.sinks.result_folder import (
+    CSV_FILE,
+    GEOJSON_FILE,
+    LABELS_FOLDER,
+    LABELS_TIFF,
+    OVERVIEW_FILE,
+    TABLE_FILE,
+    hold_folder,
+)
+from darcnn.runtime.sinks.table_csv import write_csv
+from darcnn.runtime.tally import Tally
+
+__all__ = ["add_formats", "write_outputs"]
+
+_EXTRA_FILES = {"csv": CSV_FILE, "labels-tiff": LABELS_TIFF}
+
+
+def write_outputs(
+    folder: Path,
+    rows: Iterable[pa.Table],
+    reader: Reader,
+    task: SlideTask,
+    *,
+    model_name: str,
+    also: Sequence[str],
+    tally: Tally,
+) -> None:
+    """Write all that `rows`, the final objects, are given out as; memory does not grow with the slide.
+
+    Args:
+        folder: where to.
+        rows: tables of `object_schema`, in order.
+        reader: the open slide; stays open.
+        task: what the rows were found with.
+        model_name: the class of the objects.
+        also: formats beyond the usual ones, of `EXTRA_FORMATS`.
+        tally: takes the time of each.
+    Raises:
+        InputError: the slide cannot be read.
+        OSError: something cannot be written.
+    """
+    info, table = reader.info, folder / TABLE_FILE
+    with tally.stage("table"):
+        write_parquet(table, rows, object_schema(info.channel_names))
+    with tally.stage("geojson"):
+        write_geojson(
+            folder / GEOJSON_FILE,
+            table,
+            slide_name=info.name,
+            class_name=model_name,
+            origin_px0=info.origin_px0,
+        )
+    with tally.stage("labels"):
+        shape = (info.height_px0, info.width_px0)
+        write_label_pyramid(folder / LABELS_FOLDER, table, shape=shape, mpp=task.mpp, name=info.name)
+    with tally.stage("overview"):
+        write_overview(
+            folder / OVERVIEW_FILE,
+            table,
+            reader,
+            window=task.window,
+            channel=task.plan.channel,
+            model_name=model_name,
+            mpp=task.mpp,
+        )
+    with tally.stage("also"):
+        for extra in also:
+            _write_extra(extra, folder, mpp=task.mpp, name=info.name)
+
+
+def add_formats(folder: Path, record: dict[str, Any], also: Sequence[str]) -> None:
+    """Write into a complete result the formats of `also` that it lacks; no object is found again.
+
+    Args:
+        folder: of the result.
+        record: its run.json.
+        also: of `EXTRA_FORMATS`.
+    Raises:
+        OutputError: the folder is in use, or cannot be written.
+    """
+    missing = [extra for extra in also if not (folder / _EXTRA_FILES[extra]).exists()]
+    if not missing:
+        return
+    source = record["input"]
+    mpp = None if source["mpp_xy"] is None else (source["mpp_xy"][0], source["mpp_xy"][1])
+    with hold_folder(folder), translated(folder):
+        for extra in missing:
+            _write_extra(extra, folder, mpp=mpp, name=source["name"])
+
+
+def _write_extra(extra: str, folder: Path, *, mpp: tuple[float, float] | None, name: str) -> None:
+    if extra == "csv":
+        write_csv(folder / CSV_FILE, folder / TABLE_FILE)
+    else:
+        write_labels_tiff(folder / LABELS_TIFF, folder / LABELS_FOLDER, mpp=mpp, name=name)

@@ -1,0 +1,79 @@
+"""Where what a network saw on a tile lies on the slide."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.boxes import clip_boxes
+from darcnn.runtime.instances import Instances
+from darcnn.runtime.masks import drop_covered, outline_mask
+from darcnn.runtime.planning import SlidePlan
+from darcnn.runtime.tiling import Tile
+
+__all__ = ["is_cut", "lies_inside", "place", "to_slide"]
+
+EDGE_PX = 1.0  # a box this close to a tile's edge touches it
+
+
+def to_slide(boxes: NDArray[np.float32], tile: Tile) -> NDArray[np.float64]:
+    """Return (N, 4) boxes in network pixels of the slide."""
+    return boxes.astype(np.float64) + np.array([tile.read.x0, tile.read.y0] * 2, np.float64)
+
+
+def lies_inside(boxes: NDArray[np.float64], width: int, height: int) -> NDArray[np.bool_]:
+    """Tell which boxes are of objects on the slide rather than of their mirror images beyond its edges.
+
+    Along each axis at least half of the box lies on the slide: an object that touches the edge is
+    one with its mirror image, and its box reaches as far out as in. A box wider than the slide
+    itself need only cover half of the slide.
+    """
+    extent = np.array([width, height], np.float64)
+    low, high = boxes[:, :2], boxes[:, 2:]
+    covered = np.minimum(high, extent) - np.maximum(low, 0)
+    is_covered = (covered > 0) & (covered >= np.minimum(high - low, extent) / 2)  # (N, 2)
+    return np.logical_and(is_covered[:, 0], is_covered[:, 1])
+
+
+def is_cut(boxes: NDArray[np.float32], tile: Tile, plan: SlidePlan) -> NDArray[np.bool_]:
+    """Tell which boxes (N, 4), tile px, touch an edge of the tile beyond which the slide goes on."""
+    read, size = tile.read, tile.read.width
+    cut: NDArray[np.bool_] = (
+        ((boxes[:, 0] <= EDGE_PX) & (read.x0 > 0))
+        | ((boxes[:, 1] <= EDGE_PX) & (read.y0 > 0))
+        | ((boxes[:, 2] >= size - EDGE_PX) & (read.x1 < plan.width))
+        | ((boxes[:, 3] >= size - EDGE_PX) & (read.y1 < plan.height))
+    )
+    return cut
+
+
+def place(
+    plan: SlidePlan,
+    shape: tuple[int, int],
+    tile: Tile,
+    boxes: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    masks: NDArray[np.float32],
+    *,
+    is_saturated: bool,
+) -> Instances:
+    """Return the objects of one tile at level 0, without those that have no pixel there or lie in another."""
+    height, width = shape
+    truncated = is_cut(boxes, tile, plan)
+    factor_x, factor_y = width / plan.width, height / plan.height
+    boxes0 = to_slide(boxes, tile) * np.array([factor_x, factor_y] * 2)
+    outlined = [outline_mask(mask, box, shape) for mask, box in zip(masks, boxes0, strict=True)]
+    rows = [row for row, found in enumerate(outlined) if found is not None]
+    placed = [found for found in outlined if found is not None]
+    return drop_covered(
+        Instances(
+            shape=shape,
+            boxes=clip_boxes(boxes0[rows].astype(np.float32), width, height),
+            scores=scores[rows],
+            origins=np.array([origin for origin, _, _ in placed], np.int64).reshape(-1, 2),
+            masks=tuple(mask for _, mask, _ in placed),
+            outlines=tuple(ring for _, _, ring in placed),
+            truncated=truncated[rows],
+            is_saturated=is_saturated,
+        )
+    )

@@ -1,0 +1,28 @@
+"""What a user may choose for a run over a slide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["EXTRA_FORMATS", "RunOptions"]
+
+EXTRA_FORMATS = ("csv", "labels-tiff")  # written when asked for
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What a user may choose for a run."""
+
+    mpp: float | None = None  # micrometres per level-0 pixel, in place of what the file says
+    pixels: bool = False  # take the pixels as they are, whatever their size
+    diameter_px: float | Literal["auto"] | None = None  # of a typical object, level-0 pixels; auto: estimated
+    channel: int | str | None = None  # number or name
+    z: int | None = None  # the plane that the reader was opened at; recorded
+    t: int | None = None  # the moment, likewise
+    tissue: bool = True  # leave out glass and empty background
+    roi: str | None = None  # where to look: X0,Y0,X1,Y1 in level-0 pixels, or a GeoJSON file
+    row_filter: str | None = None  # a condition on the measurements of the objects that are reported
+    also: tuple[str, ...] = ()  # of EXTRA_FORMATS; may change without finding the objects again
+    overwrite: bool = False  # replace a complete result
+    restart: bool = False  # begin anew where an earlier try stopped

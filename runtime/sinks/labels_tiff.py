@@ -1,0 +1,68 @@
+"""The label pyramid as OME-TIFF, for programs that do not read OME-Zarr."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+import zarr
+from numpy.typing import NDArray
+
+from darcnn.runtime.sinks.atomic import atomic_file
+
+__all__ = ["write_labels_tiff"]
+
+_TILE_PX = 512
+_NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "darcnn:labels")
+
+
+def write_labels_tiff(path: Path, labels: Path, *, mpp: tuple[float, float] | None, name: str) -> None:
+    """Write the label pyramid `labels` (labels.ome.zarr) as a tiled pyramidal OME-TIFF (BigTIFF), uint32.
+
+    Memory does not grow with the slide. Equal labels give equal bytes.
+
+    Args:
+        path: file to write.
+        labels: from `darcnn.runtime.sinks.ome_zarr`.
+        mpp: micrometres per level-0 pixel (x, y), or None.
+        name: of the image.
+    Raises:
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    group = zarr.open_group(labels, mode="r")
+    levels: list[Any] = [group[key] for key in sorted(group.array_keys(), key=int)]
+    metadata: dict[str, Any] = {"axes": "YX", "Name": name, "UUID": uuid.uuid5(_NAMESPACE, name).urn}
+    if mpp is not None:
+        for axis, step in zip("XY", mpp, strict=True):
+            metadata |= {f"PhysicalSize{axis}": step, f"PhysicalSize{axis}Unit": "\u00b5m"}
+    with (
+        atomic_file(path) as file,
+        tifffile.TiffWriter(file, bigtiff=True, ome=True) as writer,
+    ):
+        for number, level in enumerate(levels):
+            writer.write(
+                _tiles(level),
+                shape=level.shape,
+                dtype=np.uint32,
+                tile=(_TILE_PX, _TILE_PX),
+                compression="zlib",
+                photometric="minisblack",
+                subifds=len(levels) - 1 if number == 0 else None,
+                subfiletype=0 if number == 0 else 1,  # 1: a reduced image
+                metadata=metadata if number == 0 else None,
+            )
+
+
+def _tiles(level: Any) -> Iterator[NDArray[np.uint32]]:
+    """Yield the tiles of a level row by row, those at its edges filled up with 0."""
+    height, width = level.shape
+    for y in range(0, height, _TILE_PX):
+        for x in range(0, width, _TILE_PX):
+            tile = np.zeros((_TILE_PX, _TILE_PX), np.uint32)
+            part = np.asarray(level[y : y + _TILE_PX, x : x + _TILE_PX])
+            tile[: part.shape[0], : part.shape[1]] = part
+            yield tile

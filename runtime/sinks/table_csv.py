@@ -1,0 +1,28 @@
+"""The table of objects as CSV, for spreadsheets: all columns but the outline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from pyarrow import csv
+
+from darcnn.runtime.sinks.atomic import atomic_file
+from darcnn.runtime.sinks.parquet import read_objects
+
+__all__ = ["write_csv"]
+
+_OUTLINE = "geometry"
+
+
+def write_csv(path: Path, objects: Path) -> None:
+    """Write the table `objects` (objects.parquet) as comma-separated values; what is not known is empty.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    schema = pq.read_schema(objects)
+    schema = schema.remove(schema.get_field_index(_OUTLINE))
+    with atomic_file(path) as file, csv.CSVWriter(file, schema) as writer:
+        for part in read_objects(objects, schema.names):
+            writer.write_table(part.select(schema.names).cast(schema))

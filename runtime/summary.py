@@ -1,0 +1,77 @@
+"""`summary.csv`: one line for each slide of a command."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from darcnn.runtime.pipeline import RunSummary
+from darcnn.runtime.readers.base import make_slide_name
+from darcnn.runtime.readers.protocol import Location
+from darcnn.runtime.sinks.atomic import atomic_file, translated
+
+__all__ = ["SUMMARY_FILE", "SlideOutcome", "write_summary"]
+
+SUMMARY_FILE = "summary.csv"
+_COLUMNS = (
+    "slide",
+    "file",
+    "state",
+    "objects",
+    "objects_per_mm2",
+    "tissue_mm2",
+    "seconds",
+    "warnings",
+    "error",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SlideOutcome:
+    """What came of one slide of a command: a summary, or an error of one line."""
+
+    path: Location
+    summary: RunSummary | None = None
+    error: str = ""
+
+
+def write_summary(out_dir: Path, outcomes: Sequence[SlideOutcome]) -> None:
+    """Write `out_dir`/summary.csv in place of an earlier one; areas are those that were looked at.
+
+    Nothing is written where no slide was done.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if all(outcome.summary is None for outcome in outcomes):
+        return
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    writer.writerows(_row(outcome) for outcome in outcomes)
+    with translated(out_dir), atomic_file(out_dir / SUMMARY_FILE) as file:
+        file.write(text.getvalue().encode())
+
+
+def _row(outcome: SlideOutcome) -> list[str]:
+    found = outcome.summary
+    if found is None:
+        return [make_slide_name(outcome.path), str(outcome.path), "failed", "", "", "", "", "", outcome.error]
+    return [
+        found.name,
+        str(outcome.path),
+        "done before" if found.was_done else "done",
+        str(found.n_objects),
+        _number(found.objects_per_mm2, 1),
+        _number(found.ground_mm2, 6),
+        "" if found.was_done else _number(found.seconds, 1),
+        "; ".join(found.warnings),
+        "",
+    ]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

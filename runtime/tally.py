@@ -1,0 +1,87 @@
+"""What is counted and timed on the way through a slide, and what of it a user is warned of."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from darcnn.runtime.fit import ModelFit
+from darcnn.runtime.parts import FinalRow
+
+__all__ = ["Tally"]
+
+_MANY_TILES = 20
+_FEW_OBJECTS = 0.1  # of the tiles hold any: of tissue one expects more
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of the final objects of one slide, and the seconds of each stage."""
+
+    fit: ModelFit
+    n_tiles: int  # that are looked at
+    n_tiles_skipped: int
+    n_objects: int = 0
+    n_truncated: int = 0
+    n_tiles_with_objects: int = 0
+    n_tiles_saturated: int = 0
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+    def add_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Add seconds by stage that somebody else measured."""
+        for name, value in seconds.items():
+            self.seconds[name] += value
+
+    def count(self, row: FinalRow) -> None:
+        """Take the final objects of a row of tiles."""
+        self.n_objects += row.table.num_rows
+        self.n_truncated += int(row.table["truncated"].to_numpy().sum())
+        self.n_tiles_with_objects += len(np.unique(row.tiles))
+        self.n_tiles_saturated += row.n_saturated
+        self.fit.add(*(row.table[name].to_numpy().astype(np.float64) for name in ("area_px", "score")))
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts that run.json holds."""
+        return {
+            "objects": self.n_objects,
+            "truncated": self.n_truncated,
+            "tiles": self.n_tiles,
+            "tiles_skipped": self.n_tiles_skipped,
+            "tiles_with_objects": self.n_tiles_with_objects,
+            "tiles_saturated": self.n_tiles_saturated,
+        }
+
+    def warnings(self, *, has_pixel_size: bool) -> tuple[str, ...]:
+        """Return one line for each thing that a user should look at."""
+        warnings = []
+        if not self.n_tiles:
+            warnings.append("no tissue found where it was looked for; --no-tissue looks at everything")
+        elif not self.n_objects:
+            warnings.append("no objects found")
+        elif self.n_tiles >= _MANY_TILES and self.n_tiles_with_objects < _FEW_OBJECTS * self.n_tiles:
+            warnings.append(f"only {self.n_tiles_with_objects} of {self.n_tiles} tiles hold objects")
+        if self.n_truncated:
+            warnings.append(f"{self.n_truncated} objects reach beyond their tile and may be cut")
+        if self.n_tiles_saturated:
+            warnings.append(
+                f"{self.n_tiles_saturated} tiles hold as many objects as the model can report, or more: "
+                "some may be missing"
+            )
+        warnings.extend(self.fit.warnings())
+        if not has_pixel_size:
+            warnings.append("pixel size unknown: micrometre columns are empty")
+        return tuple(warnings)

@@ -1,0 +1,89 @@
+"""summary.csv has a line for each slide of a command, and `--json` an event for each step."""
+
+import csv
+import json
+
+from darcnn.runtime.pipeline import RunSummary
+from darcnn.runtime.progress import JsonLines, Terminal
+from darcnn.runtime.summary import SlideOutcome, write_summary
+
+
+def summary(tmp_path, **changes):
+    facts = {
+        "name": "a, b",
+        "folder": tmp_path / "a, b",
+        "overview": tmp_path / "a, b" / "overview.png",
+        "n_objects": 30,
+        "seconds": 2.0,
+        "megapixels": 4.0,
+        "warnings": ("one", "two"),
+        "ground_mm2": 0.5,
+    }
+    return RunSummary(**(facts | changes))
+
+
+def test_the_summary_tells_count_density_area_warnings_and_failures(tmp_path):
+    outcomes = [
+        SlideOutcome(tmp_path / "a, b.svs", summary(tmp_path)),
+        SlideOutcome(tmp_path / "c.svs", summary(tmp_path, name="c", ground_mm2=None, was_done=True)),
+        SlideOutcome(tmp_path / "d.svs", error="d.svs: is damaged"),
+    ]
+    write_summary(tmp_path, outcomes)
+    with (tmp_path / "summary.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["state"] for line in lines] == ["done", "done before", "failed"]
+    assert [line["slide"] for line in lines] == ["a, b", "c", "d"]
+    assert (lines[0]["objects"], lines[0]["objects_per_mm2"], lines[0]["tissue_mm2"]) == (
+        "30",
+        "60.0",
+        "0.500000",
+    )
+    assert lines[0]["warnings"] == "one; two"
+    assert (lines[1]["objects_per_mm2"], lines[1]["seconds"]) == ("", "")
+    assert lines[2]["error"] == "d.svs: is damaged"
+
+
+def test_nothing_is_written_where_nothing_was_done(tmp_path):
+    write_summary(tmp_path / "out", [SlideOutcome(tmp_path / "d.svs", error="d.svs: is damaged")])
+    write_summary(tmp_path / "out", [])
+    assert not (tmp_path / "out").exists()
+
+
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("darcnn.runtime.progress.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_json_tells_each_step_in_a_line(tmp_path, capsys, monkeypatch):
+    now = clock(monkeypatch)
+    listener = JsonLines()
+    listener.begin(tmp_path / "a.svs", 1, 2)
+    for done in range(1, 11):
+        now[0] += 0.5
+        listener.advance(done, 10, n_objects=3 * done, megapixels=0.25 * done)
+    listener.finish(summary(tmp_path))
+    listener.fail("b.svs: no such file; check the path")
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events] == ["begin", *["progress"] * 6, "finish", "fail"]
+    steps = [event for event in events if event["event"] == "progress"]
+    assert [event["tiles"] for event in steps] == [1, 3, 5, 7, 9, 10]  # once a second, and the last
+    assert (steps[1]["tiles_per_second"], steps[1]["megapixels_per_second"]) == (2.0, 0.5)
+    assert (steps[1]["seconds_left"], steps[1]["objects"]) == (3.5, 9)
+    assert events[-2]["objects_per_mm2"] == 60.0
+    assert events[-1]["error"].startswith("b.svs")
+
+
+def test_the_progress_line_tells_pace_objects_and_time_left(tmp_path, capsys, monkeypatch):
+    now = clock(monkeypatch)
+    listener = Terminal(shows_progress=True)
+    listener.begin(tmp_path / "a.svs", 1, 2)
+    listener.advance(50, 100, n_objects=1000, megapixels=10.0)  # of an earlier run: at once
+    now[0] += 2.0
+    listener.advance(54, 100, n_objects=1200, megapixels=10.8)
+    line = capsys.readouterr().err.split("\r")[-1]
+    assert " 54 %  2.0 tiles/s  0.4 Mpx/s  1,200 objects  23 s left" in line
+    quiet = Terminal(shows_progress=False)
+    quiet.begin(tmp_path / "a.svs", 1, 2)
+    quiet.advance(1, 2)
+    assert capsys.readouterr().err == ""

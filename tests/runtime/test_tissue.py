@@ -1,0 +1,118 @@
+"""The tissue mask loses no tissue, leaves out glass and dark background, and says where it sees neither."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from darcnn.runtime.geometry import Region
+from darcnn.runtime.readers.array import ArrayReader
+from darcnn.runtime.readers.open import open_source
+from darcnn.runtime.tissue import TissueMask, find_tissue
+
+GLASS, PINK, PURPLE, GREY = (243, 243, 240), (225, 170, 200), (90, 60, 120), (120, 120, 121)
+
+
+def on_glass(pieces, shape=(1200, 1500), noise=1.0):
+    """Return a picture with rectangles (x0, y0, x1, y1, colour) on glass."""
+    picture = np.empty((*shape, 3))
+    picture[:] = GLASS
+    for x0, y0, x1, y1, colour in pieces:
+        picture[y0:y1, x0:x1] = colour
+    picture += np.random.default_rng(0).normal(0, noise, picture.shape)
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def mask_of(picture, diameter=14.0, channels=None):
+    with ArrayReader(picture) as reader:
+        return find_tissue(reader, diameter_px0=diameter, channels=channels)
+
+
+def lies_on(mask, x, y):
+    return bool(mask.contains(np.array([float(x)]), np.array([float(y)]))[0])
+
+
+def test_stain_is_tissue_and_glass_is_not():
+    mask = mask_of(on_glass([(300, 200, 900, 700, PINK)]))
+    assert mask.rule == "stain on glass"
+    assert mask.area_px0 == pytest.approx(600 * 500, rel=0.05)
+    assert lies_on(mask, 310, 210)
+    assert not lies_on(mask, 1400, 1100)
+
+
+def test_a_speck_far_from_tissue_is_left_out_and_a_long_thin_strand_is_not():
+    strand = (700, 400, 1300, 420, PINK)
+    mask = mask_of(on_glass([(200, 200, 700, 700, PINK), strand, (1300, 1000, 1330, 1030, GREY)]))
+    assert lies_on(mask, 1295, 410)
+    assert not lies_on(mask, 1315, 1015)
+
+
+def test_in_a_smear_of_single_cells_no_cell_is_a_speck():
+    cells = [(x, y, x + 14, y + 14, PURPLE) for x in range(100, 1400, 300) for y in range(100, 1100, 300)]
+    mask = mask_of(on_glass(cells))
+    assert all(lies_on(mask, x + 7, y + 7) for x, y, *_ in cells)
+    assert not lies_on(mask, 250, 250)
+
+
+def test_without_glass_everything_is_tissue():
+    mask = mask_of(on_glass([(0, 0, 1500, 1200, PINK)]))
+    assert mask.rule == "no background seen"
+    assert mask.cells.all()
+    assert mask.area_px0 == 1500 * 1200
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_on_a_dark_background_what_is_bright_is_tissue(dtype):
+    generator = np.random.default_rng(1)
+    picture = generator.normal(20, 2, (1000, 1400))
+    picture[300:340, 400:440] += 5  # a dim nucleus, beside a bright one that sets the range
+    picture[700:760, 1000:1060] += 180
+    mask = mask_of(np.clip(picture, 0, 255).astype(dtype), diameter=40.0, channels=(0,))
+    assert mask.rule == "bright on dark"
+    assert lies_on(mask, 420, 320)
+    assert lies_on(mask, 1030, 730)
+    assert mask.cells.mean() < 0.4
+
+
+def test_a_picture_that_is_neither_dark_nor_on_glass_counts_as_tissue():
+    grey = np.random.default_rng(2).normal(130, 20, (600, 600)).clip(0, 255).astype(np.uint8)
+    assert mask_of(grey, channels=(0,)).rule == "no background seen"
+
+
+def test_values_that_are_not_finite_count_as_dark():
+    picture = np.zeros((400, 400), np.float32)
+    picture[100:140, 100:140] = 5
+    picture[300:, 300:] = np.nan
+    mask = mask_of(picture, diameter=40.0, channels=(0,))
+    assert lies_on(mask, 120, 120)
+    assert not lies_on(mask, 390, 390)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 99.9), st.floats(0, 79.9)), min_size=1, max_size=5), st.integers(1, 9))
+def test_a_region_with_a_point_on_tissue_touches_it(points, reach):
+    cells = np.random.default_rng(3).random((8, 10)) < 0.3
+    mask = TissueMask(cells, cells, 100, 80, "bright on dark")
+    x, y = np.array(points).T
+    for at_x, at_y, inside in zip(x, y, mask.contains(x, y), strict=True):
+        region = Region(int(at_x) - reach, int(at_y) - reach, int(at_x) + reach, int(at_y) + reach)
+        assert mask.touches(region) or not inside
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("folder", "diameter"), [("fluorescence/val", 27), ("histology/val", 18), ("kumar/test", 28)]
+)
+def test_no_labelled_nucleus_lies_outside(shared, folder, diameter):
+    images = sorted((shared / "data" / folder / "images").iterdir())
+    for path in images:
+        with Image.open(shared / "data" / folder / "labels" / f"{path.stem}.png") as picture:
+            labels = np.asarray(picture).astype(np.int64)
+        ys, xs = np.nonzero(labels)
+        counts = np.bincount(labels[ys, xs])
+        present = counts > 0
+        x, y = (np.bincount(labels[ys, xs], at)[present] / counts[present] + 0.5 for at in (xs, ys))
+        with open_source(path) as reader:
+            mask = find_tissue(reader, diameter_px0=diameter, channels=None if reader.info.is_rgb else (0,))
+        assert mask.contains(x, y).all(), path.name
