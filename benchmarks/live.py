@@ -266,7 +266,7 @@ def n_files() -> int | None:
 
 
 def draw(rates: list[dict[str, Any]], alone: list[dict[str, Any]], path: Path) -> None:
-    """Draw latency and the share of frames done over the rate, a line for each frame size."""
+    """Draw latency and throughput over the rate, a line for each frame size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -281,7 +281,11 @@ def draw(rates: list[dict[str, Any]], alone: list[dict[str, Any]], path: Path) -
     latency.set(
         yscale="log", ylabel="from push to result, ms", xlabel="frames come, of what the engine can do"
     )
-    share.set(ylabel="frames done, %", xlabel="frames come, of what the engine can do", ylim=(0, 105))
+    share.set(
+        ylabel="frames done a second, % of the rate",
+        xlabel="frames come, of what the engine can do",
+        ylim=(0, 105),
+    )
     for axes in (latency, share):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
