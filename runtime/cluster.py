@@ -181,7 +181,7 @@ def open_cluster(
                     n_workers=n_workers,
                     threads_per_worker=1,
                     processes=True,
-                    dashboard_address=None,
+                    dashboard_address="127.0.0.1:0",  # a free port, seen on this machine only
                     memory_limit=0,  # slides are read in pieces: no worker need be stopped for what it holds
                     silence_logs=logging.CRITICAL,
                 )

@@ -139,7 +139,7 @@ def test_micrometres_are_null_without_a_pixel_size(segmenter, labels, tmp_path):
 
 
 def test_a_slide_without_objects_is_a_complete_result(segmenter, tmp_path):
-    with ArrayReader(np.zeros((90, 80, 3), np.uint8), name="empty") as reader:
+    with ArrayReader(np.zeros((290, 280, 3), np.uint8), name="empty") as reader:
         for options, warning in ((RunOptions(), "no tissue"), (RunOptions(tissue=False), "no objects found")):
             summary = run_slide(segmenter, reader, tmp_path / warning, options=options)
             assert {path.name for path in summary.folder.iterdir()} == NAMES
