@@ -17,6 +17,7 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +29,6 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
-from synthetic_slide import make_slide
 
 import darcnn.runtime
 from darcnn.runtime.engines.protocol import Detections, Engine, EngineSpec
@@ -92,7 +92,7 @@ class Figures:
     wall_by_engine: float  # of the same run: its seconds by those in which the engine was busy
     outputs_share: float  # seconds of the outputs by those of finding
     cpu_busy: float  # share of all cores
-    peak_memory_gb: float  # beyond the loaded model
+    peak_memory_gb: float  # beyond the model, loaded and run on the sample
     seconds: dict[str, float]
 
 
@@ -128,7 +128,11 @@ def main(
     try:
         made = [folder / f"synthetic-{side}.tif" for side in sides]
         for path, side in zip(made, sides, strict=True):
-            make_slide(_EXAMPLE, path, side_px=side, filled=filled)
+            # in a process of its own: what it takes is not the memory of a run
+            options = [str(_EXAMPLE), str(path), f"--side={side}", f"--filled={filled}"]
+            subprocess.run(
+                [sys.executable, str(Path(__file__).with_name("synthetic_slide.py")), *options], check=True
+            )
         with darcnn.runtime.load(model, device=device, backend=backend) as loaded:
             engine = TimedEngine(loaded.engine)
             segmenter = Segmenter(engine, loaded.manifest)
