@@ -90,8 +90,9 @@ def _tiles(picture: NDArray[np.uint8], side_px: int, filled: float, step: int) -
                         np.arange(at * step, (at + min(piece, _TILE_PX)) * step) for at in (y0 + y, x0 + x)
                     )
                     block = _lay(picture, rows, columns, round(side_px * (1 - filled) / 2), side_px, glass)
-                    shrunk = np.asarray(Image.fromarray(block).reduce(step))
-                    tile[y : y + piece, x : x + piece] = shrunk
+                    if block.strides[0]:
+                        block = np.asarray(Image.fromarray(block).reduce(step))
+                    tile[y : y + piece, x : x + piece] = block[: min(piece, _TILE_PX), : min(piece, _TILE_PX)]
             yield tile
 
 
@@ -104,8 +105,10 @@ def _lay(
     glass: NDArray[np.uint8],
 ) -> NDArray[np.uint8]:
     """Return the pixels of the slide at `rows` and `columns`: the picture, and glass within the margin."""
-    block = picture[np.ix_(_mirrored(rows, picture.shape[0]), _mirrored(columns, picture.shape[1]))]
     beyond = [(at < margin) | (at >= side_px - margin) for at in (rows, columns)]
+    if any(outside.all() for outside in beyond):
+        return np.broadcast_to(glass, (len(rows), len(columns), 3))
+    block = picture[np.ix_(_mirrored(rows, picture.shape[0]), _mirrored(columns, picture.shape[1]))]
     block[beyond[0][:, None] | beyond[1][None, :]] = glass
     return block
 

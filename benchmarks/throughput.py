@@ -236,11 +236,12 @@ def _draw(figures: list[Figures], path: Path) -> None:
     axes = page.subplots(len(figures), squeeze=False)[:, 0]
     names = ("decode", "engine", "find", "end_to_end")
     for one, axis in zip(figures, axes, strict=True):
-        axis.barh(
-            [name.replace("_", " ") for name in names], [getattr(one, f"{name}_mpx_s") for name in names]
-        )
+        speeds = [getattr(one, f"{name}_mpx_s") for name in names]
+        axis.bar_label(axis.barh([name.replace("_", " ") for name in names], speeds), fmt=" %.3g")
         axis.invert_yaxis()
         axis.set(title=f"{one.slide}: efficiency {one.efficiency:.2f}", xscale="log")
+        axis.minorticks_off()
+        axis.margins(x=0.2)
     axes[-1].set_xlabel("megapixels of tissue a second")
     page.savefig(path)
 
