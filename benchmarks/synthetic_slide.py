@@ -23,6 +23,7 @@ from darcnn.runtime.geometry import Region
 __all__ = ["make_slide"]
 
 _TILE_PX = 512
+_PIECE_PX = 2048  # so much of level 0 is in memory at once, along each axis
 _STEP = 4  # from level to level
 _SMALLEST_PX = 1024
 _QUALITY = 90
@@ -79,15 +80,37 @@ def make_slide(source: Path, out: Path, *, side_px: int, filled: float = 1.0, mp
 
 def _tiles(picture: NDArray[np.uint8], side_px: int, filled: float, step: int) -> Iterator[NDArray[np.uint8]]:
     glass = np.median(picture.reshape(-1, 3)[::997], axis=0).astype(np.uint8)
-    first, last = round(side_px * (1 - filled) / 2), round(side_px * (1 + filled) / 2)
-    side = -(-side_px // step)
+    side, piece = -(-side_px // step), max(1, _PIECE_PX // step)
     for y0 in range(0, side, _TILE_PX):
         for x0 in range(0, side, _TILE_PX):
-            y, x = (np.arange(at * step, (at + _TILE_PX) * step) for at in (y0, x0))
-            block = picture[np.ix_(_mirrored(y, picture.shape[0]), _mirrored(x, picture.shape[1]))]
-            beyond = ((y < first) | (y >= last))[:, None] | ((x < first) | (x >= last))[None, :]
-            block[beyond] = glass
-            yield np.asarray(Image.fromarray(block).reduce(step)) if step > 1 else block
+            tile = np.empty((_TILE_PX, _TILE_PX, 3), np.uint8)
+            for y in range(0, _TILE_PX, piece):  # piece by piece: a tile far up stands for gigabytes
+                for x in range(0, _TILE_PX, piece):
+                    rows, columns = (
+                        np.arange(at * step, (at + min(piece, _TILE_PX)) * step) for at in (y0 + y, x0 + x)
+                    )
+                    block = _lay(picture, rows, columns, round(side_px * (1 - filled) / 2), side_px, glass)
+                    if block.strides[0]:
+                        block = np.asarray(Image.fromarray(block).reduce(step))
+                    tile[y : y + piece, x : x + piece] = block[: min(piece, _TILE_PX), : min(piece, _TILE_PX)]
+            yield tile
+
+
+def _lay(
+    picture: NDArray[np.uint8],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    margin: int,
+    side_px: int,
+    glass: NDArray[np.uint8],
+) -> NDArray[np.uint8]:
+    """Return the pixels of the slide at `rows` and `columns`: the picture, and glass within the margin."""
+    beyond = [(at < margin) | (at >= side_px - margin) for at in (rows, columns)]
+    if any(outside.all() for outside in beyond):
+        return np.broadcast_to(glass, (len(rows), len(columns), 3))
+    block = picture[np.ix_(_mirrored(rows, picture.shape[0]), _mirrored(columns, picture.shape[1]))]
+    block[beyond[0][:, None] | beyond[1][None, :]] = glass
+    return block
 
 
 def _mirrored(at: NDArray[np.int64], n: int) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +29,6 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
-from synthetic_slide import make_slide
 
 import darcnn.runtime
 from darcnn.runtime.engines.protocol import Detections, Engine, EngineSpec
@@ -92,7 +92,7 @@ class Figures:
     wall_by_engine: float  # of the same run: its seconds by those in which the engine was busy
     outputs_share: float  # seconds of the outputs by those of finding
     cpu_busy: float  # share of all cores
-    peak_memory_gb: float  # beyond the loaded model
+    peak_memory_gb: float  # beyond the model, loaded and run on the sample
     seconds: dict[str, float]
 
 
@@ -128,7 +128,11 @@ def main(
     try:
         made = [folder / f"synthetic-{side}.tif" for side in sides]
         for path, side in zip(made, sides, strict=True):
-            make_slide(_EXAMPLE, path, side_px=side, filled=filled)
+            # in a process of its own: what it takes is not the memory of a run
+            options = [str(_EXAMPLE), str(path), f"--side={side}", f"--filled={filled}"]
+            subprocess.run(
+                [sys.executable, str(Path(__file__).with_name("synthetic_slide.py")), *options], check=True
+            )
         with darcnn.runtime.load(model, device=device, backend=backend) as loaded:
             engine = TimedEngine(loaded.engine)
             segmenter = Segmenter(engine, loaded.manifest)
@@ -232,11 +236,12 @@ def _draw(figures: list[Figures], path: Path) -> None:
     axes = page.subplots(len(figures), squeeze=False)[:, 0]
     names = ("decode", "engine", "find", "end_to_end")
     for one, axis in zip(figures, axes, strict=True):
-        axis.barh(
-            [name.replace("_", " ") for name in names], [getattr(one, f"{name}_mpx_s") for name in names]
-        )
+        speeds = [getattr(one, f"{name}_mpx_s") for name in names]
+        axis.bar_label(axis.barh([name.replace("_", " ") for name in names], speeds), fmt=" %.3g")
         axis.invert_yaxis()
         axis.set(title=f"{one.slide}: efficiency {one.efficiency:.2f}", xscale="log")
+        axis.minorticks_off()
+        axis.margins(x=0.2)
     axes[-1].set_xlabel("megapixels of tissue a second")
     page.savefig(path)
 

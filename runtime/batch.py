@@ -96,7 +96,8 @@ def _expand(text: str) -> list[Location]:
             raise InputError("holds no images", where=path, fix="name the files themselves")
         return files
     if not path.exists() and glob.has_magic(text):
-        matches: list[Location] = sorted(Path(match) for match in glob.glob(text))  # noqa: PTH207  # the text may be absolute
+        found = glob.glob(text)  # noqa: PTH207  # the text may be absolute
+        matches: list[Location] = sorted(Path(match) for match in found)
         if not matches:
             raise InputError("matches no file", where=text, fix="check the pattern")
         return matches

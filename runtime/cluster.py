@@ -13,6 +13,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,7 +22,7 @@ from typing import Any, cast
 from distributed import Client, LocalCluster, WorkerPlugin, as_completed, get_worker
 from distributed.scheduler import KilledWorker
 
-from darcnn.runtime.errors import DeviceError, UsageError
+from darcnn.runtime.errors import DarcnnError, DeviceError, UsageError
 from darcnn.runtime.readers.open import open_source
 from darcnn.runtime.readers.protocol import Location, Reader
 from darcnn.runtime.record import model_hash
@@ -108,7 +109,7 @@ class ClusterRunner:
         Raises:
             InputError: the slide cannot be read by a worker.
             UsageError: the slide lies in memory, where no worker sees it.
-            DeviceError: a row killed several workers, or all are gone.
+            DeviceError: a row killed several workers, or the scheduler is gone.
         """
         path = reader.info.path
         if path is None:
@@ -149,7 +150,24 @@ def _result(future: Any) -> FoundRow:
             where=err.last_worker.address,
             fix="give the workers more memory, or run fewer of them",
         ) from err
+    except CancelledError as err:
+        raise DeviceError(
+            "the scheduler is gone", where="--scheduler", fix="start it again; the same command goes on"
+        ) from err
     return found
+
+
+def _load_model(client: Client, model: _Model) -> None:
+    try:
+        client.register_plugin(model, name=_PLUGIN)
+    except DarcnnError:
+        raise
+    except Exception as err:  # Dask hands on what a worker said as a plain Exception: no module, old versions
+        raise UsageError(
+            f"a worker cannot load the model ({err})",
+            where="--scheduler",
+            fix="install the same darcnn where the workers run",
+        ) from err
 
 
 @contextmanager
@@ -171,7 +189,7 @@ def open_cluster(
         z: which plane the slides are opened at.
         t: which moment, likewise.
     Raises:
-        UsageError: no scheduler answers, or it has no workers.
+        UsageError: no scheduler answers, or it has no workers, or they lack darcnn.
         BundleError, DeviceError: a worker cannot load the model.
     """
     with ExitStack() as stack:
@@ -181,7 +199,7 @@ def open_cluster(
                     n_workers=n_workers,
                     threads_per_worker=1,
                     processes=True,
-                    dashboard_address=None,
+                    dashboard_address="127.0.0.1:0",  # a free port, seen on this machine only
                     memory_limit=0,  # slides are read in pieces: no worker need be stopped for what it holds
                     silence_logs=logging.CRITICAL,
                 )
@@ -197,7 +215,7 @@ def open_cluster(
                 where="--scheduler",
                 fix="start one with `dask scheduler` and `dask worker`, or pass --workers",
             ) from err
-        client.register_plugin(_Model(make_segmenter, is_ours=scheduler is None), name=_PLUGIN)
+        _load_model(client, _Model(make_segmenter, is_ours=scheduler is None))
         try:
             yield ClusterRunner(client, z=z, t=t)
         finally:

@@ -15,6 +15,7 @@ import numpy as np
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.manifest import Manifest, manifest_to_json
+from darcnn.runtime.readers.base import without_secrets
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.rows import SlideTask
 from darcnn.runtime.segmenter import Segmenter
@@ -154,7 +155,7 @@ def fingerprint(info: SlideInfo) -> dict[str, Any]:
     """
     assert info.path is not None
     if info.digest is not None:
-        return {"name": str(info.path), "size": None, "sha256": info.digest, "of": "metadata"}
+        return {"name": without_secrets(info.path), "size": None, "sha256": info.digest, "of": "metadata"}
     return fingerprint_file(Path(info.path))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from darcnn.runtime.pipeline import RunSummary
-from darcnn.runtime.readers.base import make_slide_name
+from darcnn.runtime.readers.base import make_slide_name, without_secrets
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 
@@ -59,10 +59,20 @@ def write_summary(out_dir: Path, outcomes: Sequence[SlideOutcome]) -> None:
 def _row(outcome: SlideOutcome) -> list[str]:
     found = outcome.summary
     if found is None:
-        return [make_slide_name(outcome.path), str(outcome.path), "failed", "", "", "", "", "", outcome.error]
+        return [
+            make_slide_name(outcome.path),
+            without_secrets(outcome.path),
+            "failed",
+            "",
+            "",
+            "",
+            "",
+            "",
+            outcome.error,
+        ]
     return [
         found.name,
-        str(outcome.path),
+        without_secrets(outcome.path),
         "done before" if found.was_done else "done",
         str(found.n_objects),
         _number(found.objects_per_mm2, 1),

@@ -78,8 +78,8 @@ class Tally:
             warnings.append(f"{self.n_truncated} objects reach beyond their tile and may be cut")
         if self.n_tiles_saturated:
             warnings.append(
-                f"{self.n_tiles_saturated} tiles hold as many objects as the model can report, or more: "
-                "some may be missing"
+                f"tiles that hold as many objects as the model can report: {self.n_tiles_saturated}; "
+                "some objects may be missing there"
             )
         warnings.extend(self.fit.warnings())
         if not has_pixel_size:

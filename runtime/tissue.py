@@ -22,6 +22,7 @@ Rule = Literal["stain on glass", "bright on dark", "no background seen"]
 
 _CELLS_PER_DIAMETER = 2  # a cell of the mask is half a typical object: a lone one still shows
 _MAX_CELLS = 2048  # along a side; 12 um in a slide of 25 mm
+_FEW_CELLS = 400  # a picture of ten objects by ten: too little to tell what its background is
 _MIN_BACKGROUND = 0.01  # less of the slide than that is no background
 _GROWN_CELLS = 6  # tissue is taken to reach three objects further than it is seen
 
@@ -79,7 +80,7 @@ def find_tissue(
     - Colour images with bright glass: tissue is what is coloured or dark, in optical density against the
       glass. Specks (little stain far from any other) are no tissue, unless the slide consists of such.
     - Dark images: tissue is what is brighter than the background by more than its noise.
-    - All else counts as tissue.
+    - All else counts as tissue, and so does a picture of few objects.
 
     Args:
         reader: the open slide; stays open.
@@ -91,6 +92,10 @@ def find_tissue(
     info = reader.info
     step = max(diameter_px0 / _CELLS_PER_DIAMETER, max(info.width_px0, info.height_px0) / _MAX_CELLS, 1.0)
     size = (max(1, round(info.width_px0 / step)), max(1, round(info.height_px0 / step)))
+    everything = np.ones(size[::-1], np.bool_)
+    whole = TissueMask(everything, everything, info.width_px0, info.height_px0, "no background seen")
+    if everything.size < _FEW_CELLS:
+        return whole
     chosen = channels or tuple(range(len(info.channel_names)))
     thumbnail = np.zeros((size[1], size[0], len(chosen)), np.float32)
     for strip in read_strips(reader, size):
@@ -104,8 +109,7 @@ def find_tissue(
     if seen is None:
         seen, rule = _on_dark(thumbnail), "bright on dark"
     if seen is None or seen.mean() > 1.0 - _MIN_BACKGROUND:
-        everything = np.ones(thumbnail.shape[:2], np.bool_)
-        return TissueMask(everything, everything, info.width_px0, info.height_px0, "no background seen")
+        return whole
     grown = _sum_around(seen, _GROWN_CELLS) > 0
     return TissueMask(grown, seen, info.width_px0, info.height_px0, rule)
 

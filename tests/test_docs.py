@@ -28,6 +28,7 @@ PAGES = (
     "docs/live.md",
     "docs/method.md",
     "docs/native.md",
+    "docs/runtime.md",
     "docs/tomograms.md",
     "docs/your-own-images.md",
 )
@@ -103,6 +104,18 @@ def test_python_block_of_the_readme_runs(block, example_slide):
     instances = namespace["instances"]
     assert instances.labels().shape == (300, 300)
     assert len(instances.polygons()) == len(instances.boxes) == len(instances.scores)
+
+
+@pytest.mark.slow
+def test_python_block_of_the_page_on_slides_runs(example_slide, tmp_path, monkeypatch):
+    needs_model("nuclei-he")
+    (tmp_path / "examples").symlink_to(example_slide.parent, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in blocks(read_page("docs/runtime.md")) if block.mark == "run"]
+    namespace = {}
+    exec(compile(block.text, f"docs/runtime.md:{block.line}", "exec"), namespace)
+    assert namespace["summary"].n_objects > 0
+    assert (tmp_path / "out" / "CMU-1-Small-Region" / "objects.csv").exists()
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ __all__ = [
     "settle_mpp",
     "suffix_of",
     "to_pixels",
+    "without_secrets",
 ]
 
 RGB_NAMES = ("red", "green", "blue")
@@ -232,6 +233,18 @@ def make_slide_name(path: Location) -> str:
     stem = path.stem
     inner = ".nii" if suffix_of(path) == ".nii.gz" else ".ome"
     return stem[: -len(inner)] if stem.lower().endswith(inner) and len(stem) > len(inner) else stem
+
+
+def without_secrets(path: Location) -> str:
+    """Return a path as it is, and a URL without what may let others in: user, password and query.
+
+    >>> without_secrets("https://me:secret@a.org/b.zarr?token=1"), without_secrets(Path("a?b"))
+    ('https://a.org/b.zarr', 'a?b')
+    """
+    if isinstance(path, Path):
+        return str(path)
+    parts = urlsplit(path)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def suffix_of(path: Path) -> str:

@@ -13,7 +13,8 @@ cluster = pytest.importorskip("darcnn.runtime.cluster", reason="needs the extra 
 
 from darcnn.runtime.cli import main  # noqa: E402
 from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_oracle_manifest  # noqa: E402
-from darcnn.runtime.errors import DeviceError, InputError, UsageError  # noqa: E402
+from darcnn.runtime.errors import BundleError, DeviceError, InputError, UsageError  # noqa: E402
+from darcnn.runtime.load import load  # noqa: E402
 from darcnn.runtime.pipeline import run_slide  # noqa: E402
 from darcnn.runtime.readers.array import ArrayReader  # noqa: E402
 from darcnn.runtime.readers.open import open_source  # noqa: E402
@@ -100,6 +101,19 @@ def test_a_worker_that_dies_loses_its_row_only(slide, alone, deadly, tmp_path):
 def test_a_row_that_kills_every_worker_is_one_line(slide, deadly, tmp_path):
     with pytest.raises(DeviceError, match="workers with it"):
         run_with(deadly(99), slide, tmp_path / "out", n_workers=1)
+
+
+def test_a_worker_that_cannot_load_the_model_is_one_line():
+    with (
+        pytest.raises(UsageError, match="a worker cannot load the model"),
+        cluster.open_cluster(partial(int, "x"), n_workers=1),
+    ):
+        pass
+    with (
+        pytest.raises(BundleError, match="no such model"),
+        cluster.open_cluster(partial(load, "nowhere"), n_workers=1),
+    ):
+        pass
 
 
 def test_what_a_worker_cannot_read_is_told_as_here(slide, tmp_path):

@@ -139,7 +139,7 @@ def test_micrometres_are_null_without_a_pixel_size(segmenter, labels, tmp_path):
 
 
 def test_a_slide_without_objects_is_a_complete_result(segmenter, tmp_path):
-    with ArrayReader(np.zeros((90, 80, 3), np.uint8), name="empty") as reader:
+    with ArrayReader(np.zeros((290, 280, 3), np.uint8), name="empty") as reader:
         for options, warning in ((RunOptions(), "no tissue"), (RunOptions(tissue=False), "no objects found")):
             summary = run_slide(segmenter, reader, tmp_path / warning, options=options)
             assert {path.name for path in summary.folder.iterdir()} == NAMES
@@ -196,6 +196,23 @@ def test_progress_counts_every_tile(segmenter, reader, tmp_path):
     assert found == sorted(found)
     assert found[-1] >= summary.n_objects
     assert pixels[-1] == pytest.approx(230 * 310 / 1e6)
+
+
+@pytest.mark.parametrize(("n_objects", "n_saturated"), [(4, 1), (3, 0)])
+def test_a_tile_with_as_many_objects_as_there_are_slots_is_warned_of(tmp_path, n_objects, n_saturated):
+    engine = OracleEngine(tile_px=128, detections=4)
+    labels = np.zeros((320, 320), np.int32)
+    for number in range(n_objects):
+        labels[150:160, 130 + 15 * number : 140 + 15 * number] = number + 1
+    with (
+        Segmenter(engine, make_oracle_manifest(engine, halo_px=32)) as segmenter,
+        ArrayReader(encode_labels(labels)) as reader,
+    ):
+        summary = run_slide(segmenter, reader, tmp_path)
+    record = json.loads((summary.folder / "run.json").read_text())
+    assert record["counts"]["tiles_saturated"] >= n_saturated
+    assert bool(record["counts"]["tiles_saturated"]) == bool(n_saturated)
+    assert any("may be missing" in warning for warning in summary.warnings) == bool(n_saturated)
 
 
 # --- the folder

@@ -80,6 +80,13 @@ def test_a_picture_that_is_neither_dark_nor_on_glass_counts_as_tissue():
     assert mask_of(grey, channels=(0,)).rule == "no background seen"
 
 
+@pytest.mark.parametrize("side", [1, 10, 100, 270])
+def test_a_picture_of_few_objects_counts_as_tissue(side):
+    nucleus = np.zeros((side, side), np.uint8)
+    nucleus[: side // 2, : side // 2] = 200
+    assert mask_of(nucleus, channels=(0,)).cells.all() == (side**2 < 400 * 7**2)
+
+
 def test_values_that_are_not_finite_count_as_dark():
     picture = np.zeros((400, 400), np.float32)
     picture[100:140, 100:140] = 5

@@ -1,0 +1,102 @@
+"""How long does it take, and how much memory, to write the outputs of very many objects?
+
+    python benchmarks/finishing.py out/CMU-1-Small-Region/objects.parquet --objects 1000000
+
+The objects of a real result are laid side by side on an empty slide as large as it takes, as part files of
+rows of tiles; then the table, the GeoJSON and the labels are written as a run writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import shapely
+
+from darcnn.runtime.parts import Parts, with_tile
+from darcnn.runtime.sinks.geojson import write_geojson
+from darcnn.runtime.sinks.ome_zarr import write_label_pyramid
+from darcnn.runtime.sinks.parquet import write_parquet
+
+
+@click.command()
+@click.argument("table", type=click.Path(path_type=Path, exists=True))
+@click.option("--objects", type=int, default=1_000_000, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
+def main(table: Path, objects: int, out: Path | None) -> None:
+    """Time the outputs of so many objects, made of those in TABLE."""
+    source = pq.read_table(table)
+    width, height = (math.ceil(max(source[f"bbox_{axis}1"].to_pylist())) + 8 for axis in "xy")
+    side = math.ceil(math.sqrt(objects / source.num_rows))  # copies along each axis
+    folder = Path(tempfile.mkdtemp())
+    record: dict[str, object] = {"objects": side * side * source.num_rows, "cores": os.cpu_count()}
+    record["side_px"] = [side * width, side * height]
+    try:
+        parts = Parts(folder)
+        for row in range(side):
+            copies = [_shift(source, column * width, row * height) for column in range(side)]
+            parts.write(row, pa.concat_tables(copies))
+        record["peak_before_gb"] = round(_peak_gb(), 2)
+        with _timed(record, "table"):
+            rows = (final.table for final in parts.read(side))
+            write_parquet(folder / "objects.parquet", rows, source.schema.remove_metadata())
+        with _timed(record, "geojson"):
+            write_geojson(folder / "a.geojson.gz", folder / "objects.parquet", slide_name="a", class_name="b")
+        with _timed(record, "labels"):
+            shape = (side * height, side * width)
+            write_label_pyramid(
+                folder / "labels.ome.zarr", folder / "objects.parquet", shape=shape, mpp=None, name="a"
+            )
+        record["peak_gb"] = round(_peak_gb(), 2)
+        record["load"] = os.getloadavg()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    click.echo(json.dumps(record, indent=1))
+    if out is not None:
+        out.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def _timed(record: dict[str, object], name: str) -> Iterator[None]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    record[f"{name}_s"] = round(time.perf_counter() - wall, 1)
+    record[f"{name}_cpu_s"] = round(time.process_time() - cpu, 1)
+
+
+def _shift(table: pa.Table, x: int, y: int) -> pa.Table:
+    moved = shapely.transform(
+        shapely.from_wkb(table["geometry"].to_numpy()), lambda points: points + np.array((x, y))
+    )
+    columns = {"geometry": pa.array(shapely.to_wkb(moved), pa.binary())}
+    for name, by in (
+        ("x", x),
+        ("y", y),
+        *((f"bbox_{a}{n}", b) for a, b in (("x", x), ("y", y)) for n in "01"),
+    ):
+        columns[name] = pa.array(table[name].to_numpy() + by, table.schema.field(name).type)
+    for name, values in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), values)
+    return with_tile(table, 0, np.zeros(table.num_rows, np.bool_))
+
+
+def _peak_gb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak / 1e6
+
+
+if __name__ == "__main__":
+    main()
