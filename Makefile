@@ -57,7 +57,7 @@ models: .venv-test/linked
 		{ test $$name != nuclei-he || test -d "$(RUNS)/$$name/source" || \
 			cp -r "$(RUNS)/nuclei-fluorescence/source" "$(RUNS)/$$name/source"; } && \
 		.venv-test/bin/darcnn-train run examples/recipes/$$name.toml --data "$(DATA)" --out "$(RUNS)/$$name" --resume && \
-		.venv-test/bin/darcnn-export bundle "$(RUNS)/$$name" --data "$(DATA)" --out "$(RUNS)/$$name.darcnn" --overwrite \
+		.venv-test/bin/darcnn-export bundle "$(RUNS)/$$name" --out "$(RUNS)/$$name.darcnn" --overwrite \
 		|| exit $$?; \
 	done
 

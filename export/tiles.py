@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +19,8 @@ from darcnn.runtime.intensity import sees_separate_channels
 from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
 from darcnn.runtime.readers.open import is_readable
 from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.volumes.find import plan_view, plane_reader
+from darcnn.runtime.volumes.open import open_volume
 from darcnn.training.config import Recipe
 
 __all__ = ["TileSource", "images_in", "images_of", "read_tiles"]
@@ -67,7 +71,8 @@ def read_tiles(
 ) -> dict[str, NDArray[np.uint8]]:
     """Return up to `limit` tiles (S, S, C), spread evenly over the images and over each image.
 
-    A volume is represented by its middle plane, at the middle of its time.
+    A volume is represented by its middle plane, at the middle of its time; where the model sees slabs, by the
+    middle slab.
     Pixels come as in a run: same scale, same intensity rule, same reflection at the edges.
 
     Raises:
@@ -82,7 +87,8 @@ def read_tiles(
     tiles: dict[str, NDArray[np.uint8]] = {}
     with Segmenter(open_engine(bundle, device="cpu"), bundle.manifest) as segmenter:
         for source in chosen:
-            with _open_middle(source.path) as reader:
+            with ExitStack() as stack:
+                reader = _open_middle(source, segmenter, stack)
                 facts = reader.info
                 plan = segmenter.plan(
                     facts,
@@ -96,10 +102,17 @@ def read_tiles(
     return tiles
 
 
-def _open_middle(path: Path) -> Reader:
-    planes = count_planes(path)
+def _open_middle(source: TileSource, segmenter: Segmenter, stack: ExitStack) -> Reader:
+    """Return the middle plane or slab of an image, open until `stack` ends."""
+    planes = count_planes(source.path)
     z, t = (n // 2 if n > 1 else None for n in (planes.n_z, planes.n_t))
-    return open_source(path, z=z, t=t)
+    if z is None or segmenter.manifest.input.slab is None:
+        return stack.enter_context(open_source(source.path, z=z, t=t))
+    scratch = Path(stack.enter_context(TemporaryDirectory()))
+    volume = stack.enter_context(open_volume(source.path, scratch, t=t, channel=0))
+    pixels = volume.info.voxel_nm is None
+    view = plan_view(segmenter, volume, "z", diameter_px=source.diameter_px, pixels=pixels)
+    return stack.enter_context(plane_reader(volume, "z", view.stack.plane(z)))
 
 
 def _channel_for(channels: int, facts: SlideInfo) -> int | None:

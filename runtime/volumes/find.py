@@ -17,7 +17,7 @@ from darcnn.runtime.volumes.sections import Section, sections_of
 from darcnn.runtime.volumes.stack import Stack, even_steps, measure_stack
 from darcnn.runtime.volumes.volume import AXES, Axis, Volume, across
 
-__all__ = ["View", "estimate_in_volume", "find_sections", "plan_view"]
+__all__ = ["View", "estimate_in_volume", "find_sections", "plan_view", "plane_reader"]
 
 _UM_PER_NM = 1e-3
 _LOOKED_AT = 4  # planes whose objects' size is estimated
@@ -59,7 +59,7 @@ def plan_view(
         raise UsageError(
             f"a slab of {n_joined} planes has none in its middle", where="--slab", fix="give an odd number"
         )
-    with _reader_of(volume, axis, np.zeros(volume.info.plane_shape(axis), np.float32)) as reader:
+    with plane_reader(volume, axis, np.zeros(volume.info.plane_shape(axis), np.float32)) as reader:
         plan = segmenter.plan(reader.info, diameter_px=diameter_px, pixels=pixels)
     stack = Stack.of(volume, axis, model.slab, model.nominal_diameter_px / plan.scale)
     if n_joined is not None:
@@ -72,7 +72,7 @@ def estimate_in_volume(segmenter: Segmenter, volume: Volume, axis: Axis) -> floa
     found = []
     plain = Stack(volume, axis)
     for index in even_steps(len(plain), _LOOKED_AT):
-        with _reader_of(volume, axis, plain.plane(index)) as reader:
+        with plane_reader(volume, axis, plain.plane(index)) as reader:
             found.append(estimate_diameter(segmenter, reader))
     known = [one for one in found if one is not None]
     return float(np.median(known)) if known else None
@@ -82,11 +82,11 @@ def find_sections(segmenter: Segmenter, view: View, start: int, stop: int) -> It
     """Yield the objects on planes `start` to `stop` - 1; a thread makes the next plane meanwhile."""
     stack = view.stack
     for index, plane in enumerate(stack.read_ahead(start, stop), start=start):
-        with _reader_of(stack.volume, stack.axis, plane) as reader:
+        with plane_reader(stack.volume, stack.axis, plane) as reader:
             yield sections_of(segmenter.segment(reader, view.plan, window=view.window), index, plane)
 
 
-def _reader_of(volume: Volume, axis: Axis, plane: np.typing.NDArray[np.float32]) -> ArrayReader:
+def plane_reader(volume: Volume, axis: Axis, plane: np.typing.NDArray[np.float32]) -> ArrayReader:
     """Return a plane as a source of pixels, with the size of its voxels where they are square."""
     voxel = volume.info.voxel_nm
     mpp = None
