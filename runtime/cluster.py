@@ -33,7 +33,7 @@ __all__ = ["ClusterRunner", "SlideSource", "open_cluster"]
 
 _PLUGIN = "darcnn-model"
 _AHEAD = 2  # rows that each worker has in hand: the next one waits where the last ends
-_CONNECT_SECONDS, _WORKER_SECONDS = 20, 120
+_CONNECT_SECONDS, _WORKER_SECONDS = 20, 60
 
 
 @dataclass(frozen=True, slots=True)
