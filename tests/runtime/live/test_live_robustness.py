@@ -161,7 +161,8 @@ def test_a_fork_after_opening_gives_a_clear_error(make_engine, to_segmenter, fra
 
 
 WAITS = """
-import sys, threading, time
+import signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born without it
 from darcnn.runtime.engines.oracle import OracleEngine, make_oracle_manifest
 from darcnn.runtime.live import LiveSegmenter
 from darcnn.runtime.segmenter import Segmenter
@@ -196,7 +197,10 @@ def test_ctrl_c_interrupts_every_wait_and_closes(wait):
         time.sleep(0.3)
         start = time.perf_counter()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        try:
+            out, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert out == b"interrupted 1\n", err
     assert time.perf_counter() - start < 3
     assert err == b""
