@@ -50,7 +50,8 @@ lint: .venv-test/linked
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy -p darcnn.runtime -p darcnn.training -p darcnn.export
 
-# The source stage is the same in the recipes of nuclei and is trained once; particles start from what is shipped of it.
+# The source stage is the same in the recipes of nuclei and is trained once; particles start from what is
+# shipped of it, and are shipped in int8: three models in float16 are too much for one package.
 models: .venv-test/linked
 	for name in nuclei-fluorescence nuclei-he particles-cryoet; do \
 		mkdir -p "$(RUNS)/$$name" && \
@@ -60,6 +61,9 @@ models: .venv-test/linked
 		.venv-test/bin/darcnn-export bundle "$(RUNS)/$$name" --out "$(RUNS)/$$name.darcnn" --overwrite \
 		|| exit $$?; \
 	done
+	mkdir -p "$(RUNS)/int8"
+	.venv-test/bin/darcnn-export quantise "$(RUNS)/particles-cryoet.darcnn" --data "$(DATA)/tomograms/train" \
+		--out "$(RUNS)/int8/particles-cryoet.darcnn" --overwrite
 
 # OpenVINO, CMake and ninja are those of NATIVE_PYTHON. No wheel holds or needs any of this.
 native: $(NATIVE_PYTHON)

@@ -17,7 +17,7 @@ import numpy as np
 from darcnn.runtime.volumes.link import link_sections
 from darcnn.runtime.volumes.sections import Section
 
-_HEIGHT = 8  # pixels of a section along y, which is not seen
+_HEIGHT = 3  # pixels of a section along y, which is not seen
 _COLOURS = ("tab:green", "tab:orange", "tab:blue", "tab:red")
 
 
@@ -31,7 +31,7 @@ def cases() -> dict[str, tuple[list[list[Section]], int]]:
     one_to_one = [[_section(z, 2 + z, 9), _section(z, 13 + z, 9)] for z in range(6)]
     missed = [[_section(z, 12 - w // 2, w)] if z != 3 else [] for z, w in enumerate([*round_, 3])]
     merged = [[_section(z, 2, 9), _section(z, 13, 9)] if z != 3 else [_section(z, 2, 20)] for z in range(7)]
-    waist = [[_section(z, 12 - w // 2, w)] for z, w in enumerate([4, 9, 11, 9, 3, 9, 11, 8, 4])]
+    waist = [[_section(z, 12 - w // 2, w)] for z, w in enumerate([4, 8, 9, 8, 6, 3, 6, 8, 9, 8, 4])]
     noise = [[_section(z, 4, 9)] + ([_section(z, 18, 5)] if z in (3, 4) else []) for z in range(7)]
     return {
         "one to one,\nthe best overlap first": (one_to_one, 1),

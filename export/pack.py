@@ -149,7 +149,7 @@ def make_members(
 def write_quantised(
     path: Path, bundle: Bundle, tiles: Sequence[NDArray[np.uint8]], *, has_offsets: bool
 ) -> None:
-    """Write `bundle` with its encoders in int8, called NAME-int8; replaces `path`.
+    """Write `bundle` with its encoders in int8, called as the file `path`, which is replaced.
 
     Args:
         path: of the new bundle.
@@ -164,7 +164,7 @@ def write_quantised(
     training = json.loads(bundle.read("training.json")) | {"calibration_tiles": len(tiles)}
     members = {name: quantised.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
     members["training.json"] = _as_text(training)
-    write_bundle(path, replace(quantised.manifest, name=f"{bundle.manifest.name}-int8"), members)
+    write_bundle(path, replace(quantised.manifest, name=path.stem), members)
 
 
 def write_model_bundle(

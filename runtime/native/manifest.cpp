@@ -91,7 +91,10 @@ void parse_input(Fields &fields, Manifest &m) {
     if (!is_full && m.intensity_low >= m.intensity_high) throw JsonError("input/intensity/high is out of range");
     m.nominal_diameter_px = fields.number("input/nominal_diameter_px", 1e-3, kMaxSide);
     m.mpp = fields.size_or_null("input/mpp", false);
-    if (fields.has("input/finds_diameter", Kind::boolean)) fields.take("input/finds_diameter", Kind::boolean);
+    // Of no use to a frame: it is one plane, and its scale is given.
+    const std::pair<const char *, Kind> others[] = {{"input/finds_diameter", Kind::boolean}, {"input/slab", Kind::null}, {"precision", Kind::text}};
+    for (const auto &[path, kind] : others) if (fields.has(path, kind)) fields.take(path, kind);
+    if (fields.has("input/slab", Kind::object)) for (const auto &name : fields.names("input/slab")) fields.number("input/slab/" + name, 0, 1e3);
 }
 
 void parse_limits(Fields &fields, Manifest &m) {

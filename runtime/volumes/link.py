@@ -5,6 +5,7 @@ The result is a function of the sections alone, in whatever blocks they were fou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -22,30 +23,35 @@ _MIN_IOU = 0.2  # sections that overlap less are two objects ...
 _CONTAINED = 0.8  # ... unless one lies so far inside the other: the cap of a round object
 _COVERED = 0.5  # share of a section that a merged one must cover to hold it
 _WAIST = 0.5  # a chain is cut where its area falls below this share of the maxima on both sides
+_DEEP = 0.7  # ... and only into objects that are this deep, in shares of their width
 _BRIDGED = 1  # planes in a row on which an object may be missed
 
 
-def link_sections(planes: Iterable[list[Section]], *, min_planes: int = 1) -> Iterator[Chain]:
+def link_sections(
+    planes: Iterable[list[Section]], *, min_planes: int = 1, plane_px: float = 1.0
+) -> Iterator[Chain]:
     """Yield the chains of the sections of consecutive planes, each as soon as it has ended.
 
     1. Sections of two planes are candidates for one object where their masks overlap (IoU 0.2 or more, or one
        lies in the other), and are joined one to one, the best overlap first.
     2. An object missed on one plane goes on if it is found on the next.
     3. Where two chains run into one section and out of it on the next plane, that section is cut in two.
-    4. A chain with a waist, two objects one behind the other, is cut there.
+    4. A chain with a waist, two objects one behind the other, is cut there, if both would be about as deep as
+       they are wide: a flat piece is no object of its own.
     5. Chains of fewer than `min_planes` sections are left out, at the first and the last plane of fewer than
        half: even what is one plane thick shows in all slabs that hold it, and what shows in fewer is noise.
 
     Args:
         planes: the sections of each plane; four planes are in memory at once.
         min_planes: of a chain.
+        plane_px: distance of two planes in pixels of a plane.
     """
     linker = _Linker()
     for current, after in _pairs(planes):
         for chain in linker.add(current, after):
-            yield from _finish(chain, min_planes, last=-1)  # it ended before this plane
+            yield from _finish(chain, min_planes, plane_px, last=-1)  # it ended before this plane
     for chain in linker.active:
-        yield from _finish(chain, min_planes, last=linker.plane)
+        yield from _finish(chain, min_planes, plane_px, last=linker.plane)
 
 
 def _pairs(planes: Iterable[list[Section]]) -> Iterator[tuple[list[Section], list[Section]]]:
@@ -179,28 +185,32 @@ def shared_pixels(one: Section, other: Section) -> int:
     return int(np.count_nonzero(part & other.mask[y0 - other.y : y1 - other.y, x0 - other.x : x1 - other.x]))
 
 
-def _finish(chain: Chain, min_planes: int, *, last: int) -> Iterator[Chain]:
+def _finish(chain: Chain, min_planes: int, plane_px: float, *, last: int) -> Iterator[Chain]:
     """Yield the chain, cut at its waists, without what is too short; `last` is the last plane of all."""
-    waist = _find_waist([section.area_px for section in chain], min_planes)
+    waist = _find_waist([section.area_px for section in chain], min_planes, plane_px)
     if waist is not None:
-        yield from _finish(chain[:waist], min_planes, last=last)
-        yield from _finish(chain[waist:], min_planes, last=last)
+        yield from _finish(chain[:waist], min_planes, plane_px, last=last)
+        yield from _finish(chain[waist:], min_planes, plane_px, last=last)
         return
     is_at_end = chain[0].plane == 0 or chain[-1].plane == last
     if len(chain) >= ((min_planes + 1) // 2 if is_at_end else min_planes):
         yield chain
 
 
-def _find_waist(areas: list[int], min_planes: int) -> int | None:
+def _find_waist(areas: list[int], min_planes: int, plane_px: float) -> int | None:
     """Return where to cut: the first section of the second object, None where there is one object.
 
-    >>> _find_waist([5, 9, 3, 8, 6], 2), _find_waist([5, 9, 7, 8, 6], 2)
+    >>> _find_waist([5, 9, 3, 8, 6], 2, 1.0), _find_waist([5, 9, 7, 8, 6], 2, 1.0)
     (2, None)
+    >>> _find_waist([50, 90, 30, 80, 60], 2, 1.0)  # flat pieces
     """
     best: tuple[float, int] | None = None
     for at in range(min_planes, len(areas) - min_planes + 1):
-        lower = min(max(areas[:at]), max(areas[at:]))
-        depth = areas[at] / lower
-        if depth < _WAIST and (best is None or depth < best[0]):
+        pieces = areas[:at], areas[at:]
+        depth = areas[at] / min(max(piece) for piece in pieces)
+        is_deep = all(
+            len(piece) * plane_px >= _DEEP * 2.0 * math.sqrt(max(piece) / math.pi) for piece in pieces
+        )
+        if depth < _WAIST and is_deep and (best is None or depth < best[0]):
             best = (depth, at)
     return None if best is None else best[1]

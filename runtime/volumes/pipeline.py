@@ -255,7 +255,8 @@ def _link(views: Sequence[View], parts: Parts, folder: Path) -> SolidFile:
     found = []
     for view in views:
         stack, path = view.stack, folder / f"solids-{view.stack.axis}.arrow"
-        chains = link_sections(_planes(views, view, parts), min_planes=stack.n_joined)
+        planes = _planes(views, view, parts)
+        chains = link_sections(planes, min_planes=stack.n_joined, plane_px=stack.plane_px)
         write_solids(path, (solid_of(chain, axis=stack.axis, n_planes=len(stack)) for chain in chains))
         found.append(SolidFile(path))
     if len(found) == 1:

@@ -37,14 +37,20 @@ class Stack:
         """Return the stack for objects of `diameter_px` pixels of a plane, as the model's rule wants it."""
         if slab is None:
             return cls(volume, axis)
-        depth_px, voxel_nm = diameter_px, volume.info.voxel_nm
-        if voxel_nm is not None:
-            inside = math.sqrt(math.prod(voxel_nm[AXES.index(one)] for one in across(axis)))
-            depth_px *= inside / voxel_nm[AXES.index(axis)]
-        return cls(volume, axis, slab.count_planes(depth_px), slab.sigma_px(diameter_px))
+        n_joined = slab.count_planes(diameter_px / cls(volume, axis).plane_px)
+        return cls(volume, axis, n_joined, slab.sigma_px(diameter_px))
 
     def __len__(self) -> int:
         return self.volume.info.shape[AXES.index(self.axis)]
+
+    @property
+    def plane_px(self) -> float:
+        """Distance of two planes in pixels of a plane; 1 where the voxel size is not known."""
+        voxel_nm = self.volume.info.voxel_nm
+        if voxel_nm is None:
+            return 1.0
+        inside = math.sqrt(math.prod(voxel_nm[AXES.index(one)] for one in across(self.axis)))
+        return voxel_nm[AXES.index(self.axis)] / inside
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -63,7 +63,7 @@ def nodes(quantised):
 
 
 def test_the_file_is_a_bundle_in_int8_and_smaller(shipped, quantised):
-    assert (quantised.manifest.name, quantised.precision) == ("nuclei-he-int8", "int8")
+    assert (quantised.manifest.name, quantised.precision) == ("small", "int8")
     assert quantised.manifest.input == shipped.manifest.input
     assert len(quantised.read("detect.onnx")) < 0.7 * len(shipped.read("detect.onnx"))
     assert quantised.read("mask.onnx") == shipped.read("mask.onnx")

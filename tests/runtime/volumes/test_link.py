@@ -62,9 +62,16 @@ def test_a_merger_that_lasts_is_one_object() -> None:
 
 
 def test_objects_one_behind_the_other_are_cut_at_the_waist() -> None:
+    sides = [3, 5, 6, 6, 5, 3, 5, 6, 6, 5, 3]
+    planes = [[square(z, 10 - side // 2, 10 - side // 2, side)] for z, side in enumerate(sides)]
+    assert [len(chain) for chain in link_sections(planes, min_planes=2)] == [5, 6]
+
+
+def test_no_flat_pieces_are_cut_off_unless_planes_lie_far_apart() -> None:
     sides = [4, 8, 9, 8, 4, 8, 9, 8, 4]
     planes = [[square(z, 10 - side // 2, 10 - side // 2, side)] for z, side in enumerate(sides)]
-    assert [len(chain) for chain in link_sections(planes, min_planes=2)] == [4, 5]
+    assert [len(chain) for chain in link_sections(planes, min_planes=2)] == [9]
+    assert [len(chain) for chain in link_sections(planes, min_planes=2, plane_px=2.0)] == [4, 5]
 
 
 def test_what_shows_in_fewer_slabs_than_hold_it_is_noise_but_at_the_ends() -> None:
