@@ -38,8 +38,8 @@ def link_sections(
     3. Where two chains run into one section and out of it on the next plane, that section is cut in two.
     4. A chain with a waist, two objects one behind the other, is cut there, if both would be about as deep as
        they are wide: a flat piece is no object of its own.
-    5. Chains of fewer than `min_planes` sections are left out, at the first and the last plane of fewer than
-       half: even what is one plane thick shows in all slabs that hold it, and what shows in fewer is noise.
+    5. Chains of fewer than `min_planes` sections are left out: even what is one plane thick shows in all slabs
+       that hold it, and what shows in fewer is noise.
 
     Args:
         planes: the sections of each plane; four planes are in memory at once.
@@ -49,9 +49,9 @@ def link_sections(
     linker = _Linker()
     for current, after in _pairs(planes):
         for chain in linker.add(current, after):
-            yield from _finish(chain, min_planes, plane_px, last=-1)  # it ended before this plane
+            yield from _finish(chain, min_planes, plane_px)
     for chain in linker.active:
-        yield from _finish(chain, min_planes, plane_px, last=linker.plane)
+        yield from _finish(chain, min_planes, plane_px)
 
 
 def _pairs(planes: Iterable[list[Section]]) -> Iterator[tuple[list[Section], list[Section]]]:
@@ -68,11 +68,11 @@ def _pairs(planes: Iterable[list[Section]]) -> Iterator[tuple[list[Section], lis
 @dataclass(slots=True)
 class _Linker:
     active: list[Chain] = field(default_factory=list)
-    plane: int = -1  # the last one taken
+    _plane: int = -1  # the last one taken
 
     def add(self, current: list[Section], after: list[Section]) -> list[Chain]:
         """Take the next plane; return the chains that have ended before it."""
-        self.plane += 1
+        self._plane += 1
         ends = [chain[-1] for chain in self.active]
         sections = _split_merged(ends, current, after)
         taken = _match(ends, sections)
@@ -81,8 +81,8 @@ class _Linker:
                 self.active[taken[row]].append(section)
             else:
                 self.active.append([section])
-        ended = [chain for chain in self.active if chain[-1].plane < self.plane - _BRIDGED]
-        self.active = [chain for chain in self.active if chain[-1].plane >= self.plane - _BRIDGED]
+        ended = [chain for chain in self.active if chain[-1].plane < self._plane - _BRIDGED]
+        self.active = [chain for chain in self.active if chain[-1].plane >= self._plane - _BRIDGED]
         return ended
 
 
@@ -185,15 +185,13 @@ def shared_pixels(one: Section, other: Section) -> int:
     return int(np.count_nonzero(part & other.mask[y0 - other.y : y1 - other.y, x0 - other.x : x1 - other.x]))
 
 
-def _finish(chain: Chain, min_planes: int, plane_px: float, *, last: int) -> Iterator[Chain]:
-    """Yield the chain, cut at its waists, without what is too short; `last` is the last plane of all."""
+def _finish(chain: Chain, min_planes: int, plane_px: float) -> Iterator[Chain]:
+    """Yield the chain, cut at its waists, without what is too short."""
     waist = _find_waist([section.area_px for section in chain], min_planes, plane_px)
     if waist is not None:
-        yield from _finish(chain[:waist], min_planes, plane_px, last=last)
-        yield from _finish(chain[waist:], min_planes, plane_px, last=last)
-        return
-    is_at_end = chain[0].plane == 0 or chain[-1].plane == last
-    if len(chain) >= ((min_planes + 1) // 2 if is_at_end else min_planes):
+        yield from _finish(chain[:waist], min_planes, plane_px)
+        yield from _finish(chain[waist:], min_planes, plane_px)
+    elif len(chain) >= min_planes:
         yield chain
 
 

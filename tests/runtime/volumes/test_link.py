@@ -74,13 +74,11 @@ def test_no_flat_pieces_are_cut_off_unless_planes_lie_far_apart() -> None:
     assert [len(chain) for chain in link_sections(planes, min_planes=2, plane_px=2.0)] == [4, 5]
 
 
-def test_what_shows_in_fewer_slabs_than_hold_it_is_noise_but_at_the_ends() -> None:
+def test_what_shows_in_fewer_slabs_than_hold_it_is_noise() -> None:
     lasting = [square(z, 0, 0) for z in range(9)]
     short = [square(z, 30, 0) for z in (3, 4)]
-    at_ends = [square(z, 60, 0) for z in (0, 1)] + [square(z, 90, 0) for z in (7, 8)]
-    once = [square(0, 120, 0), square(8, 150, 0)]
-    planes = [[one for one in [*lasting, *short, *at_ends, *once] if one.plane == z] for z in range(9)]
-    assert [chain[0].x for chain in link_sections(planes, min_planes=3)] == [60, 0, 90]
+    planes = [[one for one in [*lasting, *short] if one.plane == z] for z in range(9)]
+    assert [chain[0].x for chain in link_sections(planes, min_planes=3)] == [0]
 
 
 def test_no_plane_and_empty_planes_have_no_chain() -> None:
