@@ -38,8 +38,8 @@ def link_sections(
     3. Where two chains run into one section and out of it on the next plane, that section is cut in two.
     4. A chain with a waist, two objects one behind the other, is cut there, if both would be about as deep as
        they are wide: a flat piece is no object of its own.
-    5. Chains of fewer than `min_planes` sections are left out: even what is one plane thick shows in all slabs
-       that hold it, and what shows in fewer is noise.
+    5. Chains of fewer than `min_planes` sections are left out: even what is one plane thick shows in all
+       slabs that hold it, and what shows in fewer is noise.
 
     Args:
         planes: the sections of each plane; four planes are in memory at once.
