@@ -18,7 +18,7 @@ from darcnn.runtime.volumes.volume import AXES, Axis
 
 __all__ = ["write_overview", "write_scroll"]
 
-_SIDE_PX = 1024  # a plane is at most so large
+_SIDE_PX = 1024  # a plane is at most so large, and a small one is enlarged: outlines hide less of it
 _SCROLL_PX = 384
 _FRAMES = 48
 _FRAME_MS = 90
@@ -47,7 +47,8 @@ def write_overview(
         InputError: the volume cannot be read.
         OSError: the file cannot be written; nothing is left behind.
     """
-    planes = [_plane_with_outlines(stack, len(stack) // 2, window, numbered) for stack in stacks]
+    factor = max(1, _SIDE_PX // max(stacks[0].volume.info.shape))
+    planes = [_plane_with_outlines(stack, len(stack) // 2, window, numbered, factor) for stack in stacks]
     z, y, x = (_shrunk(plane, _SIDE_PX) for plane in planes)
     crops = _best_crops(stacks[0], window, numbered)
     width = max(z.width + _GAP_PX + x.height, len(crops[:12]) * (_CROP_PX + _GAP_PX), 480)
@@ -78,7 +79,7 @@ def write_scroll(path: Path, stack: Stack, window: Window, numbered: Numbered) -
         OSError: the file cannot be written; nothing is left behind.
     """
     frames = [
-        _shrunk(_plane_with_outlines(stack, index, window, numbered), _SCROLL_PX).quantize(32)
+        _shrunk(_plane_with_outlines(stack, index, window, numbered, 1), _SCROLL_PX).quantize(32)
         for index in even_steps(len(stack), _FRAMES)
     ]
     with atomic_file(path) as file:
@@ -87,9 +88,11 @@ def write_scroll(path: Path, stack: Stack, window: Window, numbered: Numbered) -
         )
 
 
-def _plane_with_outlines(stack: Stack, index: int, window: Window, numbered: Numbered) -> Image.Image:
+def _plane_with_outlines(
+    stack: Stack, index: int, window: Window, numbered: Numbered, factor: int
+) -> Image.Image:
+    """Return plane `index`, `factor` times as large."""
     grey = apply_window(stack.plane(index), window)
-    factor = max(1, round(_SCROLL_PX / max(grey.shape)))  # a small plane is enlarged: outlines hide less
     labels = np.zeros(grey.shape, np.uint32)
     for crop, row, column, number in _sections(stack.axis, index, numbered):
         labels[row : row + crop.shape[0], column : column + crop.shape[1]][crop] = number
