@@ -198,7 +198,7 @@ def _finish(chain: Chain, min_planes: int, plane_px: float) -> Iterator[Chain]:
 def _find_waist(areas: list[int], min_planes: int, plane_px: float) -> int | None:
     """Return where to cut: the first section of the second object, None where there is one object.
 
-    >>> _find_waist([5, 9, 3, 8, 6], 2, 1.0), _find_waist([5, 9, 7, 8, 6], 2, 1.0)
+    >>> _find_waist([4, 6, 2, 5, 4], 2, 1.0), _find_waist([4, 6, 4, 5, 4], 2, 1.0)
     (2, None)
     >>> _find_waist([50, 90, 30, 80, 60], 2, 1.0)  # flat pieces
     """

@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from darcnn.export.graph import OPSET, STANDARD_OPS, _to_onnx, check_graph, freeze_network
+from darcnn.export.graph import OPSET, QUANTISED_OPS, STANDARD_OPS, _to_onnx, check_graph, freeze_network
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.load import find_bundle, shipped_models
 from darcnn.training.model.backbone import to_three_channels
@@ -55,8 +55,10 @@ def test_the_allowed_operations_hold_nothing_that_needs_a_plugin_or_data_depende
 
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("name", shipped_models())
-def test_the_shipped_models_use_only_what_every_backend_runs(name, graph):
-    check_graph(find_bundle(name).read(f"{graph}.onnx"))
+def test_the_shipped_models_use_only_what_the_backends_run(name, graph):
+    bundle = find_bundle(name)
+    allowed = QUANTISED_OPS if bundle.precision == "int8" else STANDARD_OPS
+    check_graph(bundle.read(f"{graph}.onnx"), allowed)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
