@@ -26,10 +26,10 @@ from skimage.filters import threshold_otsu
 
 import darcnn.runtime
 from darcnn.runtime.volumes.find import find_sections, plan_view
-from darcnn.runtime.volumes.link import Chain, link_sections, shared_pixels
+from darcnn.runtime.volumes.link import Chain, link_sections
 from darcnn.runtime.volumes.metrics import VolumeScores, score_volume
 from darcnn.runtime.volumes.open import open_volume
-from darcnn.runtime.volumes.sections import Section
+from darcnn.runtime.volumes.sections import Section, common_pixels
 from darcnn.runtime.volumes.solid import Solid, solid_of
 from darcnn.runtime.volumes.volume import Volume
 from darcnn.training.evaluate_volumes import as_rows, labelled_volumes, read_label_volume
@@ -77,7 +77,7 @@ def stitch(planes: Iterable[list[Section]]) -> Iterator[Chain]:
 
 
 def _iou(one: Section, other: Section) -> float:
-    shared = shared_pixels(one, other)
+    shared = int(np.count_nonzero(common_pixels(one, other)))
     return shared / (one.area_px + other.area_px - shared)
 
 

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +17,13 @@ from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import sees_separate_channels
 from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
 from darcnn.runtime.readers.open import is_readable
+from darcnn.runtime.sampling import spread_evenly
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.find import plan_view, plane_reader
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.training.config import Recipe
 
 __all__ = ["TileSource", "images_in", "images_of", "read_tiles"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,7 @@ def read_tiles(
         raise UsageError(
             "no image to verify on", where="--data", fix="give a folder of images like the model's"
         )
-    chosen = _spread(sources, limit)
+    chosen = spread_evenly(sources, limit)
     tiles: dict[str, NDArray[np.uint8]] = {}
     with Segmenter(open_engine(bundle, device="cpu"), bundle.manifest) as segmenter:
         for source in chosen:
@@ -97,7 +95,7 @@ def read_tiles(
                     channel=_channel_for(bundle.manifest.input.channels, facts),
                 )
                 sampler = segmenter.sampler(reader, plan, segmenter.measure(reader, plan))
-                for tile in _spread(plan.tiles, max(1, limit // len(chosen))):
+                for tile in spread_evenly(plan.tiles, max(1, limit // len(chosen))):
                     tiles[f"{facts.name} {tile.index}"] = sampler.read(tile)
     return tiles
 
@@ -122,12 +120,6 @@ def _channel_for(channels: int, facts: SlideInfo) -> int | None:
         return None
     sees_all = sees_separate_channels(available=available, is_rgb=False, channels=channels, channel=None)
     return None if sees_all else 0
-
-
-def _spread(items: Sequence[T], limit: int) -> list[T]:
-    """Return at most `limit` of `items`, evenly spaced, none at the ends."""
-    n = min(limit, len(items))
-    return [items[(2 * k + 1) * len(items) // (2 * n)] for k in range(n)]
 
 
 def _no_image(folder: object) -> UsageError:

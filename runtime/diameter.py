@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.readers.protocol import Reader
-from darcnn.runtime.tiling import Tile
+from darcnn.runtime.sampling import spread_evenly
 
 if TYPE_CHECKING:
     from darcnn.runtime.segmenter import Segmenter
@@ -86,7 +86,7 @@ def _look(
             raise
         return np.zeros(0), np.zeros(0)  # so small or large an image has no such scale
     sampler = segmenter.sampler(reader, plan, segmenter.measure(reader, plan))
-    tiles = _spread(plan.tiles)
+    tiles = spread_evenly(plan.tiles, _TILES)
     boxes, scores = [], []
     for start in range(0, len(tiles), engine.spec.batch):
         group = tiles[start : start + engine.spec.batch]
@@ -108,11 +108,6 @@ def _look(
     size = np.sqrt(np.prod(np.maximum(box[:, 2:] - box[:, :2], 1e-3), axis=1))  # network px
     off = np.log(size / model.nominal_diameter_px) / _TRUST
     return size / plan.scale, score**2 * np.exp(-0.5 * off**2)
-
-
-def _spread(tiles: tuple[Tile, ...]) -> list[Tile]:
-    n = min(_TILES, len(tiles))
-    return [tiles[(2 * k + 1) * len(tiles) // (2 * n)] for k in range(n)]
 
 
 def _weighted_median(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float | None:

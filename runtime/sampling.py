@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,17 @@ from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.tiling import Tile
 
-__all__ = ["MAX_SAMPLE_PX", "SampledTile", "TileSampler", "measure_slide", "read_ahead", "sample_slide"]
+__all__ = [
+    "SampledTile",
+    "TileSampler",
+    "join_samples",
+    "measure_slide",
+    "read_ahead",
+    "sample_slide",
+    "spread_evenly",
+]
+
+T = TypeVar("T")
 
 MIN_SAMPLE_PX = 1 << 18  # 0.25 Mpx say enough of the brightness of a slide
 MAX_SAMPLE_PX = 1 << 24  # 16 Mpx at most are held to measure it
@@ -200,6 +210,22 @@ def sample_slide(reader: Reader, *, scale: float, channels: int, channel: int | 
         chosen = select_channels(pixels, is_rgb=info.is_rgb, channels=channels, channel=channel)
         samples.append(chosen.reshape(-1, channels))
     return np.concatenate(samples)
+
+
+def join_samples(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return the samples of several planes of one file, each (N, C), as one of at most 16 M values or so."""
+    step = math.ceil(sum(len(part) for part in parts) / MAX_SAMPLE_PX)
+    return np.concatenate([part[::step] for part in parts])
+
+
+def spread_evenly(items: Sequence[T], limit: int) -> list[T]:
+    """Return at most `limit` of `items` at even steps; the ends are spared.
+
+    >>> spread_evenly("abc", 16), spread_evenly(range(64), 4)
+    (['a', 'b', 'c'], [8, 24, 40, 56])
+    """
+    n = min(limit, len(items))
+    return [items[(2 * k + 1) * len(items) // (2 * n)] for k in range(n)]
 
 
 def _sample_regions(level: Level) -> list[Region]:

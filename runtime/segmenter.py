@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.boxes import non_maximum_suppression
+from darcnn.runtime.closing import Closing
 from darcnn.runtime.diameter import choose_diameter
 from darcnn.runtime.engines.protocol import Detections, Engine
 from darcnn.runtime.errors import ShapeError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Segmenter", "SlidePlan"]
 
 
-class Segmenter:
+class Segmenter(Closing):
     """Finds the objects of images and slides with one engine; one thread at a time.
 
     Owns the engine: closing the segmenter closes it.
@@ -276,14 +276,3 @@ class Segmenter:
     def close(self) -> None:
         """Close the engine; closing twice is allowed."""
         self._engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from darcnn.runtime.fit import ModelFit
 from darcnn.runtime.parts import FinalRow
+from darcnn.runtime.stage_seconds import StageSeconds
 
 __all__ = ["Tally"]
 
@@ -20,7 +17,7 @@ _FEW_OBJECTS = 0.1  # of the tiles hold any: of tissue one expects more
 
 
 @dataclass(slots=True)
-class Tally:
+class Tally(StageSeconds):
     """Counts of the final objects of one slide, and the seconds of each stage."""
 
     fit: ModelFit
@@ -30,21 +27,6 @@ class Tally:
     n_truncated: int = 0
     n_tiles_with_objects: int = 0
     n_tiles_saturated: int = 0
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
-
-    def add_seconds(self, seconds: Mapping[str, float]) -> None:
-        """Add seconds by stage that somebody else measured."""
-        for name, value in seconds.items():
-            self.seconds[name] += value
 
     def count(self, row: FinalRow) -> None:
         """Take the final objects of a row of tiles."""

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from darcnn.runtime.sampling import spread_evenly
 from darcnn.training.config import Recipe
 from darcnn.training.data.target import TargetImage, TargetImages
 from darcnn.training.engine import halo_for, make_segmenter
 from darcnn.training.model.network import Darcnn
 
-__all__ = ["ContactSheet", "draw_outlines", "lay_out", "spread"]
+__all__ = ["ContactSheet", "draw_outlines", "lay_out"]
 
 _COLUMNS, _ROWS = 4, 2
 _SIDE_PX = 384  # of one picture on the sheet
@@ -29,7 +30,8 @@ class ContactSheet:
     def __init__(self, recipe: Recipe, targets: TargetImages, *, source_branch: bool = False) -> None:
         self._recipe = recipe
         self._source_branch = source_branch
-        self._middles = [_middle(image, recipe.tile_px) for image in spread(targets.images, _COLUMNS * _ROWS)]
+        shown = spread_evenly(targets.images, _COLUMNS * _ROWS)
+        self._middles = [_middle(image, recipe.tile_px) for image in shown]
 
     def __call__(self, network: Darcnn) -> Image.Image:
         """Return the sheet for `network`, which is in evaluation mode."""
@@ -85,12 +87,6 @@ def draw_outlines(
     font: Any = ImageFont.load_default(size=14)
     draw.text((4, 2), caption, fill="white", font=font, stroke_width=2, stroke_fill="black")
     return picture
-
-
-def spread(images: Sequence[TargetImage], n: int) -> list[TargetImage]:
-    """Return at most `n` images, evenly spaced."""
-    n = min(n, len(images))
-    return [images[(2 * k + 1) * len(images) // (2 * n)] for k in range(n)]
 
 
 def _middle(image: TargetImage, tile_px: int) -> TargetImage:

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from darcnn.runtime.sampling import spread_evenly
 from darcnn.training.adapt.fit_masks import contrast_of
 from darcnn.training.adapt.pseudo_labels import share_of_bright
 from darcnn.training.config import Recipe
-from darcnn.training.contact_sheet import draw_outlines, lay_out, spread
+from darcnn.training.contact_sheet import draw_outlines, lay_out
 from darcnn.training.data.target import TargetImages
 from darcnn.training.engine import make_segmenter
 from darcnn.training.model.network import Darcnn
@@ -69,7 +70,7 @@ def decide(network: Darcnn, recipe: Recipe, targets: TargetImages, out: Path) ->
     """
     as_they_are = recipe.target.with_intensity_done()
     nominal = recipe.target.nominal_diameter_px
-    shown = spread(targets.images, _IMAGES)
+    shown = spread_evenly(targets.images, _IMAGES)
     found, pictures = [], []
     with make_segmenter(network, as_they_are, min_score=recipe.refine_stage.min_score) as segmenter:
         for image in shown:

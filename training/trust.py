@@ -8,9 +8,9 @@ from pathlib import Path
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.readers.array import ArrayReader
+from darcnn.runtime.sampling import spread_evenly
 from darcnn.training.checkpoint import is_complete
 from darcnn.training.config import Recipe
-from darcnn.training.contact_sheet import spread
 from darcnn.training.data.target import TargetImages
 from darcnn.training.engine import make_segmenter
 from darcnn.training.model.network import Darcnn
@@ -43,7 +43,7 @@ def note_trust(network: Darcnn, recipe: Recipe, targets: TargetImages, folder: P
         tile_px=recipe.export.tile_px,
         max_diameters=recipe.export.max_diameters,
     ) as segmenter:
-        for image in spread(targets.images, _IMAGES):
+        for image in spread_evenly(targets.images, _IMAGES):
             with ArrayReader(image.pixels) as reader:
                 figures.append(judge_image(segmenter, reader, diameter_px=nominal / image.scale))
     with new_file(folder / TRUST_FILE) as temporary:

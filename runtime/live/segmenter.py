@@ -10,9 +10,9 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
+from darcnn.runtime.closing import Closing
 from darcnn.runtime.errors import DarcnnError, DeviceError, UsageError
 from darcnn.runtime.live.calibration import Calibration, Calibrator
 from darcnn.runtime.live.frames import BufferPool, check_frame, view_frame
@@ -32,7 +32,7 @@ __all__ = ["LiveSegmenter"]
 _CLOSE_S = 1.0  # how long `close` waits for an engine call that runs
 
 
-class LiveSegmenter:
+class LiveSegmenter(Closing):
     """Finds the objects of frames as they come; a context manager. Any thread may push.
 
     Each frame that is pushed has one result, in its ticket, in the iteration over the segmenter, and as an
@@ -180,17 +180,6 @@ class LiveSegmenter:
         self._worker.stop()
         self._worker.join(timeout)
         self._finalizer.detach()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _put(self, make: Callable[[Ticket], Work], key: Hashable) -> Ticket:
         """Return the ticket of one push; whoever listens is told if it did not get into the queue."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
+from darcnn.runtime.closing import Closing
 from darcnn.runtime.errors import InputError, ShapeError, UsageError
 from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.readers.protocol import Location, Pixels, Planes, SlideInfo
@@ -38,7 +38,7 @@ RGB_NAMES = ("red", "green", "blue")
 MAX_MPP = 1000.0  # a millimetre a pixel is no microscopy: such a number is a mistake in the metadata
 
 
-class PlaneReader(ABC):
+class PlaneReader(Closing):
     """A reader of one plane; subclasses say how to read pixels and how to give the file back.
 
     `close` waits for reads in other threads, since libraries crash when a file vanishes under them.
@@ -92,17 +92,6 @@ class PlaneReader(ABC):
             self._is_closed = True
             self._gate.wait_for(lambda: self._n_reading == 0)
         self._release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @abstractmethod
     def _read(self, region: Region, level: Level) -> Pixels:

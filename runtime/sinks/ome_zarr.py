@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +19,7 @@ from darcnn.runtime.masks import draw_polygon
 from darcnn.runtime.sinks.atomic import atomic_folder
 from darcnn.runtime.sinks.parquet import read_objects
 
-__all__ = ["write_label_pyramid"]
+__all__ = ["label_attributes", "write_label_pyramid"]
 
 _VERSION = "0.5"
 _CHUNK_PX = 512  # what a viewer fetches
@@ -53,6 +53,7 @@ def write_label_pyramid(
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
+    steps = None if mpp is None else mpp[::-1]  # y x
     with atomic_folder(path) as folder:
         shapes = [shape]
         while max(shapes[-1]) > _SMALLEST_PX:
@@ -60,7 +61,7 @@ def write_label_pyramid(
         group = zarr.create_group(
             store=zarr.storage.LocalStore(folder),
             zarr_format=3,
-            attributes={"ome": _attributes(len(shapes), mpp, name)},
+            attributes={"ome": label_attributes(len(shapes), "yx", steps, unit="micrometer", name=name)},
         )
         arrays = [_create(group, str(level), size, shard_px) for level, size in enumerate(shapes)]
         _draw(arrays[0], objects)
@@ -85,23 +86,39 @@ def _create(group: zarr.Group, name: str, shape: tuple[int, int], shard_px: int)
     )
 
 
-def _attributes(n_levels: int, mpp: tuple[float, float] | None, name: str) -> dict[str, Any]:
-    step_x, step_y = mpp if mpp is not None else (1.0, 1.0)
-    unit = {"unit": "micrometer"} if mpp is not None else {}
+def label_attributes(
+    n_levels: int, axes: str, steps: Sequence[float] | None, *, unit: str, name: str
+) -> dict[str, Any]:
+    """Return the "ome" attributes of a label pyramid; each level takes every second pixel of the one before.
+
+    Args:
+        n_levels: of the pyramid.
+        axes: a letter each, in the order of the array.
+        steps: length of a pixel along each axis, None where it is unknown.
+        unit: of the steps.
+        name: of the multiscale image.
+    """
     # Pixel i of a level is pixel i * 2^level of level 0 itself, so no level is shifted: no translation.
     datasets = [
         {
             "path": str(level),
             "coordinateTransformations": [
-                {"type": "scale", "scale": [step_y * 2.0**level, step_x * 2.0**level]}
+                {"type": "scale", "scale": [step * 2.0**level for step in steps or [1.0] * len(axes)]}
             ],
         }
         for level in range(n_levels)
     ]
-    axes = [{"name": axis, "type": "space", **unit} for axis in ("y", "x")]
+    known = {} if steps is None else {"unit": unit}
     return {
         "version": _VERSION,
-        "multiscales": [{"name": name, "type": "nearest", "axes": axes, "datasets": datasets}],
+        "multiscales": [
+            {
+                "name": name,
+                "type": "nearest",
+                "axes": [{"name": axis, "type": "space", **known} for axis in axes],
+                "datasets": datasets,
+            }
+        ],
         "image-label": {"version": _VERSION},
     }
 

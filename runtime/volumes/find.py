@@ -12,10 +12,11 @@ from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.array import ArrayReader
+from darcnn.runtime.sampling import spread_evenly
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.sections import Section, sections_of
-from darcnn.runtime.volumes.stack import Stack, even_steps, measure_stack
-from darcnn.runtime.volumes.volume import AXES, Axis, Volume, across
+from darcnn.runtime.volumes.stack import Stack, measure_stack
+from darcnn.runtime.volumes.volume import Axis, Volume
 
 __all__ = ["View", "estimate_in_volume", "find_sections", "plan_view", "plane_reader"]
 
@@ -71,7 +72,7 @@ def estimate_in_volume(segmenter: Segmenter, volume: Volume, axis: Axis) -> floa
     """Return the diameter of a typical object in voxels, the median over four planes; None: not found."""
     found = []
     plain = Stack(volume, axis)
-    for index in even_steps(len(plain), _LOOKED_AT):
+    for index in spread_evenly(range(len(plain)), _LOOKED_AT):
         with plane_reader(volume, axis, plain.plane(index)) as reader:
             found.append(estimate_diameter(segmenter, reader))
     known = [one for one in found if one is not None]
@@ -88,9 +89,6 @@ def find_sections(segmenter: Segmenter, view: View, start: int, stop: int) -> It
 
 def plane_reader(volume: Volume, axis: Axis, plane: np.typing.NDArray[np.float32]) -> ArrayReader:
     """Return a plane as a source of pixels, with the size of its voxels where they are square."""
-    voxel = volume.info.voxel_nm
-    mpp = None
-    if voxel is not None:
-        sides = [voxel[AXES.index(one)] for one in across(axis)]
-        mpp = float(np.sqrt(sides[0] * sides[1])) * _UM_PER_NM
+    pixel_nm = volume.info.pixel_nm(axis)
+    mpp = None if pixel_nm is None else pixel_nm * _UM_PER_NM
     return ArrayReader(plane, name=f"{volume.info.name}, plane across {axis}", mpp=mpp)

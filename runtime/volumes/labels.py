@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
 from darcnn.runtime.sinks.atomic import atomic_folder
+from darcnn.runtime.sinks.ome_zarr import label_attributes
 from darcnn.runtime.volumes.solid import SolidFile
 from darcnn.runtime.volumes.volume import Volume
 
 __all__ = ["Numbered", "draw_slabs", "write_label_mrc", "write_label_volume"]
 
-_VERSION = "0.5"
 _CHUNK = (16, 256, 256)  # what a viewer fetches, z y x
 _SHARD_PX = 2048  # side of what is one file
 _SMALLEST_PX = 256  # the pyramid ends at this size
@@ -88,7 +88,7 @@ def write_label_volume(
         group = zarr.create_group(
             store=zarr.storage.LocalStore(folder),
             zarr_format=3,
-            attributes={"ome": _attributes(n_levels, voxel_nm, name)},
+            attributes={"ome": label_attributes(n_levels, "zyx", voxel_nm, unit="nanometer", name=name)},
         )
         arrays = [_create(group, level, shape, depth) for level in range(n_levels)]
         start = 0
@@ -128,26 +128,6 @@ def _put(array: zarr.Array[Any], labels: NDArray[np.uint32], start: int, step: i
     if len(part):
         at = (start + first) // step
         array[at : at + len(part)] = part
-
-
-def _attributes(n_levels: int, voxel_nm: tuple[float, float, float] | None, name: str) -> dict[str, Any]:
-    unit = {"unit": "nanometer"} if voxel_nm is not None else {}
-    # Voxel i of a level is voxel i * 2^level of level 0 itself, so no level is shifted: no translation.
-    datasets = [
-        {
-            "path": str(level),
-            "coordinateTransformations": [
-                {"type": "scale", "scale": [one * 2.0**level for one in voxel_nm or (1.0, 1.0, 1.0)]}
-            ],
-        }
-        for level in range(n_levels)
-    ]
-    axes = [{"name": axis, "type": "space", **unit} for axis in "zyx"]
-    return {
-        "version": _VERSION,
-        "multiscales": [{"name": name, "type": "nearest", "axes": axes, "datasets": datasets}],
-        "image-label": {"version": _VERSION},
-    }
 
 
 def write_label_mrc(path: Path, numbered: Numbered, volume: Volume) -> None:

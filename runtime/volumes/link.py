@@ -13,9 +13,9 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from darcnn.runtime.volumes.sections import Section
+from darcnn.runtime.volumes.sections import Section, common_pixels
 
-__all__ = ["Chain", "link_sections", "shared_pixels"]
+__all__ = ["Chain", "link_sections"]
 
 Chain = list[Section]  # one section a plane, in order; at most one plane in a row is missing
 
@@ -161,7 +161,7 @@ def _overlaps(one: list[Section], other: list[Section]) -> list[tuple[int, int, 
     first, second = shapely.STRtree(_boxes(one)).query(_boxes(other), predicate="intersects")[::-1]
     found = []
     for a, b in sorted(zip(first.tolist(), second.tolist(), strict=True)):
-        shared = shared_pixels(one[a], other[b])
+        shared = int(np.count_nonzero(common_pixels(one[a], other[b])))
         if shared:
             found.append((a, b, shared))
     return found
@@ -172,17 +172,6 @@ def _boxes(sections: list[Section]) -> NDArray[np.object_]:
     size = np.array([one.mask.shape[::-1] for one in sections], np.float64)
     boxes: NDArray[np.object_] = shapely.box(low[:, 0], low[:, 1], *(low + size).T)
     return boxes
-
-
-def shared_pixels(one: Section, other: Section) -> int:
-    """Return how many pixels two sections have in common, whatever their planes."""
-    x0, y0 = max(one.x, other.x), max(one.y, other.y)
-    x1 = min(one.x + one.mask.shape[1], other.x + other.mask.shape[1])
-    y1 = min(one.y + one.mask.shape[0], other.y + other.mask.shape[0])
-    if x1 <= x0 or y1 <= y0:
-        return 0
-    part = one.mask[y0 - one.y : y1 - one.y, x0 - one.x : x1 - one.x]
-    return int(np.count_nonzero(part & other.mask[y0 - other.y : y1 - other.y, x0 - other.x : x1 - other.x]))
 
 
 def _finish(chain: Chain, min_planes: int, plane_px: float) -> Iterator[Chain]:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from darcnn.runtime.intensity import Window, apply_window
+from darcnn.runtime.sampling import spread_evenly
 from darcnn.runtime.sinks.atomic import atomic_file
 from darcnn.runtime.volumes.labels import Numbered
-from darcnn.runtime.volumes.stack import Stack, even_steps
+from darcnn.runtime.volumes.stack import Stack
 from darcnn.runtime.volumes.volume import AXES, Axis
 
 __all__ = ["write_overview", "write_scroll"]
@@ -80,7 +81,7 @@ def write_scroll(path: Path, stack: Stack, window: Window, numbered: Numbered) -
     """
     frames = [
         _shrunk(_plane_with_outlines(stack, index, window, numbered, 1), _SCROLL_PX).quantize(32)
-        for index in even_steps(len(stack), _FRAMES)
+        for index in spread_evenly(range(len(stack)), _FRAMES)
     ]
     with atomic_file(path) as file:
         frames[0].save(
@@ -149,9 +150,9 @@ def _best_crops(stack: Stack, window: Window, numbered: Numbered) -> list[Image.
         x0 = int(np.clip(middle[2] - side // 2, 0, max(0, width - side)))
         grey = apply_window(stack.plane(int(middle[0])), window)[y0 : y0 + side, x0 : x0 + side]
         solid = numbered.solids[int(numbered.rows[k])]
-        mask = solid.mask[int(middle[0]) - solid.origin[0]]
-        labels = np.zeros((height, width), np.uint32)
-        labels[low[1] : high[1], low[2] : high[2]][mask] = 1
-        crop = _outlined(grey, labels[y0 : y0 + side, x0 : x0 + side], max(1, _CROP_PX // side))
+        labels = np.zeros(grey.shape, np.uint32)
+        inside = labels[low[1] - y0 : high[1] - y0, low[2] - x0 : high[2] - x0]
+        inside[solid.mask[int(middle[0]) - solid.origin[0]]] = 1
+        crop = _outlined(grey, labels, max(1, _CROP_PX // side))
         crops.append(crop.resize((_CROP_PX, _CROP_PX), Image.Resampling.BICUBIC))
     return crops

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +44,7 @@ from darcnn.runtime.sinks.result_folder import (
     claim_folder,
     make_folder_name,
 )
+from darcnn.runtime.stage_seconds import StageSeconds
 from darcnn.runtime.volumes.agree import agree
 from darcnn.runtime.volumes.find import View, estimate_in_volume, find_sections, plan_view
 from darcnn.runtime.volumes.labels import Numbered, write_label_mrc, write_label_volume
@@ -64,21 +63,6 @@ __all__ = ["run_volume"]
 
 _BLOCK = 8  # planes that go to one part file: what a kill costs at most
 _CUBE = 0.01  # voxels whose sides differ by more are no cubes
-
-
-@dataclass(slots=True)
-class _Times:
-    """Seconds by stage."""
-
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
 
 
 def run_volume(
@@ -119,7 +103,7 @@ def run_volume(
         seconds = time.perf_counter() - start
         return RunSummary(name, folder, folder / OVERVIEW_FILE, n_objects, seconds, 0.0, (), was_done=True)
     with claim_folder(folder, overwrite=chosen.overwrite, restart=chosen.restart) as claimed:
-        parts, times = Parts(claimed.parts), _Times()
+        parts, times = Parts(claimed.parts), StageSeconds()
         noted = parts.begin(asked)
         with translated(folder), times.stage("open"):
             volume = open_volume(
@@ -273,7 +257,7 @@ def _finish(
     row_filter: RowFilter | None,
     chosen: VolumeOptions,
     segmenter: Segmenter,
-    times: _Times,
+    times: StageSeconds,
 ) -> int:
     """Write all outputs but run.json and return the number of objects."""
     volume, built = views[0].stack.volume, claimed.built

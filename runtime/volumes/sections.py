@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.instances import Instances
 
-__all__ = ["Section", "pack_mask", "read_sections", "sections_of", "to_table", "unpack_mask"]
+__all__ = ["Section", "common_pixels", "pack_mask", "read_sections", "sections_of", "to_table", "unpack_mask"]
 
 _SCHEMA = pa.schema(
     [
@@ -64,6 +64,18 @@ def sections_of(instances: Instances, plane: int, values: NDArray[np.float32]) -
         is_cut = truncated or x == 0 or y == 0 or x + w == width or y + h == height
         found.append(Section(plane, x, y, mask, score, mean, is_cut))
     return found
+
+
+def common_pixels(one: Section, other: Section) -> NDArray[np.bool_]:
+    """Return which pixels of `one`, in its crop (h, w), belong to `other` too, whatever their planes."""
+    mask = np.zeros_like(one.mask)
+    x0, y0 = max(one.x, other.x), max(one.y, other.y)
+    x1 = min(one.x + one.mask.shape[1], other.x + other.mask.shape[1])
+    y1 = min(one.y + one.mask.shape[0], other.y + other.mask.shape[0])
+    if x1 > x0 and y1 > y0:
+        mine = (slice(y0 - one.y, y1 - one.y), slice(x0 - one.x, x1 - one.x))
+        mask[mine] = one.mask[mine] & other.mask[y0 - other.y : y1 - other.y, x0 - other.x : x1 - other.x]
+    return mask
 
 
 def to_table(sections: Sequence[Section]) -> pa.Table:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.sinks.atomic import atomic_file
 from darcnn.runtime.volumes.link import Chain
-from darcnn.runtime.volumes.sections import Section, pack_mask, unpack_mask
+from darcnn.runtime.volumes.sections import Section, common_pixels, pack_mask, unpack_mask
 from darcnn.runtime.volumes.volume import AXES, Axis
 
 __all__ = ["Solid", "SolidFile", "solid_of", "write_solids"]
@@ -88,21 +88,9 @@ def _without_gaps(chain: Chain) -> Iterator[Section]:
     for before, after in zip(chain, [*chain[1:], None], strict=True):
         yield before
         if after is not None and after.plane > before.plane + 1:
-            both = _common(before, after)
+            both = common_pixels(before, after)
             for plane in range(before.plane + 1, after.plane):
                 yield Section(plane, before.x, before.y, both, before.score, before.mean, False)
-
-
-def _common(one: Section, other: Section) -> NDArray[np.bool_]:
-    """Return the pixels of `one` that `other` has too, in the crop of `one`."""
-    mask = np.zeros_like(one.mask)
-    x0, y0 = max(one.x, other.x), max(one.y, other.y)
-    x1 = min(one.x + one.mask.shape[1], other.x + other.mask.shape[1])
-    y1 = min(one.y + one.mask.shape[0], other.y + other.mask.shape[0])
-    if x1 > x0 and y1 > y0:
-        mine = (slice(y0 - one.y, y1 - one.y), slice(x0 - one.x, x1 - one.x))
-        mask[mine] = one.mask[mine] & other.mask[y0 - other.y : y1 - other.y, x0 - other.x : x1 - other.x]
-    return mask
 
 
 def write_solids(path: Path, solids: Iterable[Solid]) -> int:

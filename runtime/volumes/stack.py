@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +13,11 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.intensity import IntensityRule, Window, measure_window
 from darcnn.runtime.readers.array import ArrayReader
-from darcnn.runtime.sampling import MAX_SAMPLE_PX, sample_slide
+from darcnn.runtime.sampling import join_samples, sample_slide, spread_evenly
 from darcnn.runtime.slab import Slab, join_planes, smooth_plane
-from darcnn.runtime.volumes.volume import AXES, Axis, Volume, across
+from darcnn.runtime.volumes.volume import AXES, Axis, Volume
 
-__all__ = ["SAMPLED_PLANES", "Stack", "even_steps", "measure_stack"]
+__all__ = ["SAMPLED_PLANES", "Stack", "measure_stack"]
 
 SAMPLED_PLANES = 16  # of a volume stand for all: neighbours show the same objects
 
@@ -46,11 +45,10 @@ class Stack:
     @property
     def plane_px(self) -> float:
         """Distance of two planes in pixels of a plane; 1 where the voxel size is not known."""
-        voxel_nm = self.volume.info.voxel_nm
-        if voxel_nm is None:
+        voxel_nm, pixel_nm = self.volume.info.voxel_nm, self.volume.info.pixel_nm(self.axis)
+        if voxel_nm is None or pixel_nm is None:
             return 1.0
-        inside = math.sqrt(math.prod(voxel_nm[AXES.index(one)] for one in across(self.axis)))
-        return voxel_nm[AXES.index(self.axis)] / inside
+        return voxel_nm[AXES.index(self.axis)] / pixel_nm
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,19 +99,8 @@ def measure_stack(stack: Stack, rule: IntensityRule, *, scale: float) -> Window:
     sample = np.empty((0, 1), stack.volume.info.dtype)
     if rule.needs_statistics:
         parts = []
-        for index in even_steps(len(stack), SAMPLED_PLANES):
+        for index in spread_evenly(range(len(stack)), SAMPLED_PLANES):
             with ArrayReader(stack.plane(index)) as reader:
                 parts.append(sample_slide(reader, scale=scale, channels=1))
-        step = math.ceil(sum(len(part) for part in parts) / MAX_SAMPLE_PX)
-        sample = np.concatenate([part[::step] for part in parts])
+        sample = join_samples(parts)
     return measure_window(rule, sample)
-
-
-def even_steps(count: int, limit: int) -> list[int]:
-    """Return at most `limit` of 0..count-1 at even steps; the ends, where volumes are empty, are spared.
-
-    >>> even_steps(3, 16), even_steps(64, 4)
-    ([0, 1, 2], [8, 24, 40, 56])
-    """
-    n = min(count, limit)
-    return [(2 * k + 1) * count // (2 * n) for k in range(n)]

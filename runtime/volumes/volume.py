@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from darcnn.runtime.closing import Closing
 from darcnn.runtime.errors import InputError, ShapeError
 from darcnn.runtime.readers.protocol import Location
 
@@ -38,6 +39,12 @@ class VolumeInfo:
         """Return (rows, columns) of a plane across `axis`: the other two axes in their order."""
         rows, columns = (self.shape[AXES.index(one)] for one in across(axis))
         return rows, columns
+
+    def pixel_nm(self, axis: Axis) -> float | None:
+        """Return the side of a pixel of a plane across `axis`, the geometric mean; None: unknown."""
+        if self.voxel_nm is None:
+            return None
+        return math.sqrt(math.prod(self.voxel_nm[AXES.index(one)] for one in across(axis)))
 
 
 def in_nanometres(
@@ -78,7 +85,7 @@ class Stored:
     intercept: float = 0.0
 
 
-class Volume:
+class Volume(Closing):
     """Planes of a volume, read from the disk as they are asked for; a context manager.
 
     The file is mapped for the length of one read only, so that what has been read does not count as memory.
@@ -125,14 +132,3 @@ class Volume:
         if self._scratch is not None:
             self._scratch.unlink(missing_ok=True)
             self._scratch = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -25,12 +25,12 @@ from darcnn.runtime.intensity import (
     select_channels,
 )
 from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
-from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.base import make_slide_name
-from darcnn.runtime.sampling import MAX_SAMPLE_PX, sample_slide
+from darcnn.runtime.sampling import join_samples, sample_slide, spread_evenly
 from darcnn.runtime.slab import Slab
+from darcnn.runtime.volumes.find import plane_reader
 from darcnn.runtime.volumes.open import is_volume, open_volume
-from darcnn.runtime.volumes.stack import SAMPLED_PLANES, Stack, even_steps, measure_stack
+from darcnn.runtime.volumes.stack import SAMPLED_PLANES, Stack, measure_stack
 from darcnn.training.config import Target, TargetSet
 from darcnn.training.data.source import LabelledTile
 from darcnn.training.model.backbone import to_three_channels
@@ -132,17 +132,15 @@ class TargetImages:
         """Return slabs of a volume along z, made as a run makes them."""
         scratch = Path(stack.enter_context(TemporaryDirectory()))
         volume = stack.enter_context(open_volume(path, scratch))
-        voxel = volume.info.voxel_nm
-        mpp = None if voxel is None else math.sqrt(voxel[1] * voxel[2]) / 1000.0
 
         def reader_of(plane: NDArray[np.float32]) -> Reader:
-            return stack.enter_context(ArrayReader(plane, name=volume.info.name, mpp=mpp))
+            return stack.enter_context(plane_reader(volume, "z", plane))
 
         scale = self._scale(reader_of(np.zeros((1, 1), np.float32)).info, group)
         whole = Stack.of(volume, "z", slab, self.target.nominal_diameter_px / scale)
         planes = [
             self._plane(reader_of(whole.plane(z)), f"_z{z:03d}", path, group)
-            for z in even_steps(len(whole), SAMPLED_PLANES)
+            for z in spread_evenly(range(len(whole)), SAMPLED_PLANES)
         ]
         return planes, measure_stack(whole, self.target.intensity, scale=scale)
 
@@ -187,8 +185,7 @@ class TargetImages:
                 sample_slide(plane.reader, scale=plane.scale / plane.level.downsample, channels=channels)
                 for plane in planes
             ]
-            step = math.ceil(sum(len(part) for part in parts) / MAX_SAMPLE_PX)
-            sample = np.concatenate([part[::step] for part in parts])
+            sample = join_samples(parts)
         by_channel = sees_separate_channels(
             available=len(info.channel_names), is_rgb=info.is_rgb, channels=channels, channel=None
         )
@@ -279,8 +276,8 @@ def _draw_planes(path: Path) -> list[tuple[str, int | None, int | None]]:
     planes = count_planes(path)
     n_t = min(planes.n_t, SAMPLED_PLANES // min(planes.n_z, round(math.sqrt(SAMPLED_PLANES))))
     drawn: list[tuple[str, int | None, int | None]] = []
-    for t in even_steps(planes.n_t, n_t):
-        for z in even_steps(planes.n_z, SAMPLED_PLANES // n_t):
+    for t in spread_evenly(range(planes.n_t), n_t):
+        for z in spread_evenly(range(planes.n_z), SAMPLED_PLANES // n_t):
             ends = (f"_t{t:03d}" if planes.n_t > 1 else "") + (f"_z{z:03d}" if planes.n_z > 1 else "")
             drawn.append((ends, z if planes.n_z > 1 else None, t if planes.n_t > 1 else None))
     return drawn
