@@ -105,12 +105,13 @@ Plan make_plan(const Manifest &manifest, int width, int height, const darcnn_opt
         plan.factor_x = static_cast<double>(width) / plan.width;
         plan.factor_y = static_cast<double>(height) / plan.height;
     }
-    const int halo = manifest.halo_px, step = manifest.tile_px - 2 * halo;
-    for (int y = 0; y < plan.height; y += step) {
-        for (int x = 0; x < plan.width; x += step) {
+    // a core is its read without the halo; beyond the edges of the frame a halo would show nothing
+    const int span = manifest.tile_px, halo = manifest.halo_px, step = span - 2 * halo;
+    const auto end = [&](int read, int size) { return read + span < size ? read + step + halo : size; };
+    for (int y = 0, y0 = 0; y0 < plan.height; y0 = end(y, plan.height), y += step) {
+        for (int x = 0, x0 = 0; x0 < plan.width; x0 = end(x, plan.width), x += step) {
             const int index = static_cast<int>(plan.tiles.size());
-            const int x1 = std::min(x + step, plan.width), y1 = std::min(y + step, plan.height);
-            plan.tiles.push_back({index, x, y, x1, y1, x - halo, y - halo});
+            plan.tiles.push_back({index, x0, y0, end(x, plan.width), end(y, plan.height), x, y});
         }
     }
     return plan;

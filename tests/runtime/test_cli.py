@@ -188,7 +188,7 @@ def test_a_failing_device_ends_the_batch(loaded, slides, tmp_path, monkeypatch, 
 
     def fail(self, tiles):
         calls.append(1)
-        if len(calls) > n_before * 12:
+        if len(calls) > n_before * 6:
             raise DeviceError("out of memory", where="cuda:0", fix="pass --device cpu")
         return segment(self, tiles)
 

@@ -103,14 +103,14 @@ def test_region_and_tissue_leave_what_lies_on_both(segmenter, reader):
     tissue = survey_ground(reader, plan, model, tissue=True, roi=None)
     upper = survey_ground(reader, plan, model, tissue=True, roi=read_roi("0,0,900,350"))
     lower = survey_ground(reader, plan, model, tissue=True, roi=read_roi("0,350,900,700"))
-    empty = survey_ground(reader, plan, model, tissue=True, roi=read_roi("425,250,440,280"))
+    empty = survey_ground(reader, plan, model, tissue=True, roi=read_roi("460,100,480,130"))
     assert upper.area_px0 + lower.area_px0 == pytest.approx(tissue.area_px0)
     assert {tile.index for tile in upper.tiles + lower.tiles} == {tile.index for tile in tissue.tiles}
     assert empty.tiles == ()
 
 
 def test_a_region_without_tissue_is_a_complete_result_that_says_so(segmenter, reader, tmp_path):
-    summary = run_slide(segmenter, reader, tmp_path, options=RunOptions(roi="425,250,440,280"))
+    summary = run_slide(segmenter, reader, tmp_path, options=RunOptions(roi="460,100,480,130"))
     assert summary.n_objects == 0
     assert "no tissue found" in summary.warnings[0]
     assert summary.objects_per_mm2 is None

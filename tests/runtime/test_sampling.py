@@ -131,7 +131,7 @@ def test_the_window_comes_before_the_resampling() -> None:
         pixels = TileSampler(reader, plan, Window(1000, 3000), channels=3).read(plan.tiles[0])
     assert pixels.shape[2] == 3
     # the mean of 0 and 255; the other order would give (1500 - 1000) / 2000 of 255
-    assert np.abs(pixels[8:10, 8:10].astype(int) - 128).max() <= 1
+    assert np.abs(pixels[4:6, 4:6].astype(int) - 128).max() <= 1
 
 
 def test_rules_without_statistics_read_nothing() -> None:
@@ -152,7 +152,7 @@ def test_separate_channels_are_measured_one_by_one_and_colours_together() -> Non
             plan = make_plan(reader.info.levels[0], 30, 40)
             windows[is_rgb] = measure_slide(reader, plan, rule, channels=3)
             pixels = TileSampler(reader, plan, windows[is_rgb], channels=3).read(plan.tiles[0])
-            assert np.array_equal(pixels[4:, 4:], apply_window(image, windows[is_rgb])[:20, :20])
+            assert np.array_equal(pixels, apply_window(image, windows[is_rgb])[:24, :24])
     assert windows[True] == Window(float(image.min()), float(image.max()))
     assert windows[False].high == tuple(float(image[..., channel].max()) for channel in range(3))
 

@@ -83,9 +83,9 @@ def test_the_order_of_work_decides_nothing(order, seed):
 
 
 def test_edges_of_the_slide_are_no_seams():
-    tiles = plan_tiles(100, 64, tile_px=TILE_PX, halo_px=HALO_PX)
-    boxes = np.float32([[0, 0, 4, 4], [30, 4, 34, 8], [14, 30, 18, 34], [14, 14, 18, 18]])
-    near = lies_near_seam(tiles[0], boxes, factor=(1.0, 1.0), extent=(100, 64))
+    tiles = plan_tiles(100, 80, tile_px=TILE_PX, halo_px=HALO_PX)  # the first core ends at 48
+    boxes = np.float32([[0, 0, 4, 4], [46, 4, 50, 8], [14, 46, 18, 50], [14, 14, 18, 18]])
+    near = lies_near_seam(tiles[0], boxes, factor=(1.0, 1.0), extent=(100, 80))
     assert near.tolist() == [False, True, True, False]
-    twice = lies_near_seam(tiles[0], 2 * boxes, factor=(2.0, 2.0), extent=(100, 64))
+    twice = lies_near_seam(tiles[0], 2 * boxes, factor=(2.0, 2.0), extent=(100, 80))
     assert twice.tolist() == near.tolist()

@@ -199,10 +199,10 @@ def test_a_tile_that_has_not_converged_is_finished_here(converged: bool, n_found
 
 
 def test_a_mirror_image_beyond_the_edge_is_no_object() -> None:
-    # tile 0 starts at -8: this box lies on the slide by 1 of 6 pixels, the other by 3 of 6
-    boxes = [(3, 20, 9, 30, 0.9), (5, 32, 11, 40, 0.8)]
+    # the slide ends at 32: this box lies on it by 1 of 6 pixels, the other by 3 of 6
+    boxes = [(31, 10, 37, 20, 0.9), (29, 22, 35, 30, 0.8)]
     found = segmenter(lambda tile: boxes)(np.zeros((32, 32), np.uint8))
-    assert found.boxes.tolist() == [[0, 24, 3, 32]]
+    assert found.boxes.tolist() == [[29, 22, 32, 30]]
 
 
 def test_an_object_cut_by_its_tile_is_marked() -> None:
@@ -296,12 +296,12 @@ def test_a_model_of_three_channels_takes_three_but_does_not_choose_among_more() 
 
 
 def test_a_reader_counts_by_its_own_pixel_size_and_stays_open() -> None:
-    image = np.zeros((80, 80), np.uint8)
+    image = np.zeros((120, 120), np.uint8)
     with ArrayReader(image, mpp=0.25) as reader:
         engine = ScriptedEngine(blob_box)
         Segmenter(engine, manifest(mpp=0.5))(reader)
-        assert len(engine.tiles) == 4  # 40 network pixels, cores of 32
-        assert reader.read(whole(image), level=0).shape == (80, 80, 1)
+        assert len(engine.tiles) == 4  # 60 network pixels, tiles of 48
+        assert reader.read(whole(image), level=0).shape == (120, 120, 1)
     with ArrayReader(image) as reader, pytest.raises(InputError, match="no pixel size"):
         segmenter(blob_box, mpp=0.5)(reader)
 

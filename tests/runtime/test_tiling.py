@@ -35,9 +35,21 @@ def test_a_read_is_a_whole_tile_round_its_core(width: int, height: int, lattice:
     for index, tile in enumerate(plan_tiles(width, height, tile_px=tile_px, halo_px=halo_px)):
         assert tile.index == index
         assert (tile.read.width, tile.read.height) == (tile_px, tile_px)
-        assert (tile.core.x0 - tile.read.x0, tile.core.y0 - tile.read.y0) == (halo_px, halo_px)
-        assert tile.read.x1 - tile.core.x1 >= halo_px
-        assert tile.read.y1 - tile.core.y1 >= halo_px
+        for low, high, first, last, size in (
+            (tile.core.x0, tile.core.x1, tile.read.x0, tile.read.x1, width),
+            (tile.core.y0, tile.core.y1, tile.read.y0, tile.read.y1, height),
+        ):
+            assert first >= 0
+            assert first % (tile_px - 2 * halo_px) == 0
+            assert first == 0 if low == 0 else low - first == halo_px
+            assert last >= size if high == size else last - high == halo_px
+
+
+@FAST
+@given(sizes, sizes, lattices)
+def test_what_fits_into_one_tile_is_one_tile(width: int, height: int, lattice: tuple[int, int]) -> None:
+    tiles = plan_tiles(width, height, tile_px=lattice[0], halo_px=lattice[1])
+    assert (len(tiles) == 1) == (max(width, height) <= lattice[0])
 
 
 @FAST

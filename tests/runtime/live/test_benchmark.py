@@ -27,7 +27,7 @@ def test_the_benchmark_times_frames_alone_and_at_rising_rates(run, tmp_path):
     pytest.importorskip("matplotlib", reason="the plot is drawn with matplotlib")
     plot = tmp_path / "plot.png"
     figures = run("--size", "8", "--size", "16", "--frames", "3", "--plot", str(plot))
-    assert [row["tiles"] for row in figures["alone"]] == [4, 16]
+    assert [row["tiles"] for row in figures["alone"]] == [1, 9]
     assert len(figures["rates"]) == 2 * 5
     assert all(row["dropped"] + row["max_waiting"] >= 0 for row in figures["rates"])
     assert [row["policy"] for row in figures["flood"]] == ["drop_oldest", "drop_newest"]
