@@ -34,7 +34,7 @@ def resident_bytes():
 
 def test_closing_with_frames_in_flight_ends_within_a_second(make_engine, to_segmenter, frame_of):
     live = LiveSegmenter(to_segmenter(make_engine(delay_s=0.05)), queue=8)
-    tickets = [live.push(frame_of(96, 96)) for _ in range(8)]  # 36 tiles each
+    tickets = [live.push(frame_of(96, 96)) for _ in range(8)]  # 25 tiles each
     start = time.perf_counter()
     live.close()
     assert time.perf_counter() - start < 1
@@ -172,7 +172,7 @@ class Slow(OracleEngine):
         time.sleep(0.2)
         return super().detect(tiles)
 engine = Slow(tile_px=32)
-frame = np.zeros((96, 96, 3), np.uint8)  # 36 tiles, 7 s
+frame = np.zeros((96, 96, 3), np.uint8)  # 25 tiles, 5 s
 try:
     with LiveSegmenter(Segmenter(engine, make_oracle_manifest(engine, halo_px=8)), queue=1) as live:
         live.push(frame)
