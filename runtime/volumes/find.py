@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from darcnn.runtime.diameter import estimate_diameter
 from darcnn.runtime.errors import UsageError
@@ -14,14 +16,27 @@ from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.sampling import spread_evenly
 from darcnn.runtime.segmenter import Segmenter
-from darcnn.runtime.volumes.sections import Section, sections_of
+from darcnn.runtime.volumes.sections import Section, sections_of, to_table
 from darcnn.runtime.volumes.stack import Stack, measure_stack
 from darcnn.runtime.volumes.volume import Axis, Volume
 
-__all__ = ["View", "estimate_in_volume", "find_sections", "plan_view", "plane_reader"]
+__all__ = [
+    "Block",
+    "BlockRunner",
+    "FoundBlock",
+    "View",
+    "estimate_in_volume",
+    "find_block",
+    "find_blocks_here",
+    "find_sections",
+    "plan_blocks",
+    "plan_view",
+    "plane_reader",
+]
 
 _UM_PER_NM = 1e-3
 _LOOKED_AT = 4  # planes whose objects' size is estimated
+_BLOCK = 8  # planes that go to one part file: what a kill costs at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +46,34 @@ class View:
     stack: Stack
     plan: SlidePlan  # of each plane
     window: Window
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some planes of a view: the unit of work, the same for one process and for many."""
+
+    number: int  # over all views
+    view: View
+    start: int
+    stop: int  # the last plane + 1
+
+
+@dataclass(frozen=True, slots=True)
+class FoundBlock:
+    """What was found on the planes of a block: the part of `darcnn.runtime.volumes.sections`."""
+
+    number: int
+    table: pa.Table
+
+
+class BlockRunner(Protocol):
+    """Finds the sections of blocks, here or elsewhere, in any order."""
+
+    def __call__(
+        self, segmenter: Segmenter, blocks: Sequence[Block], advance: Callable[[int, int], None]
+    ) -> Iterator[FoundBlock]:
+        """Yield each of `blocks` once, found; `advance` is told of planes done and sections found."""
+        ...
 
 
 def plan_view(
@@ -77,6 +120,35 @@ def estimate_in_volume(segmenter: Segmenter, volume: Volume, axis: Axis) -> floa
             found.append(estimate_diameter(segmenter, reader))
     known = [one for one in found if one is not None]
     return float(np.median(known)) if known else None
+
+
+def plan_blocks(views: Sequence[View]) -> tuple[Block, ...]:
+    """Return the blocks of all planes, view by view."""
+    spans = [
+        (view, start, min(start + _BLOCK, len(view.stack)))
+        for view in views
+        for start in range(0, len(view.stack), _BLOCK)
+    ]
+    return tuple(Block(number, *span) for number, span in enumerate(spans))
+
+
+def find_block(
+    segmenter: Segmenter, block: Block, advance: Callable[[int, int], None] = lambda planes, sections: None
+) -> FoundBlock:
+    """Return the sections on the planes of a block, plane by plane."""
+    found: list[Section] = []
+    for sections in find_sections(segmenter, block.view, block.start, block.stop):
+        found.extend(sections)
+        advance(1, len(sections))
+    return FoundBlock(block.number, to_table(found))
+
+
+def find_blocks_here(
+    segmenter: Segmenter, blocks: Sequence[Block], advance: Callable[[int, int], None]
+) -> Iterator[FoundBlock]:
+    """Find blocks in this process, one after another: the `BlockRunner` of a single machine."""
+    for block in blocks:
+        yield find_block(segmenter, block, advance)
 
 
 def find_sections(segmenter: Segmenter, view: View, start: int, stop: int) -> Iterator[list[Section]]:

@@ -46,7 +46,14 @@ from darcnn.runtime.sinks.result_folder import (
 )
 from darcnn.runtime.stage_seconds import StageSeconds
 from darcnn.runtime.volumes.agree import agree
-from darcnn.runtime.volumes.find import View, estimate_in_volume, find_sections, plan_view
+from darcnn.runtime.volumes.find import (
+    BlockRunner,
+    View,
+    estimate_in_volume,
+    find_blocks_here,
+    plan_blocks,
+    plan_view,
+)
 from darcnn.runtime.volumes.labels import Numbered, write_label_mrc, write_label_volume
 from darcnn.runtime.volumes.link import link_sections
 from darcnn.runtime.volumes.measure import measure_solids, solid_schema
@@ -54,14 +61,13 @@ from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.overview import write_overview, write_scroll
 from darcnn.runtime.volumes.particles import write_points, write_star
-from darcnn.runtime.volumes.sections import Section, read_sections, to_table
+from darcnn.runtime.volumes.sections import Section, read_sections
 from darcnn.runtime.volumes.solid import SolidFile, solid_of, write_solids
 from darcnn.runtime.volumes.stack import Stack
 from darcnn.runtime.volumes.volume import AXES, Volume
 
 __all__ = ["run_volume"]
 
-_BLOCK = 8  # planes that go to one part file: what a kill costs at most
 _CUBE = 0.01  # voxels whose sides differ by more are no cubes
 
 
@@ -72,6 +78,7 @@ def run_volume(
     *,
     options: VolumeOptions | None = None,
     progress: Progress | None = None,
+    find_blocks: BlockRunner = find_blocks_here,
 ) -> RunSummary:
     """Find the objects of one volume and write them to `out_dir`/<volume name>/.
 
@@ -85,6 +92,7 @@ def run_volume(
         out_dir: made if it is not there.
         options: None for the defaults.
         progress: called after each plane, with what is done counted in planes and megavoxels.
+        find_blocks: who finds the objects on blocks of planes; by default this process.
     Raises:
         InputError: the volume cannot be read, or its voxel size or channels do not serve.
         UsageError: an option is out of range.
@@ -127,7 +135,7 @@ def run_volume(
             with translated(folder):
                 parts.note(asked, {"diameter_px": diameter})
             with times.stage("find"):
-                _find(segmenter, views, parts, folder, progress)
+                _find(segmenter, views, parts, folder, progress, find_blocks)
             with translated(folder):
                 n_objects = _finish(claimed, views, parts, row_filter, chosen, segmenter, times)
             warnings = _warnings(n_objects, volume)
@@ -190,47 +198,40 @@ def _diameter(segmenter: Segmenter, volume: Volume, chosen: VolumeOptions) -> fl
     return None
 
 
-def _blocks(views: Sequence[View]) -> Iterator[tuple[int, View, int, int]]:
-    """Yield number, view, first and last plane + 1 of each block, view by view."""
-    number = 0
-    for view in views:
-        for start in range(0, len(view.stack), _BLOCK):
-            yield number, view, start, min(start + _BLOCK, len(view.stack))
-            number += 1
-
-
 def _find(
-    segmenter: Segmenter, views: Sequence[View], parts: Parts, folder: Path, progress: Progress | None
+    segmenter: Segmenter,
+    views: Sequence[View],
+    parts: Parts,
+    folder: Path,
+    progress: Progress | None,
+    find_blocks: BlockRunner,
 ) -> None:
     """Write a part for each block of planes that has none yet."""
     done, n_objects, total = 0, 0, sum(len(view.stack) for view in views)
 
-    def tell(n_planes: int) -> None:
+    def advance(n_planes: int, n_sections: int) -> None:
+        nonlocal done, n_objects
+        done, n_objects = done + n_planes, n_objects + n_sections
         if progress is not None:
-            megavoxels = n_planes * float(np.prod(views[0].stack.shape)) / 1e6
-            progress(n_planes, total, n_objects=n_objects, megapixels=megavoxels)
+            megavoxels = done * float(np.prod(views[0].stack.shape)) / 1e6
+            progress(done, total, n_objects=n_objects, megapixels=megavoxels)
 
-    for number, view, start, stop in _blocks(views):
-        if parts.has(number):
-            tell(done + stop - start)
-        else:
-            found: list[Section] = []
-            for index, sections in enumerate(find_sections(segmenter, view, start, stop), start=1):
-                found.extend(sections)
-                n_objects += len(sections)
-                tell(done + index)
-            with translated(folder):
-                parts.write(number, to_table(found))
-        done += stop - start
+    blocks = plan_blocks(views)
+    todo = [block for block in blocks if not parts.has(block.number)]
+    if len(todo) < len(blocks):
+        advance(total - sum(block.stop - block.start for block in todo), 0)
+    for found in find_blocks(segmenter, todo, advance):
+        with translated(folder):
+            parts.write(found.number, found.table)
 
 
 def _planes(views: Sequence[View], wanted: View, parts: Parts) -> Iterator[list[Section]]:
     """Yield the sections of each plane of one view, from its parts."""
-    for number, view, start, stop in _blocks(views):
-        if view is wanted:
-            planes: list[list[Section]] = [[] for _ in range(start, stop)]
-            for section in read_sections(parts.load(number)):
-                planes[section.plane - start].append(section)
+    for block in plan_blocks(views):
+        if block.view is wanted:
+            planes: list[list[Section]] = [[] for _ in range(block.start, block.stop)]
+            for section in read_sections(parts.load(block.number)):
+                planes[section.plane - block.start].append(section)
             yield from planes
 
 

@@ -15,7 +15,7 @@ import zarr
 from darcnn.runtime.errors import InputError, OutputError, UsageError
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.segmenter import Segmenter
-from darcnn.runtime.volumes import pipeline
+from darcnn.runtime.volumes import find
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
 
@@ -61,7 +61,7 @@ def test_the_size_of_a_block_changes_no_byte(
     block: int, oracle16: Segmenter, mrc_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run_volume(oracle16, mrc_file, tmp_path / "one")
-    monkeypatch.setattr(pipeline, "_BLOCK", block)
+    monkeypatch.setattr(find, "_BLOCK", block)
     other = run_volume(oracle16, mrc_file, tmp_path / "two")
     assert content(first.folder) == content(other.folder)
 
