@@ -42,11 +42,12 @@ class BatchOutcome:
 
     n_done: int
     n_failed: int
+    n_damaged: int = 0  # of those done: some of their tiles could not be read
 
     @property
     def exit_code(self) -> int:
-        """0 for all, 1 for some, 2 for none."""
-        if not self.n_failed:
+        """0 for all, 1 for some or where tiles are damaged, 2 for none."""
+        if not self.n_failed and not self.n_damaged:
             return 0
         return EXIT_PARTIAL if self.n_done else EXIT_UNUSABLE
 
@@ -130,8 +131,9 @@ def run_batch(
             outcomes.append(_run_one(segmenter, path, out_dir, options, volume_options, listener, find_rows))
     finally:
         write_summary(out_dir, outcomes)
-    n_done = sum(outcome.summary is not None for outcome in outcomes)
-    return BatchOutcome(n_done, len(slides) - n_done)
+    done = [outcome.summary for outcome in outcomes if outcome.summary is not None]
+    n_damaged = sum(summary.n_unreadable > 0 for summary in done)
+    return BatchOutcome(len(done), len(slides) - len(done), n_damaged)
 
 
 def _run_one(

@@ -182,7 +182,7 @@ def main(
     """Find the objects of slides, images and volumes: INPUT is a file, a folder, a pattern or a URL.
 
     One line a slide goes to standard output. The exit code is 0 when every slide is done, 1 when some
-    failed, 2 when nothing usable was made, 130 after Ctrl-C.
+    failed or have damaged tiles, 2 when nothing usable was made, 130 after Ctrl-C.
     """
     options = RunOptions(
         mpp=mpp,

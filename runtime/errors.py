@@ -9,6 +9,7 @@ __all__ = [
     "EXIT_PARTIAL",
     "EXIT_UNUSABLE",
     "BundleError",
+    "DamagedPixelsError",
     "DarcnnError",
     "DeviceError",
     "InputError",
@@ -17,7 +18,7 @@ __all__ = [
     "UsageError",
 ]
 
-EXIT_PARTIAL = 1  # some inputs failed, the rest is done
+EXIT_PARTIAL = 1  # some inputs failed or are damaged, the rest is done
 EXIT_UNUSABLE = 2  # nothing usable was made
 EXIT_INTERRUPTED = 130  # Ctrl-C, after committing what is finished
 
@@ -46,6 +47,13 @@ class UsageError(DarcnnError):
 
 class InputError(DarcnnError):
     """A slide, picture, volume or annotation cannot be used."""
+
+
+class DamagedPixelsError(InputError):
+    """The pixels of a region are damaged in the file itself; those elsewhere can be read.
+
+    Reading again meets the same damage: no file that vanished, no disk, network or memory that gave way.
+    """
 
 
 class BundleError(DarcnnError):

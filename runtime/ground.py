@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,8 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.manifest import ModelInput
-from darcnn.runtime.planning import SlidePlan
+from darcnn.runtime.planning import SlidePlan, to_level0
+from darcnn.runtime.readers.mended import MendedReader
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.roi import Roi
 from darcnn.runtime.tiling import SEAM_PX, Tile
@@ -31,6 +31,7 @@ class Ground:
     roi: Roi | None  # None: the whole slide
     tiles: tuple[Tile, ...]  # the tiles that are looked at
     area_px0: float  # of it, without the margin that the tissue is given
+    has_holes: bool = False  # pixels were damaged where tissue was looked for
 
     def keep(self, table: pa.Table) -> NDArray[np.bool_]:
         """Return which rows of a table of objects lie on the ground, (N,)."""
@@ -60,6 +61,8 @@ def survey_ground(
 ) -> Ground:
     """Look where a slide has tissue, and return the ground of a run on it.
 
+    What is damaged where tissue is looked for counts as tissue, so that it is not passed over in silence.
+
     Args:
         reader: the open slide; stays open.
         plan: of the slide.
@@ -71,33 +74,23 @@ def survey_ground(
     """
     info = reader.info
     mask = None
+    mended = MendedReader(reader)
     if tissue:
         is_separate = not info.is_rgb or plan.channel is not None
         seen = tuple(range(min(model.channels, len(info.channel_names))))
         mask = find_tissue(
-            reader,
+            mended,
             diameter_px0=model.nominal_diameter_px / plan.scale,
             channels=(seen if plan.channel is None else (plan.channel,)) if is_separate else None,
-        )
+        ).including(mended.holes)
     reach = model.nominal_diameter_px + 2 * SEAM_PX  # a tile owns objects whose centroid lies beyond its core
     tiles = tuple(
         tile
         for tile in plan.tiles
-        for seen_px0 in [_to_level0(tile.core, plan, info, reach)]
+        for seen_px0 in [to_level0(tile.core, plan, info, reach_px=reach)]
         if (mask is None or mask.touches(seen_px0)) and (roi is None or roi.touches(seen_px0))
     )
-    return Ground(mask, roi, tiles, _area(info, mask, roi))
-
-
-def _to_level0(core: Region, plan: SlidePlan, info: SlideInfo, reach: float) -> Region:
-    """Return the level-0 pixels of `core`, grown by `reach` network pixels."""
-    factor_x, factor_y = info.width_px0 / plan.width, info.height_px0 / plan.height
-    return Region(
-        math.floor((core.x0 - reach) * factor_x),
-        math.floor((core.y0 - reach) * factor_y),
-        math.ceil((core.x1 + reach) * factor_x),
-        math.ceil((core.y1 + reach) * factor_y),
-    ).clip(info.width_px0, info.height_px0)
+    return Ground(mask, roi, tiles, _area(info, mask, roi), has_holes=bool(mended.holes))
 
 
 def _area(info: SlideInfo, mask: TissueMask | None, roi: Roi | None) -> float:

@@ -53,7 +53,7 @@ def write_outputs(
         task: what the rows were found with.
         model_name: the class of the objects.
         also: formats beyond the usual ones, of `EXTRA_FORMATS`.
-        tally: takes the time of each.
+        tally: takes the time of each; knows the damaged tiles, which the overview shows.
     Raises:
         InputError: the slide cannot be read.
         OSError: something cannot be written.
@@ -81,6 +81,7 @@ def write_outputs(
             channel=task.plan.channel,
             model_name=model_name,
             mpp=task.mpp,
+            unreadable=tuple(tally.unreadable.values()),
         )
     with tally.stage("also"):
         for extra in also:

@@ -24,6 +24,7 @@ __all__ = ["FinalRow", "Parts", "empty_part", "with_tile"]
 _JOURNAL = "journal.json"
 # columns of the parts that the result does not have
 _TILE, _SEAM, _SATURATED = "tile", "near_seam", "from_saturated_tile"
+_UNREADABLE = b"darcnn.unreadable"  # in the metadata of a part: its tiles that are damaged
 
 
 def with_tile(
@@ -102,8 +103,13 @@ class Parts:
         """Tell whether a row of tiles is done."""
         return self._path(row).is_file()
 
-    def write(self, row: int, table: pa.Table) -> None:
-        """Write the objects of a row of tiles, in the order of the lattice, each from `with_tile`."""
+    def write(self, row: int, table: pa.Table, unreadable: Sequence[int] = ()) -> None:
+        """Write the objects of a row of tiles, in the order of the lattice, each from `with_tile`.
+
+        `unreadable` are the tiles of the row whose pixels are damaged.
+        """
+        if unreadable:
+            table = table.replace_schema_metadata({_UNREADABLE: json.dumps(list(unreadable))})
         with atomic_file(self._path(row)) as file:
             pq.write_table(table, file)
 
@@ -136,7 +142,12 @@ class Parts:
 
     def load(self, row: int) -> pa.Table:
         """Return the table that `write` wrote."""
-        return pq.read_table(self._path(row))
+        return pq.read_table(self._path(row)).replace_schema_metadata(None)
+
+    def unreadable(self, n_rows: int) -> tuple[int, ...]:
+        """Return the tiles of all rows whose pixels are damaged."""
+        found = [(pq.read_schema(self._path(row)).metadata or {}).get(_UNREADABLE) for row in range(n_rows)]
+        return tuple(tile for tiles in found if tiles is not None for tile in json.loads(tiles))
 
     def _path(self, row: int) -> Path:
         return self.folder / f"row-{row:05d}.parquet"

@@ -13,13 +13,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from darcnn.runtime.diameter import choose_diameter
-from darcnn.runtime.errors import UsageError
+from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.fit import ModelFit
+from darcnn.runtime.geometry import Region
 from darcnn.runtime.ground import Ground, survey_ground
 from darcnn.runtime.measure import object_schema
 from darcnn.runtime.outputs import add_formats, write_outputs
 from darcnn.runtime.parts import Parts
-from darcnn.runtime.planning import find_channel
+from darcnn.runtime.planning import SlidePlan, find_channel, to_level0
+from darcnn.runtime.readers.mended import MendedReader
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.record import (
     fingerprint,
@@ -73,6 +75,7 @@ class RunSummary:
     warnings: tuple[str, ...]
     ground_mm2: float | None = None  # area of the tissue that was looked at; None without a pixel size
     was_done: bool = False  # by an earlier run that asked for the same
+    n_unreadable: int = 0  # damaged tiles: nothing was found in them
 
     @property
     def objects_per_mm2(self) -> float | None:
@@ -107,6 +110,8 @@ def run_slide(
     rows that it lacks and ends with the same objects, labels and outlines. An earlier result, about to be
     overwritten, stays until then.
 
+    Tiles that are damaged are named in run.json and in a warning; the rest is done.
+
     Args:
         segmenter: the model.
         reader: the open slide; stays open.
@@ -115,7 +120,8 @@ def run_slide(
         progress: called after each tile.
         find_rows: who finds the objects of rows of tiles; by default this process.
     Raises:
-        InputError: the slide cannot be read, or its pixel size or channels do not serve.
+        InputError: the slide cannot be read, not even one tile of it, or its pixel size or channels do not
+            serve.
         UsageError: an option is out of range.
         OutputError: the results cannot be written, or exist.
     """
@@ -175,7 +181,7 @@ def _fill(
     parts = Parts(claimed.parts)
     noted = parts.begin(wish.asked)
     before = time.perf_counter()
-    diameter_px = noted["diameter_px"] if noted else _diameter(segmenter, reader, wish)
+    diameter_px = noted["diameter_px"] if noted else _diameter(segmenter, MendedReader(reader), wish)
     plan = segmenter.plan(
         info, mpp=options.mpp, diameter_px=diameter_px, pixels=options.pixels, channel=wish.channel
     )
@@ -187,8 +193,9 @@ def _fill(
         n_tiles_skipped=len(plan.tiles) - len(ground.tiles),
     )
     tally.add_seconds({"diameter": looked - before, "tissue": time.perf_counter() - looked})
+    mended = MendedReader(reader)  # not that of the diameter: a run that goes on does not look for it again
     with tally.stage("intensity"):
-        window = segmenter.measure(reader, plan)
+        window = segmenter.measure(mended, plan)
     task = SlideTask(plan, window, info.mpp if options.mpp is None else (options.mpp, options.mpp))
     with translated(claimed.path):
         parts.note(wish.asked, {"diameter_px": diameter_px})
@@ -198,17 +205,19 @@ def _fill(
     for found in find_rows(segmenter, reader, task, todo, counter.advance):
         tally.add_seconds(found.seconds)
         with tally.stage("parts"), translated(claimed.path):
-            parts.write(found.number, found.table)
+            parts.write(found.number, found.table, found.unreadable)
     with translated(claimed.path):
+        tally.unreadable = _find_unreadable(parts.unreadable(len(rows)), ground, plan, info)
         write_outputs(
             claimed.built,
             _final_tables(parts, len(rows), ground, wish.row_filter, tally),
-            reader,
+            mended,
             task,
             model_name=segmenter.manifest.name,
             also=options.also,
             tally=tally,
         )
+    tally.has_holes = ground.has_holes or bool(mended.holes)  # now that the overview is made
     return make_record(
         segmenter,
         info,
@@ -228,6 +237,23 @@ def _diameter(segmenter: Segmenter, reader: Reader, wish: _Wish) -> float | None
         is_scale_given=wish.options.pixels or wish.options.mpp is not None,
         channel=wish.channel,
     )
+
+
+def _find_unreadable(
+    damaged: Sequence[int], ground: Ground, plan: SlidePlan, info: SlideInfo
+) -> dict[int, Region]:
+    """Return the cores of the damaged tiles, level-0 pixels.
+
+    Raises:
+        InputError: no tile can be read.
+    """
+    if damaged and len(damaged) == len(ground.tiles):
+        raise InputError(
+            f"is damaged: of {len(damaged)} tiles none can be read",
+            where=info.path or info.name,
+            fix="copy it again and pass --restart",
+        )
+    return {tile: to_level0(plan.tiles[tile].core, plan, info) for tile in damaged}
 
 
 def _final_tables(
@@ -283,4 +309,5 @@ def _summarize(
         warnings=tuple(record["warnings"]),
         ground_mm2=record["ground"]["area_mm2"],
         was_done=was_done,
+        n_unreadable=record["counts"].get("tiles_unreadable", 0),  # results of earlier versions lack it
     )

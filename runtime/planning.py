@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 from darcnn.runtime.errors import InputError, UsageError
-from darcnn.runtime.geometry import Level, choose_level
+from darcnn.runtime.geometry import Level, Region, choose_level
 from darcnn.runtime.intensity import sees_separate_channels
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.readers.protocol import SlideInfo
 from darcnn.runtime.tiling import Tile, plan_tiles
 
-__all__ = ["SlidePlan", "find_channel", "plan_slide"]
+__all__ = ["SlidePlan", "find_channel", "plan_slide", "to_level0"]
 
 SNAP = 0.02  # a scale within 2 % of a level's own is that level's: no resampling
 MIN_SCALE, MAX_SCALE = 1 / 64, 16.0  # beyond them the pixel size is a mistake
@@ -88,6 +88,17 @@ def plan_slide(
         mpp=known_mpp,
         mpp_source=mpp_source if mpp is not None else info.mpp_source,
     )
+
+
+def to_level0(region: Region, plan: SlidePlan, info: SlideInfo, *, reach_px: float = 0.0) -> Region:
+    """Return the level-0 pixels of a region in network pixels, grown by `reach_px` of them, on the slide."""
+    factor_x, factor_y = info.width_px0 / plan.width, info.height_px0 / plan.height
+    return Region(
+        math.floor((region.x0 - reach_px) * factor_x),
+        math.floor((region.y0 - reach_px) * factor_y),
+        math.ceil((region.x1 + reach_px) * factor_x),
+        math.ceil((region.y1 + reach_px) * factor_y),
+    ).clip(info.width_px0, info.height_px0)
 
 
 def _choose_channel(model: ModelInput, info: SlideInfo, channel: int | None, where: str) -> int | None:

@@ -91,12 +91,11 @@ class Terminal:
         objects = f"{summary.n_objects:,} object{'' if summary.n_objects == 1 else 's'}"
         self.n_finished += 1
         if summary.was_done:
-            click.echo(f"{summary.name}: {objects}, done before, {summary.overview}")
-            return
-        speed = summary.megapixels / max(summary.seconds, 1e-9)
-        click.echo(
-            f"{summary.name}: {objects}, {summary.seconds:.1f} s, {speed:.1f} Mpx/s, {summary.overview}"
-        )
+            pace = "done before"
+        else:
+            speed = summary.megapixels / max(summary.seconds, 1e-9)
+            pace = f"{summary.seconds:.1f} s, {speed:.1f} Mpx/s"
+        click.echo(f"{summary.name}: {objects}, {pace}, {summary.overview}")
         for warning in summary.warnings:
             click.echo(f"{summary.name}: {warning}", err=True)
 
@@ -166,6 +165,7 @@ class JsonLines:
                 "objects": summary.n_objects,
                 "objects_per_mm2": summary.objects_per_mm2,
                 "seconds": round(summary.seconds, 3),
+                "tiles_unreadable": summary.n_unreadable,
                 "was_done": summary.was_done,
                 "warnings": list(summary.warnings),
             }

@@ -87,7 +87,8 @@ def make_record(
     ground: Mapping[str, Any],
     tally: Tally,
 ) -> dict[str, Any]:
-    """Return what a slide's run.json holds: `describe_run`, slide, ground, plan, counts, times, warnings."""
+    """Return what a slide's run.json holds: `describe_run`, slide, ground, plan, counts, damage, times,
+    warnings."""
     plan, mpp = task.plan, task.mpp
     return {
         **describe_run(segmenter, asked),
@@ -113,6 +114,10 @@ def make_record(
             "channel": plan.channel,
         },
         "counts": tally.counts(),
+        "unreadable": [
+            {"tile": tile, "x0": core.x0, "y0": core.y0, "x1": core.x1, "y1": core.y1}
+            for tile, core in tally.unreadable.items()
+        ],
         "seconds": rounded_seconds(tally.seconds),
         "warnings": list(tally.warnings(has_pixel_size=mpp is not None)),
     }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
 import pyarrow as pa
 
+from darcnn.runtime.errors import DamagedPixelsError
 from darcnn.runtime.ground import Ground
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import Window
@@ -48,6 +50,7 @@ class FoundRow:
     number: int
     table: pa.Table
     seconds: dict[str, float]  # by stage
+    unreadable: tuple[int, ...]  # tiles whose pixels are damaged: nothing was found in them
 
 
 class RowRunner(Protocol):
@@ -86,18 +89,31 @@ def find_row(
     row: Row,
     advance: Callable[[int, int], None] = lambda tiles, objects: None,
 ) -> FoundRow:
-    """Return the measured objects of a row of tiles, in the order of the lattice."""
+    """Return the measured objects of a row of tiles, in the order of the lattice.
+
+    A tile that is damaged, or damaged where its objects are measured, holds none and is named.
+
+    Raises:
+        InputError: the slide cannot be read any more.
+    """
     tables = [empty_part(reader.info.channel_names)]
+    unreadable = {tile.index for tile in row.tiles}
     detect = measure = 0.0
     start = time.perf_counter()
-    for tile, instances in segmenter.stream(reader, task.plan, tiles=row.tiles, window=task.window):
+    stream = segmenter.stream(reader, task.plan, tiles=row.tiles, window=task.window, skips_damaged=True)
+    for tile, instances in stream:
         found = time.perf_counter()
-        tables.append(_measure_tile(tile, instances, reader, task))
-        advance(1, len(instances))
+        with suppress(DamagedPixelsError):
+            tables.append(_measure_tile(tile, instances, reader, task))
+            unreadable.remove(tile.index)
+            advance(1, len(instances))
         detect += found - start
         start = time.perf_counter()
         measure += start - found
-    return FoundRow(row.number, pa.concat_tables(tables), {"detect": detect, "measure": measure})
+    if unreadable:
+        advance(len(unreadable), 0)
+    seconds = {"detect": detect, "measure": measure}
+    return FoundRow(row.number, pa.concat_tables(tables), seconds, tuple(sorted(unreadable)))
 
 
 def find_rows_here(

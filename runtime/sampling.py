@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from darcnn.runtime.errors import DamagedPixelsError
 from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.intensity import (
     IntensityRule,
@@ -149,12 +150,15 @@ class TileSampler:
 
 
 def read_ahead(
-    sampler: TileSampler, tiles: Iterable[Tile], *, batch: int
+    sampler: TileSampler, tiles: Iterable[Tile], *, batch: int, skips_damaged: bool = False
 ) -> Iterator[tuple[list[Tile], list[NDArray[np.uint8]]]]:
     """Yield `tiles` in batches with their pixels; threads read the next two batches meanwhile.
 
+    With `skips_damaged`, tiles whose pixels are damaged are left out, and so are batches of such only.
+
     Raises:
-        InputError: a tile cannot be read.
+        DamagedPixelsError: a tile is damaged.
+        InputError: the slide cannot be read any more.
     """
     waiting = iter(tiles)
     ahead: deque[tuple[list[Tile], list[Future[NDArray[np.uint8]]]]] = deque()
@@ -166,7 +170,15 @@ def read_ahead(
                 if not ahead:
                     return
                 group, reads = ahead.popleft()
-                yield group, [read.result() for read in reads]
+                whole: list[tuple[Tile, NDArray[np.uint8]]] = []
+                for tile, read in zip(group, reads, strict=True):
+                    try:
+                        whole.append((tile, read.result()))
+                    except DamagedPixelsError:
+                        if not skips_damaged:
+                            raise
+                if whole:
+                    yield [tile for tile, _ in whole], [pixels for _, pixels in whole]
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -168,6 +168,7 @@ class Segmenter(Closing):
         *,
         tiles: Sequence[Tile] | None = None,
         window: Window | None = None,
+        skips_damaged: bool = False,
     ) -> Iterator[tuple[Tile, Instances]]:
         """Yield each tile with the objects that it reports, in the order given.
 
@@ -180,13 +181,18 @@ class Segmenter(Closing):
             plan: from `plan`, None for `plan(reader.info)`.
             tiles: some of the plan's tiles, None for all.
             window: from `measure`, None to measure now.
+            skips_damaged: leave out tiles whose pixels are damaged, instead of raising.
+        Raises:
+            DamagedPixelsError: a tile is damaged.
+            InputError: the slide cannot be read.
         """
         plan = self.plan(reader.info) if plan is None else plan
         window = self.measure(reader, plan) if window is None else window
         sampler = self.sampler(reader, plan, window)
         shape = (reader.info.height_px0, reader.info.width_px0)
         chosen = plan.tiles if tiles is None else tiles
-        for batch, pixels in read_ahead(sampler, chosen, batch=self._engine.spec.batch):
+        batches = read_ahead(sampler, chosen, batch=self._engine.spec.batch, skips_damaged=skips_damaged)
+        for batch, pixels in batches:
             yield from zip(batch, self.segment_batch(plan, shape, batch, pixels), strict=True)
 
     def segment_batch(

@@ -23,6 +23,7 @@ _COLUMNS = (
     "objects",
     "objects_per_mm2",
     "tissue_mm2",
+    "tiles_unreadable",
     "seconds",
     "warnings",
     "error",
@@ -63,11 +64,7 @@ def _row(outcome: SlideOutcome) -> list[str]:
             make_slide_name(outcome.path),
             without_secrets(outcome.path),
             "failed",
-            "",
-            "",
-            "",
-            "",
-            "",
+            *[""] * (len(_COLUMNS) - 4),
             outcome.error,
         ]
     return [
@@ -77,6 +74,7 @@ def _row(outcome: SlideOutcome) -> list[str]:
         str(found.n_objects),
         _number(found.objects_per_mm2, 1),
         _number(found.ground_mm2, 6),
+        str(found.n_unreadable),
         "" if found.was_done else _number(found.seconds, 1),
         "; ".join(found.warnings),
         "",

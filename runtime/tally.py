@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from darcnn.runtime.fit import ModelFit
+from darcnn.runtime.geometry import Region
 from darcnn.runtime.parts import FinalRow
 from darcnn.runtime.stage_seconds import StageSeconds
 
@@ -27,6 +29,8 @@ class Tally(StageSeconds):
     n_truncated: int = 0
     n_tiles_with_objects: int = 0
     n_tiles_saturated: int = 0
+    unreadable: Mapping[int, Region] = field(default_factory=dict)  # damaged tiles, cores in level-0 pixels
+    has_holes: bool = False  # damage where tissue, brightness or overview are seen
 
     def count(self, row: FinalRow) -> None:
         """Take the final objects of a row of tiles."""
@@ -45,11 +49,24 @@ class Tally(StageSeconds):
             "tiles_skipped": self.n_tiles_skipped,
             "tiles_with_objects": self.n_tiles_with_objects,
             "tiles_saturated": self.n_tiles_saturated,
+            "tiles_unreadable": len(self.unreadable),
         }
 
     def warnings(self, *, has_pixel_size: bool) -> tuple[str, ...]:
         """Return one line for each thing that a user should look at."""
         warnings = []
+        if self.unreadable:
+            first = self.unreadable[min(self.unreadable)]
+            warnings.append(
+                f"damaged tiles: {len(self.unreadable)} of {self.n_tiles}; nothing was found in them, "
+                f"the first lies at x {first.x0} to {first.x1}, y {first.y0} to {first.y1}; "
+                "copy the slide again and pass --overwrite"
+            )
+        elif self.has_holes:
+            warnings.append(
+                "the slide is damaged in a reduced level, or where no object was looked for; the overview "
+                "shows no pixels there"
+            )
         if not self.n_tiles:
             warnings.append("no tissue found where it was looked for; --no-tissue looks at everything")
         elif not self.n_objects:

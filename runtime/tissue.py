@@ -6,7 +6,8 @@ the whole slide counts as tissue.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -66,10 +67,21 @@ class TissueMask:
 
     def touches(self, region: Region) -> bool:
         """Tell whether `region`, level-0 pixels, holds any tissue."""
+        return bool(self.cells[self._under(region)].any())
+
+    def including(self, regions: Iterable[Region]) -> TissueMask:
+        """Return the mask with `regions`, level-0 pixels, taken for tissue; the area stays what was seen."""
+        cells = self.cells.copy()
+        for region in regions:
+            cells[self._under(region)] = True
+        return replace(self, cells=cells)
+
+    def _under(self, region: Region) -> tuple[slice, slice]:
+        """Return the rows and columns of the cells that `region` touches."""
         height, width = self.cells.shape
         x0, x1 = region.x0 * width // self.width_px0, -(-region.x1 * width // self.width_px0)
         y0, y1 = region.y0 * height // self.height_px0, -(-region.y1 * height // self.height_px0)
-        return bool(self.cells[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)].any())
+        return slice(max(y0, 0), max(y1, 0)), slice(max(x0, 0), max(x1, 0))
 
 
 def find_tissue(

@@ -68,7 +68,8 @@ class PlaneReader(Closing):
         """Return (H, W, C) pixels of `region` in pixels of `level`; a new array that the caller owns.
 
         Raises:
-            InputError: the reader is closed, or the file is damaged there.
+            DamagedPixelsError: the file is damaged there.
+            InputError: the reader is closed, or the file cannot be read any more.
             ShapeError: there is no such level; the region is empty or leaves the level.
         """
         _check_region(region, level, self._info.levels)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import math
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from darcnn.runtime.errors import InputError
+from darcnn.runtime.errors import DamagedPixelsError, InputError
 from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.readers.base import (
     PlaneReader,
@@ -45,7 +47,18 @@ _OLD_AXES = ("t", "c", "z", "y", "x")  # before 0.3 there were no others
 _RGB_COLOURS = ["FF0000", "00FF00", "0000FF"]
 # What zarr, its codecs and fsspec raise on metadata that lie and on what cannot be fetched or unpacked;
 # aiohttp's own errors are added where it is installed.
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, AttributeError)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 class OmeZarrReader(PlaneReader):
@@ -96,7 +109,7 @@ class OmeZarrReader(PlaneReader):
         try:
             values = np.asarray(array[tuple(spans[axis] for axis in axes)])
         except unreadable_zarr() as err:
-            raise _unreadable(where, err) from err
+            raise _unreadable(where, err, is_chunk=True) from err
         left = [axis for axis in axes if axis in "cyx"]
         if "c" not in left:
             return to_pixels(values.transpose(left.index("y"), left.index("x"))[:, :, None])  # (h, w, 1)
@@ -254,7 +267,11 @@ def unreadable_zarr() -> tuple[type[BaseException], ...]:
     return (*_UNREADABLE, ClientError)
 
 
-def _unreadable(path: Location, err: BaseException) -> InputError:
+def _unreadable(path: Location, err: BaseException, *, is_chunk: bool = False) -> InputError:
     reason = str(err) or type(err).__name__
     fix = "check the address and the network" if is_url(path) else "copy the whole folder again"
-    return InputError(f"cannot be read as OME-Zarr ({reason[:200]})", where=path, fix=fix)
+    # A codec's errors have no number, those of the disk do. What comes over a network may be cut short on
+    # the way: that says nothing of the image.
+    is_of_disk = isinstance(err, OSError) and err.errno is not None
+    kind = DamagedPixelsError if is_chunk and not is_of_disk and not is_url(path) else InputError
+    return kind(f"cannot be read as OME-Zarr ({reason[:200]})", where=path, fix=fix)

@@ -75,7 +75,8 @@ class Reader(Protocol):
         """Return (H, W, C) pixels of `region`, which lies inside `level` (pixels of that level).
 
         Raises:
-            InputError: the file is damaged there.
+            DamagedPixelsError: the file is damaged there; other regions may be read.
+            InputError: the file cannot be read any more.
             ShapeError: the region is empty or leaves the level.
         """
         ...

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openslide
 from numpy.typing import NDArray
+from PIL import Image
 
-from darcnn.runtime.errors import InputError
+from darcnn.runtime.errors import DamagedPixelsError, InputError
 from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.readers.base import (
     RGB_NAMES,
@@ -59,7 +62,8 @@ class SlideReader(PlaneReader):
 
     OpenSlide places a region of a reduced level by whole pixels of level 0, so where a level's
     downsample is not a whole number, pixels shift by up to half a pixel of level 0. It may be read from
-    several threads without a lock. After one damaged tile it refuses the whole file, and so do we.
+    several threads without a lock. After one damaged tile a handle of OpenSlide's refuses the whole file;
+    the next read takes a new one.
 
     Raises:
         InputError: OpenSlide cannot open the file, or `z` or `t` names a plane that is not there.
@@ -72,37 +76,67 @@ class SlideReader(PlaneReader):
         for axis, asked in (("z", z), ("t", t)):
             choose_plane(axis, asked, 1, where=path)
         settle_mpp(None, None, override=mpp)  # a wrong option is told before the file is opened
-        try:
+        with _opening(path):
             slide = openslide.OpenSlide(path)
             info = _describe(slide, path, mpp)
-        except openslide.OpenSlideUnsupportedFormatError as err:
-            raise InputError(
-                "is no slide that OpenSlide knows", where=path, fix="export it as a pyramidal OME-TIFF"
-            ) from err
-        except (openslide.OpenSlideError, OSError) as err:
-            raise InputError(
-                f"cannot be opened as a slide ({err})",
-                where=path,
-                fix="copy it again, with the files that belong to it",
-            ) from err
         super().__init__(info)
+        self._path = path
         self._slide = slide
+        self._renewal = threading.Lock()
 
     def _read(self, region: Region, level: Level) -> Pixels:
         corner_px0 = (round(region.x0 * level.downsample), round(region.y0 * level.downsample))
         extent = (int(region.width), int(region.height))
+        slide = self._slide
         try:
-            image = self._slide.read_region(corner_px0, level.index, extent)
-        except openslide.OpenSlideError as err:
-            raise InputError(
-                f"is damaged near x {corner_px0[0]}, y {corner_px0[1]} ({err})",
-                where=str(self._info.path),
-                fix="copy it again from the scanner",
-            ) from err
+            image = slide.read_region(corner_px0, level.index, extent)
+        except openslide.OpenSlideError:  # damage here, or elsewhere before or in another thread
+            image = self._read_anew(slide, corner_px0, level.index, extent)
         return flatten_on_white(np.asarray(image))
+
+    def _read_anew(
+        self, dead: Any, corner_px0: tuple[int, int], level: int, extent: tuple[int, int]
+    ) -> Image.Image:
+        """Read with a new handle, and put it in place of the `dead` one if it lives."""
+        with self._renewal:
+            if not self._path.exists():
+                raise InputError("is gone", where=self._path, fix="bring it back; the same command goes on")
+            with _opening(self._path):
+                fresh = openslide.OpenSlide(self._path)
+            try:
+                image = fresh.read_region(corner_px0, level, extent)
+            except openslide.OpenSlideError as err:
+                fresh.close()
+                raise DamagedPixelsError(
+                    f"is damaged near x {corner_px0[0]}, y {corner_px0[1]} ({err})",
+                    where=self._path,
+                    fix="copy it again from the scanner",
+                ) from err
+            if self._slide is dead:
+                self._slide = fresh  # the dead one closes itself when the last thread has left it
+            else:
+                fresh.close()
+            return image
 
     def _release(self) -> None:
         self._slide.close()
+
+
+@contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    """Translate what goes wrong while a slide is opened."""
+    try:
+        yield
+    except openslide.OpenSlideUnsupportedFormatError as err:
+        raise InputError(
+            "is no slide that OpenSlide knows", where=path, fix="export it as a pyramidal OME-TIFF"
+        ) from err
+    except (openslide.OpenSlideError, OSError) as err:
+        raise InputError(
+            f"cannot be opened as a slide ({err})",
+            where=path,
+            fix="copy it again, with the files that belong to it",
+        ) from err
 
 
 def _describe(slide: Any, path: Path, mpp: float | None) -> SlideInfo:

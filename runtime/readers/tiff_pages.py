@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tifffile import TiffFileError
 
-from darcnn.runtime.errors import InputError
+from darcnn.runtime.errors import DamagedPixelsError, InputError
 from darcnn.runtime.geometry import Region
 
 __all__ = ["PageFiles", "PageSource", "Segment", "SegmentGrid", "damaged"]
@@ -23,7 +23,7 @@ __all__ = ["PageFiles", "PageSource", "Segment", "SegmentGrid", "damaged"]
 # Strips span the width of a slide: without a cache each would be decoded again for every tile of a row.
 _CACHE_BYTES = 256 * 2**20
 # What tifffile's decoders raise on damaged segments: errors of imagecodecs are RuntimeErrors, those of
-# tifffile ValueErrors; a damaged size may ask for absurd memory; the others come from parsing.
+# tifffile ValueErrors; the others come from parsing.
 _UNDECODABLE = (
     TiffFileError,
     ValueError,
@@ -31,7 +31,6 @@ _UNDECODABLE = (
     OSError,
     LookupError,
     TypeError,
-    MemoryError,
     struct.error,
 )
 
@@ -142,7 +141,8 @@ class PageFiles:
         """Return (H, W, C) pixels of slice `depth` of the page, in the stored type.
 
         Raises:
-            InputError: the file ends early, or a segment cannot be decoded.
+            DamagedPixelsError: a segment cannot be decoded.
+            InputError: the file ends early, or a segment asks for more memory than there is.
         """
         grid = page.grid
         shape = (grid.n_samples, region.height, region.width, grid.n_contiguous)
@@ -185,10 +185,19 @@ class PageFiles:
             stream = self._files[page.path]
             stream.seek(page.offsets[segment.index])
             encoded = stream.read(n_bytes)
+        if len(encoded) != n_bytes:  # it was whole when it was opened
+            raise damaged(page.path, "ends before its last pixel")
+        place = f"near x {segment.x}, y {segment.y}"
         try:
             values: NDArray[Any] = page.decode(encoded, segment.index, **page.decode_options)[0]
+        except MemoryError as err:  # a damaged size may ask for absurd memory, or there is none left
+            raise damaged(page.path, f"takes too much memory {place}") from err
         except _UNDECODABLE as err:
-            raise damaged(page.path, f"cannot be decoded near x {segment.x}, y {segment.y} ({err})") from err
+            raise DamagedPixelsError(
+                f"cannot be decoded {place} ({err})",
+                where=page.path,
+                fix="copy the file again or export it anew",
+            ) from err
         self._remember(key, values)
         return values
 

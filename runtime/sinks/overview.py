@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import shapely
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from darcnn.runtime.geometry import Region
 from darcnn.runtime.intensity import Window, apply_window, select_channels
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.sinks.atomic import atomic_file
@@ -25,6 +27,8 @@ _FINER = 3  # outlines are drawn so many times finer and averaged, which smooths
 _DOT_PX = 3.0  # an object smaller than this, in pixels of the picture, is filled: its outline would hide it
 _ON_TISSUE = (0, 225, 70)  # bright green stands out from pink and violet, and is still seen on white
 _ON_BLACK = (190, 255, 40)  # yellow-green stands out from grey and black
+_UNREADABLE = (255, 110, 0)  # orange stripes over tiles that are damaged
+_STRIPE_PX, _STRIPES_APART_PX = 3, 12
 _FONT_PX = 18
 _MARGIN_PX = 10
 _NICE_STEPS = (1, 2, 5)  # lengths that a scale bar may have, times a power of ten
@@ -39,6 +43,7 @@ def write_overview(
     channel: int | None,
     model_name: str,
     mpp: tuple[float, float] | None,
+    unreadable: Sequence[Region] = (),
 ) -> None:
     """Write the slide of `reader`, at most 2048 px, with the outlines of the table `objects`, as PNG.
 
@@ -53,6 +58,7 @@ def write_overview(
         channel: which channel is shown, None for colours or the only one.
         model_name: for the legend.
         mpp: micrometres per level-0 pixel (x, y), or None.
+        unreadable: tiles that are damaged, level-0 pixels; striped.
     Raises:
         InputError: the slide cannot be read.
         OSError: the file cannot be written; nothing is left behind.
@@ -64,10 +70,13 @@ def write_overview(
         max(1, round(info.height_px0 / reduction)),
     )
     picture = _shrink(reader, size, window=window, channel=channel)
+    picture.paste(_UNREADABLE, mask=_draw_stripes(unreadable, size, reduction))
     colour = _ON_TISSUE if info.is_rgb else _ON_BLACK
     picture.paste(colour, mask=_draw_outlines(objects, size, reduction))
     n_objects = count_objects(objects)
     words = [model_name, f"{n_objects:,} object{'' if n_objects == 1 else 's'}"]
+    if unreadable:
+        words.append(f"{len(unreadable)} damaged tile{'' if len(unreadable) == 1 else 's'}")
     if mpp is None:
         words.append(f"{info.width_px0} x {info.height_px0} px, pixel size unknown")
     else:
@@ -93,6 +102,17 @@ def _shrink(reader: Reader, size: tuple[int, int], *, window: Window, channel: i
         rows = (size[0], strip.bottom - strip.top)
         picture.paste(shown.resize(rows, Image.Resampling.BOX, box=strip.box), (0, strip.top))
     return picture
+
+
+def _draw_stripes(regions: Sequence[Region], size: tuple[int, int], reduction: float) -> Image.Image:
+    """Return a mask of diagonal stripes over `regions`, level-0 pixels."""
+    covered = Image.new("1", size)
+    draw = ImageDraw.Draw(covered)
+    for region in regions:
+        x0, y0, x1, y1 = (v / reduction for v in (region.x0, region.y0, region.x1, region.y1))
+        draw.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), fill=1)
+    y, x = np.ogrid[: size[1], : size[0]]
+    return Image.fromarray(np.asarray(covered) & ((x + y) % _STRIPES_APART_PX < _STRIPE_PX))
 
 
 def _draw_outlines(objects: Path, size: tuple[int, int], reduction: float) -> Image.Image:

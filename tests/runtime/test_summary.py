@@ -24,7 +24,7 @@ def summary(tmp_path, **changes):
 
 def test_the_summary_tells_count_density_area_warnings_and_failures(tmp_path):
     outcomes = [
-        SlideOutcome(tmp_path / "a, b.svs", summary(tmp_path)),
+        SlideOutcome(tmp_path / "a, b.svs", summary(tmp_path, n_unreadable=3)),
         SlideOutcome(tmp_path / "c.svs", summary(tmp_path, name="c", ground_mm2=None, was_done=True)),
         SlideOutcome(tmp_path / "d.svs", error="d.svs: is damaged"),
     ]
@@ -39,6 +39,7 @@ def test_the_summary_tells_count_density_area_warnings_and_failures(tmp_path):
         "0.500000",
     )
     assert lines[0]["warnings"] == "one; two"
+    assert [line["tiles_unreadable"] for line in lines] == ["3", "0", ""]
     assert (lines[1]["objects_per_mm2"], lines[1]["seconds"]) == ("", "")
     assert lines[2]["error"] == "d.svs: is damaged"
 
