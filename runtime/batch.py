@@ -27,13 +27,25 @@ from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import output_error
 from darcnn.runtime.sinks.result_folder import make_folder_name
 from darcnn.runtime.summary import SlideOutcome, write_summary
+from darcnn.runtime.volumes.find import BlockRunner, find_blocks_here
 from darcnn.runtime.volumes.open import is_volume
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
 
-__all__ = ["BatchOutcome", "list_slides", "run_batch"]
+__all__ = ["HERE", "BatchOutcome", "Finders", "list_slides", "run_batch"]
 
 _ONE_OF_MANY = ".dcm"  # the files of a DICOM slide lie side by side: one must be named, not the folder
+
+
+@dataclass(frozen=True, slots=True)
+class Finders:
+    """Who finds the objects of slides and of volumes: this process, or others."""
+
+    find_rows: RowRunner = find_rows_here
+    find_blocks: BlockRunner = find_blocks_here
+
+
+HERE = Finders()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +125,7 @@ def run_batch(
     options: RunOptions,
     volume_options: VolumeOptions | None = None,
     listener: Listener,
-    find_rows: RowRunner = find_rows_here,
+    finders: Finders = HERE,
 ) -> BatchOutcome:
     """Run all `slides`; those that fail are told to `listener` and the rest goes on.
 
@@ -128,7 +140,7 @@ def run_batch(
     try:
         for number, path in enumerate(slides, start=1):
             listener.begin(path, number, len(slides))
-            outcomes.append(_run_one(segmenter, path, out_dir, options, volume_options, listener, find_rows))
+            outcomes.append(_run_one(segmenter, path, out_dir, options, volume_options, listener, finders))
     finally:
         write_summary(out_dir, outcomes)
     done = [outcome.summary for outcome in outcomes if outcome.summary is not None]
@@ -143,16 +155,23 @@ def _run_one(
     options: RunOptions,
     volume_options: VolumeOptions | None,
     listener: Listener,
-    find_rows: RowRunner,
+    finders: Finders,
 ) -> SlideOutcome:
     tell = listener.advance
     try:
         if options.z is None and is_volume(path, t=options.t):
-            summary = run_volume(segmenter, path, out_dir, options=volume_options, progress=tell)
+            summary = run_volume(
+                segmenter,
+                path,
+                out_dir,
+                options=volume_options,
+                progress=tell,
+                find_blocks=finders.find_blocks,
+            )
         else:
             with open_source(path, z=options.z, t=options.t) as reader:
                 summary = run_slide(
-                    segmenter, reader, out_dir, options=options, progress=tell, find_rows=find_rows
+                    segmenter, reader, out_dir, options=options, progress=tell, find_rows=finders.find_rows
                 )
     except (BundleError, DeviceError):
         raise

@@ -13,13 +13,12 @@ from typing import Literal
 
 import click
 
-from darcnn.runtime.batch import list_slides, run_batch
+from darcnn.runtime.batch import HERE, Finders, list_slides, run_batch
 from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
 from darcnn.runtime.options import BACKENDS, read_diameter
 from darcnn.runtime.pipeline import RunOptions
 from darcnn.runtime.progress import JsonLines, Terminal
 from darcnn.runtime.record import installed_version
-from darcnn.runtime.rows import RowRunner, find_rows_here
 from darcnn.runtime.run_options import EXTRA_FORMATS
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.options import LABELS_MRC, VolumeOptions, parse_voxel_size
@@ -223,7 +222,7 @@ def main(
             _build_engine(model, backend, terminal)
         load_model = partial(load, _absolute(model), device=device, backend=backend, min_score=min_score)
         with (
-            _open_runner(load_model, workers, scheduler, options) as find_rows,
+            _open_finders(load_model, workers, scheduler, options) as finders,
             load_model(tell=terminal.tell) as segmenter,
         ):
             outcome = run_batch(
@@ -233,7 +232,7 @@ def main(
                 options=options,
                 volume_options=volume_options,
                 listener=terminal,
-                find_rows=find_rows,
+                finders=finders,
             )
         code = outcome.exit_code
     except DarcnnError as err:
@@ -251,12 +250,12 @@ def _absolute(model: str) -> str:
 
 
 @contextmanager
-def _open_runner(
+def _open_finders(
     load_model: partial[Segmenter], workers: int | None, scheduler: str | None, options: RunOptions
-) -> Iterator[RowRunner]:
+) -> Iterator[Finders]:
     """Give who finds the objects: this process, processes on this machine, or those of a scheduler."""
     if workers is None and scheduler is None:
-        yield find_rows_here
+        yield HERE
         return
     if workers is not None and scheduler is not None:
         raise UsageError("goes without --scheduler", where="--workers", fix="pass one of them")
@@ -267,10 +266,8 @@ def _open_runner(
         raise UsageError("needs Dask", where=option, fix="run `pip install 'darcnn[cluster]'`") from err
     if workers is not None:  # the cores are shared out
         load_model = partial(load_model, threads=max(1, (os.cpu_count() or 1) // workers))
-    with open_cluster(
-        load_model, n_workers=workers, scheduler=scheduler, z=options.z, t=options.t
-    ) as find_rows:
-        yield find_rows
+    with open_cluster(load_model, n_workers=workers, scheduler=scheduler, z=options.z, t=options.t) as runner:
+        yield Finders(runner.find_rows, runner.find_blocks)
 
 
 def _build_engine(model: str, backend: str, terminal: Terminal | JsonLines) -> None:

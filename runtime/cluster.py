@@ -1,9 +1,10 @@
-"""Rows of tiles found by many processes: a local Dask cluster, or one that runs already (extra `cluster`).
+"""Rows of tiles and blocks of planes found by many processes: a local Dask cluster, or one that runs already
+(extra `cluster`).
 
 A worker gets the path of the slide and a row's tiles, and gives back the row's part; only the process that
 was given the command writes. What a worker computes depends on nothing but the slide and the row, so the
 result is that of a single process to the byte, in whatever order rows come back. A worker that dies loses its
-row only: another does it.
+row only: another does it. The same holds for a volume and its blocks.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from distributed import Client, LocalCluster, WorkerPlugin, as_completed, get_worker
 from distributed.scheduler import KilledWorker
@@ -28,10 +30,13 @@ from darcnn.runtime.readers.protocol import Location, Reader
 from darcnn.runtime.record import model_hash
 from darcnn.runtime.rows import FoundRow, Row, SlideTask, find_row
 from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.volumes.find import Block, FoundBlock, find_block
 
 __all__ = ["ClusterRunner", "SlideSource", "open_cluster"]
 
 _PLUGIN = "darcnn-model"
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
 _AHEAD = 2  # rows that each worker has in hand: the next one waits where the last ends
 _CONNECT_SECONDS, _WORKER_SECONDS = 20, 60
 
@@ -78,25 +83,38 @@ class _Model(WorkerPlugin):
             self._opened = None
 
 
-def _find_row(source: SlideSource, task: SlideTask, row: Row, model: str) -> FoundRow:
-    """Find a row, in a worker."""
+@contextmanager
+def _own_model(model: str) -> Iterator[tuple[_Model, Segmenter]]:
+    """Give a worker its plugin and segmenter, to one task at a time; `model` is the hash of its manifest."""
     plugin = cast(_Model, get_worker().plugins[_PLUGIN])
     with plugin.lock:
         segmenter = plugin.segmenter
         assert segmenter is not None  # set up before the first task
         if model_hash(segmenter.manifest) != model:
             raise DeviceError("has another model of that name", where=get_worker().address, fix="update it")
+        yield plugin, segmenter
+
+
+def _find_row(model: str, source: SlideSource, task: SlideTask, row: Row) -> FoundRow:
+    """Find a row, in a worker."""
+    with _own_model(model) as (plugin, segmenter):
         return find_row(segmenter, plugin.open(source), task, row)
 
 
+def _find_block(model: str, block: Block) -> FoundBlock:
+    """Find a block, in a worker."""
+    with _own_model(model) as (_, segmenter):
+        return find_block(segmenter, block)
+
+
 class ClusterRunner:
-    """The `RowRunner` of a cluster; made by `open_cluster`."""
+    """Who finds rows and blocks in a cluster; made by `open_cluster`."""
 
     def __init__(self, client: Client, *, z: int | None, t: int | None) -> None:
         self._client = client
         self._z, self._t = z, t
 
-    def __call__(
+    def find_rows(
         self,
         segmenter: Segmenter,
         reader: Reader,
@@ -104,7 +122,7 @@ class ClusterRunner:
         rows: Sequence[Row],
         advance: Callable[[int, int], None],
     ) -> Iterator[FoundRow]:
-        """Yield the rows as workers finish them.
+        """Yield the rows as workers finish them: a `RowRunner`.
 
         Raises:
             InputError: the slide cannot be read by a worker.
@@ -117,36 +135,56 @@ class ClusterRunner:
         source = SlideSource(path if isinstance(path, str) else path.resolve(), self._z, self._t)
         # the tiles of all other rows need not travel
         common = replace(task, plan=replace(task.plan, tiles=()))
-        arguments = (source, common)
-        model, run = model_hash(segmenter.manifest), uuid.uuid4().hex
-        waiting = iter(rows)
+        n_tiles = {row.number: len(row.tiles) for row in rows}
+        work = partial(_find_row, model_hash(segmenter.manifest), source, common)
+        for found in self._spread(work, rows):
+            yield found
+            advance(n_tiles[found.number], found.table.num_rows)
 
-        def submit(row: Row) -> Any:
-            key = f"darcnn-row-{row.number}-{run}"
-            return self._client.submit(_find_row, *arguments, row, model, key=key, pure=False)
+    def find_blocks(
+        self, segmenter: Segmenter, blocks: Sequence[Block], advance: Callable[[int, int], None]
+    ) -> Iterator[FoundBlock]:
+        """Yield the blocks as workers finish them: a `BlockRunner`.
+
+        Workers must see the volume, or what it was unpacked to in the folder of results, under the same path.
+
+        Raises:
+            InputError: the volume cannot be read by a worker.
+            DeviceError: a block killed several workers, or the scheduler is gone.
+        """
+        n_planes = {block.number: block.stop - block.start for block in blocks}
+        work = partial(_find_block, model_hash(segmenter.manifest))
+        for found in self._spread(work, [block.for_others() for block in blocks]):
+            yield found
+            advance(n_planes[found.number], found.table.num_rows)
+
+    def _spread(self, work: Callable[[_Item], _Found], items: Sequence[_Item]) -> Iterator[_Found]:
+        """Yield what workers make of `items`, as they finish; each has one more waiting."""
+        waiting, run = iter(enumerate(items)), uuid.uuid4().hex
+
+        def submit(number: int, item: _Item) -> Any:
+            return self._client.submit(work, item, key=f"darcnn-{number}-{run}", pure=False)
 
         n_ahead = _AHEAD * max(1, len(self._client.nthreads()))
-        first = [submit(row) for row in islice(waiting, n_ahead)]
+        first = [submit(*item) for item in islice(waiting, n_ahead)]
         running = as_completed(first, loop=self._client.loop)
-        n_tiles = {row.number: len(row.tiles) for row in rows}
         try:
             for future in running:
-                found = _result(future)
+                found: _Found = _result(future)
                 future.release()
-                for row in islice(waiting, 1):
-                    running.add(submit(row))
+                for item in islice(waiting, 1):
+                    running.add(submit(*item))
                 yield found
-                advance(n_tiles[found.number], found.table.num_rows)
         finally:
             self._client.cancel(list(running.futures))
 
 
-def _result(future: Any) -> FoundRow:
+def _result(future: Any) -> Any:
     try:
-        found: FoundRow = future.result()
+        return future.result()
     except KilledWorker as err:
         raise DeviceError(
-            f"a row of tiles took {err.allowed_failures + 1} workers with it",
+            f"a part of the work took {err.allowed_failures + 1} workers with it",
             where=err.last_worker.address,
             fix="give the workers more memory, or run fewer of them",
         ) from err
@@ -154,7 +192,6 @@ def _result(future: Any) -> FoundRow:
         raise DeviceError(
             "the scheduler is gone", where="--scheduler", fix="start it again; the same command goes on"
         ) from err
-    return found
 
 
 def _load_model(client: Client, model: _Model) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -56,6 +56,11 @@ class Block:
     view: View
     start: int
     stop: int  # the last plane + 1
+
+    def for_others(self) -> Block:
+        """Return the block for another process (`Volume.for_others`)."""
+        volume = self.view.stack.volume.for_others()
+        return replace(self, view=replace(self.view, stack=replace(self.view.stack, volume=volume)))
 
 
 @dataclass(frozen=True, slots=True)

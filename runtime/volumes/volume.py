@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,6 +126,10 @@ class Volume(Closing):
         return (values.astype(np.float32) * np.float32(stored.slope) + np.float32(stored.intercept)).astype(
             np.float32
         )
+
+    def for_others(self) -> Volume:
+        """Return the volume for another process: under its absolute path, and closing it removes nothing."""
+        return Volume(self.info, replace(self._stored, path=self._stored.path.resolve()))
 
     def close(self) -> None:
         """Give the file back, and the disk space that it took; closing twice is allowed."""

@@ -73,7 +73,7 @@ def alone(slide, tmp_path_factory):
 def run_with(make, slide, out, **options):
     steps = []
     with (
-        cluster.open_cluster(make, **options) as find_rows,
+        cluster.open_cluster(make, **options) as runner,
         oracle()() as segmenter,
         open_source(slide) as reader,
     ):
@@ -81,7 +81,7 @@ def run_with(make, slide, out, **options):
             segmenter,
             reader,
             out,
-            find_rows=find_rows,
+            find_rows=runner.find_rows,
             progress=lambda done, total, **_: steps.append((done, total)),
         )
     assert [total for _, total in steps] == [steps[-1][0]] * len(steps)
@@ -120,7 +120,7 @@ def test_what_a_worker_cannot_read_is_told_as_here(slide, tmp_path):
     vanishing = tmp_path / "gone.png"
     vanishing.write_bytes(slide.read_bytes())
     with (
-        cluster.open_cluster(oracle(), n_workers=1) as find_rows,
+        cluster.open_cluster(oracle(), n_workers=1) as runner,
         oracle()() as segmenter,
         open_source(vanishing) as reader,
         ArrayReader(np.zeros((9, 9, 3), np.uint8)) as in_memory,
@@ -131,9 +131,9 @@ def test_what_a_worker_cannot_read_is_told_as_here(slide, tmp_path):
 
         task = SlideTask(plan, segmenter.measure(reader, plan), None)
         with pytest.raises(InputError, match="no such file"):
-            list(find_rows(segmenter, reader, task, [Row(0, plan.tiles[:1])], lambda *_: None))
+            list(runner.find_rows(segmenter, reader, task, [Row(0, plan.tiles[:1])], lambda *_: None))
         with pytest.raises(UsageError, match="in memory"):
-            run_slide(segmenter, in_memory, tmp_path / "out", find_rows=find_rows)
+            run_slide(segmenter, in_memory, tmp_path / "out", find_rows=runner.find_rows)
 
 
 @pytest.mark.parametrize(

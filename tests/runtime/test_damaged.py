@@ -280,11 +280,13 @@ def test_workers_name_the_same_tiles(name, tmp_path):
     with make() as segmenter:
         alone, record = run(segmenter, path, tmp_path / "alone")
         with (
-            cluster.open_cluster(make, n_workers=2) as find_rows,
+            cluster.open_cluster(make, n_workers=2) as runner,
             open_source(path) as reader,
         ):
             options = RunOptions(pixels=True)
-            shared = run_slide(segmenter, reader, tmp_path / "shared", options=options, find_rows=find_rows)
+            shared = run_slide(
+                segmenter, reader, tmp_path / "shared", options=options, find_rows=runner.find_rows
+            )
     assert tables(shared.folder) == tables(alone.folder)
     assert shared.warnings == alone.warnings
     assert json.loads((shared.folder / "run.json").read_text())["unreadable"] == record["unreadable"] != []

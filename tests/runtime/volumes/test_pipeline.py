@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,36 @@ def test_the_size_of_a_block_changes_no_byte(
     monkeypatch.setattr(find, "_BLOCK", block)
     other = run_volume(oracle16, mrc_file, tmp_path / "two")
     assert content(first.folder) == content(other.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_workers_find_what_one_process_finds_to_the_byte(
+    is_packed: bool, oracle16: Segmenter, mrc_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = pytest.importorskip("darcnn.runtime.cluster", reason="needs the extra cluster")
+    path = mrc_file
+    if is_packed:  # workers read what the command has unpacked, and leave it to it
+        path = tmp_path / "balls.mrc.gz"
+        path.write_bytes(gzip.compress(mrc_file.read_bytes()))
+    monkeypatch.setattr(find, "_BLOCK", 3)
+    alone = run_volume(oracle16, path, tmp_path / "alone")
+    seen: list[int] = []
+    make = partial(Segmenter, oracle16.engine, oracle16.manifest)
+    with cluster.open_cluster(make, n_workers=2) as runner:
+        monkeypatch.chdir(tmp_path)  # workers have another working folder
+        shared = run_volume(
+            oracle16,
+            Path(path.name),
+            Path("shared"),
+            find_blocks=runner.find_blocks,
+            progress=lambda done, total, **more: seen.append(done),
+        )
+    assert content(alone.folder) == content(shared.folder)
+    assert seen[-1] == 20
+    assert len(seen) == 7  # once a block
+    assert seen == sorted(seen)
 
 
 def content(folder: Path) -> dict[str, bytes]:
