@@ -23,7 +23,8 @@ __all__ = ["PageFiles", "PageSource", "Segment", "SegmentGrid", "damaged"]
 # Strips span the width of a slide: without a cache each would be decoded again for every tile of a row.
 _CACHE_BYTES = 256 * 2**20
 # What tifffile's decoders raise on damaged segments: errors of imagecodecs are RuntimeErrors, those of
-# tifffile ValueErrors; a damaged size may ask for absurd memory; the others come from parsing.
+# tifffile ValueErrors; a damaged size may ask for absurd memory or fit no C integer; the others come from
+# parsing.
 _UNDECODABLE = (
     TiffFileError,
     ValueError,
@@ -31,6 +32,7 @@ _UNDECODABLE = (
     OSError,
     LookupError,
     TypeError,
+    ArithmeticError,
     MemoryError,
     struct.error,
 )
