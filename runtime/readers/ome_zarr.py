@@ -18,6 +18,7 @@ from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.readers.base import (
     PlaneReader,
+    check_channels,
     choose_plane,
     exact_downsample,
     make_channel_names,
@@ -28,6 +29,7 @@ from darcnn.runtime.readers.base import (
     to_pixels,
 )
 from darcnn.runtime.readers.protocol import Location, Pixels, Planes, SlideInfo
+from darcnn.runtime.readers.zarr_blosc import with_checked_blosc
 
 __all__ = ["Multiscale", "OmeZarrReader", "is_ome_zarr", "is_url", "open_multiscale", "unreadable_zarr"]
 
@@ -45,7 +47,16 @@ _OLD_AXES = ("t", "c", "z", "y", "x")  # before 0.3 there were no others
 _RGB_COLOURS = ["FF0000", "00FF00", "0000FF"]
 # What zarr, its codecs and fsspec raise on metadata that lie and on what cannot be fetched or unpacked;
 # aiohttp's own errors are added where it is installed.
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, AttributeError)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    AttributeError,
+    MemoryError,
+)
 
 
 class OmeZarrReader(PlaneReader):
@@ -195,7 +206,7 @@ def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     member = group[name]
     if not isinstance(member, zarr.Array):
         raise TypeError(f"{name} is no array")
-    return member
+    return with_checked_blosc(member)
 
 
 def _describe(stored: Multiscale, path: Location, mpp: float | None) -> SlideInfo:
@@ -209,6 +220,7 @@ def _describe(stored: Multiscale, path: Location, mpp: float | None) -> SlideInf
     if kind is None:
         raise TypeError(f"pixels of type {stored.arrays[0].dtype}")
     n_channels = sizes[0].get("c", 1)
+    check_channels(n_channels, where=path)
     channels = stored.omero.get("channels") or []
     colours = [str(channel.get("color", "")).upper() for channel in channels]
     is_rgb = n_channels == 3 and kind == np.uint8 and colours in ([], _RGB_COLOURS)
