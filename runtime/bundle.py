@@ -38,8 +38,6 @@ _ZIP_MAGIC = b"PK\x03\x04"
 # What zipfile raises on damaged files: BadZipFile and struct.error for broken tables, RuntimeError for
 # entries that say they are encrypted or need a newer zip, ValueError for impossible offsets and names.
 _ZIP_ERRORS = (zipfile.BadZipFile, struct.error, RuntimeError, ValueError, EOFError, OverflowError)
-# What manifest_from_json raises on tables nested otherwise than a manifest's.
-_FIELD_ERRORS = (ValueError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +217,7 @@ def _check_format(path: Path, table: Mapping[str, Any]) -> None:
 def _parse_manifest(path: Path, content: bytes) -> Manifest:
     try:
         manifest = manifest_from_json(_parse_json(path, content))
-    except _FIELD_ERRORS as err:
+    except ValueError as err:
         raise BundleError(
             f"manifest.json is wrong ({err})", where=path, fix="export the model again"
         ) from err

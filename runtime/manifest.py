@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.slab import Slab
@@ -22,6 +23,28 @@ __all__ = [
 
 FORMAT = 1  # the newest bundle format this version reads
 MAX_TILE_PX = 8192  # 256 times the memory of the usual 512; more is a mistake or an attack
+_LARGEST = 1e38  # of a number without a range of its own; neither infinite nor NaN is below it
+_SIDE, _COUNT = (1, MAX_TILE_PX), (1, 65536)
+# The numbers that a model can be run with, as darcnn-export writes them; `tile_px` has a message of its own.
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "input.halo_px": (0, MAX_TILE_PX / 2),
+    "input.stride_px": _SIDE,
+    "input.batch": _COUNT,
+    "input.channels": (1, 4),
+    "input.nominal_diameter_px": (1e-3, MAX_TILE_PX),
+    "input.mpp": (1e-6, 1e6),
+    "input.slab.depth": (0, 1e3),
+    "input.slab.smoothing": (0, 1e3),
+    "limits.proposals_per_level": _COUNT,
+    "limits.proposals": _COUNT,
+    "limits.detections": _COUNT,
+    "limits.mask_batch": _COUNT,
+    "limits.mask_px": _SIDE,
+    "limits.score_threshold": (0, 1),
+    "limits.nms_threshold": (0, 1),
+    "limits.min_score": (0, 1),
+    "limits.max_diameter_px": (1e-6, 1e6),
+}
 
 T = TypeVar("T")
 
@@ -90,16 +113,35 @@ def manifest_from_json(content: Mapping[str, Any]) -> Manifest:
     """Return the manifest that `content`, a parsed manifest.json, holds.
 
     Raises:
-        ValueError: a field is missing, unknown or of the wrong kind; the message names it.
+        ValueError: a field is missing, unknown, of the wrong kind or out of range; the message names it.
     """
-    graphs = content.get("graphs", {})
-    if not isinstance(graphs, Mapping):
-        raise ValueError("graphs is not a table")
+    graphs = _table(content.get("graphs", {}), "graphs")
     parsed = {
-        graph: {name: (str(kind), tuple(int(n) for n in shape)) for name, (kind, shape) in tensors.items()}
-        for graph, tensors in graphs.items()
+        graph: {name: _tensor(entry, f"graphs.{graph}.{name}") for name, entry in tensors.items()}
+        for graph, tensors in ((graph, _table(graphs[graph], f"graphs.{graph}")) for graph in graphs)
     }
-    return _parse(Manifest, {**content, "graphs": parsed}, "manifest")
+    manifest = _parse(Manifest, {**content, "graphs": parsed}, "")
+    sizes, rule = manifest.input, manifest.input.intensity
+    if 2 * sizes.halo_px >= sizes.tile_px > 0:
+        raise ValueError(f"input.halo_px leaves nothing of a tile: {sizes.halo_px}")
+    if rule.kind == "percentile" and not 0 <= rule.low < rule.high <= 100:
+        raise ValueError("input.intensity is not from a lower to a higher percentile")
+    if rule.kind == "range" and rule.low >= rule.high:
+        raise ValueError("input.intensity is not from a lower to a higher value")
+    return manifest
+
+
+def _table(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is not a table")
+    return value
+
+
+def _tensor(entry: Any, where: str) -> tuple[str, tuple[int, ...]]:
+    """Return what `graphs` says of one tensor: [dtype, [size, ...]]."""
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+        raise ValueError(f"{where} is not a type and a shape")
+    return _convert(str, entry[0], where), _convert(tuple[int, ...], entry[1], where)
 
 
 def _is_table(kind: Any) -> bool:
@@ -107,29 +149,48 @@ def _is_table(kind: Any) -> bool:
 
 
 def _parse(kind: type[T], content: Any, where: str) -> T:
-    """Build the dataclass `kind` from a JSON table, checking names and kinds."""
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{where} is not a table")
+    """Build the dataclass `kind` from a JSON table, checking names, kinds and ranges."""
+    table = _table(content, where)
     hints = get_type_hints(kind)
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # every kind is a dataclass
-    if unknown := sorted(set(content) - set(names)):
-        raise ValueError(f"{where} has an unknown field {unknown[0]}")
-    values: dict[str, Any] = {}
+    if unknown := sorted(set(table) - set(names)):
+        raise ValueError(f"{where or 'it'} has an unknown field {unknown[0]}")
     optional = {field.name for field in fields(kind) if field.default is not MISSING}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
     for name in names:
-        if name not in content and name in optional:
-            continue
-        if name not in content:
-            raise ValueError(f"{where} lacks {name}")
-        value, hint = content[name], hints[name]
-        table = next((kind for kind in (hint, *get_args(hint)) if _is_table(kind)), None)
-        if table is not None and not (value is None and type(None) in get_args(hint)):
-            value = _parse(table, value, f"{where}.{name}")
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif hint in (bool, int, float, str) and not isinstance(
-            value, (int, float) if hint is float else hint
-        ):
-            raise ValueError(f"{where}.{name} is not of type {hint.__name__}")
-        values[name] = value
+        if name in table:
+            path = f"{where}.{name}" if where else name
+            values[name] = table[name] if name == "graphs" else _convert(hints[name], table[name], path)
+        elif name not in optional:
+            raise ValueError(f"{where or 'it'} lacks {name}")
     return kind(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Return a JSON value as the field type `hint` has it."""
+    if isinstance(hint, UnionType):
+        (hint,) = (kind for kind in get_args(hint) if kind is not NoneType)
+        if value is None:
+            return None
+    if _is_table(hint):
+        return _parse(hint, value, where)
+    origin = get_origin(hint)
+    if origin is Mapping:
+        return {name: _convert(get_args(hint)[1], one, where) for name, one in _table(value, where).items()}
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where} is not a list")
+        return tuple(_convert(get_args(hint)[0], one, where) for one in value)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{where} is none of {', '.join(get_args(hint))}")
+        return value
+    if not isinstance(value, (int, float) if hint is float else hint) or (
+        isinstance(value, bool) and hint is not bool  # to Python a bool is an int
+    ):
+        raise ValueError(f"{where} is not of type {hint.__name__}")
+    if hint in (int, float):
+        low, high = _RANGES.get(where, (-_LARGEST, _LARGEST))
+        if not low <= value <= high:
+            raise ValueError(f"{where} is {str(value)[:20]}, not between {low:g} and {high:g}")
+    return value

@@ -21,6 +21,7 @@ from darcnn.runtime.readers.protocol import Location, Pixels, Planes, SlideInfo
 __all__ = [
     "RGB_NAMES",
     "PlaneReader",
+    "check_channels",
     "choose_plane",
     "exact_downsample",
     "make_channel_names",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 RGB_NAMES = ("red", "green", "blue")
+MAX_CHANNELS = 4096  # more than any instrument has: such a number is damage, and costs memory for every pixel
 MAX_MPP = 1000.0  # a millimetre a pixel is no microscopy: such a number is a mistake in the metadata
 
 
@@ -120,6 +122,18 @@ def choose_plane(axis: str, asked: int | None, count: int, *, where: Location) -
     if not 0 <= asked < count:
         raise InputError(f"has no plane {asked} along {axis}", where=where, fix=fix)
     return asked
+
+
+def check_channels(count: int, *, where: Location) -> None:
+    """Refuse a number of channels that can only be damage.
+
+    Raises:
+        InputError: there are more than `MAX_CHANNELS`.
+    """
+    if count > MAX_CHANNELS:
+        raise InputError(
+            f"holds {count} channels, at most {MAX_CHANNELS} are read", where=where, fix="copy it again"
+        )
 
 
 def pixel_type(dtype: np.dtype[Any]) -> np.dtype[Any] | None:

@@ -30,6 +30,7 @@ from darcnn.runtime.readers.protocol import Pixels, Planes, SlideInfo
 __all__ = ["NiftiReader", "open_nifti"]
 
 _UM = {"mm": 1e3, "micron": 1.0, "meter": 1e6}  # micrometres in the header's units; "unknown" is missing
+_MOST_PACKED = 1032  # bytes in one of a gzip file, at most
 # What nibabel raises on files that are damaged, end early or are packed wrongly.
 _UNREADABLE = (ValueError, OSError, EOFError, ArithmeticError, TypeError, LookupError, MemoryError)
 _DAMAGED = (*_UNREADABLE, struct.error, zlib.error)
@@ -123,8 +124,10 @@ def _open(path: Path) -> Any:
         raise InputError("holds no volume", where=path, fix="export it as NIfTI-1 or NIfTI-2")
     stored: Any = image.dataobj
     n_bytes = math.prod(int(n) for n in stored.shape) * stored.dtype.itemsize
-    # how much a packed file holds is known once it is unpacked: it is refused where a plane is missing
-    if suffix_of(path) == ".nii" and stored.offset + n_bytes > path.stat().st_size:
+    # how much a packed file holds is known once it is unpacked: it is refused where a plane is missing, but
+    # before there is memory for planes of which it cannot hold one
+    at_most = path.stat().st_size * (1 if suffix_of(path) == ".nii" else _MOST_PACKED)
+    if stored.offset + n_bytes > at_most:
         raise InputError("is truncated", where=path, fix="copy the file again or export it anew")
     return image
 

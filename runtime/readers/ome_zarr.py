@@ -20,6 +20,7 @@ from darcnn.runtime.errors import DamagedPixelsError, InputError
 from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.readers.base import (
     PlaneReader,
+    check_channels,
     choose_plane,
     exact_downsample,
     make_channel_names,
@@ -30,6 +31,7 @@ from darcnn.runtime.readers.base import (
     to_pixels,
 )
 from darcnn.runtime.readers.protocol import Location, Pixels, Planes, SlideInfo
+from darcnn.runtime.readers.zarr_blosc import with_checked_blosc
 
 __all__ = ["Multiscale", "OmeZarrReader", "is_ome_zarr", "is_url", "open_multiscale", "unreadable_zarr"]
 
@@ -58,6 +60,7 @@ _UNREADABLE = (
     EOFError,
     zlib.error,
     lzma.LZMAError,
+    MemoryError,
 )
 
 
@@ -208,7 +211,7 @@ def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     member = group[name]
     if not isinstance(member, zarr.Array):
         raise TypeError(f"{name} is no array")
-    return member
+    return with_checked_blosc(member)
 
 
 def _describe(stored: Multiscale, path: Location, mpp: float | None) -> SlideInfo:
@@ -222,6 +225,7 @@ def _describe(stored: Multiscale, path: Location, mpp: float | None) -> SlideInf
     if kind is None:
         raise TypeError(f"pixels of type {stored.arrays[0].dtype}")
     n_channels = sizes[0].get("c", 1)
+    check_channels(n_channels, where=path)
     channels = stored.omero.get("channels") or []
     colours = [str(channel.get("color", "")).upper() for channel in channels]
     is_rgb = n_channels == 3 and kind == np.uint8 and colours in ([], _RGB_COLOURS)
@@ -271,7 +275,7 @@ def _unreadable(path: Location, err: BaseException, *, is_chunk: bool = False) -
     reason = str(err) or type(err).__name__
     fix = "check the address and the network" if is_url(path) else "copy the whole folder again"
     # A codec's errors have no number, those of the disk do. What comes over a network may be cut short on
-    # the way: that says nothing of the image.
-    is_of_disk = isinstance(err, OSError) and err.errno is not None
-    kind = DamagedPixelsError if is_chunk and not is_of_disk and not is_url(path) else InputError
+    # the way, and memory may be short here: that says nothing of the image.
+    is_of_machine = isinstance(err, MemoryError) or (isinstance(err, OSError) and err.errno is not None)
+    kind = DamagedPixelsError if is_chunk and not is_of_machine and not is_url(path) else InputError
     return kind(f"cannot be read as OME-Zarr ({reason[:200]})", where=path, fix=fix)

@@ -36,8 +36,25 @@ _FORMATS: dict[bytes, type[ImageFile]] = {
     b"BM": BmpImageFile,
 }
 # What Pillow raises on damaged files: OSError for truncation, SyntaxError for a broken header or chunk,
-# the others from parsing sizes and compressed chunks.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+# the others from parsing sizes and compressed chunks. Of EXIF that is broken it warns, and of that it
+# raises where Python is told to make errors of warnings.
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    UserWarning,
+)
+# So much a byte of a file can hold at most; a header that claims more is damaged, and would cost memory
+# before that is noticed. Deflate, of PNG, packs 1032 bytes into one. A byte of a JPEG holds parts of eight
+# blocks of 64 pixels at most (half of this), a run of a BMP 128 pixels.
+_MOST_PACKED = 1032
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type to values per pixel
+_HEAD_BYTES = 26  # of a PNG: to the end of bit depth and colour type
 _GREY_MODES = {"1": "L", "L": "L", "LA": "L", "I;16": "I;16", "I;16L": "I;16", "I;16B": "I;16"}
 _WIDE_MODES = {"I": "I", "F": "F"}  # 32-bit grey: float32 in the end
 
@@ -94,7 +111,7 @@ class PictureReader(PlaneReader):
 def _decode(path: Path) -> Pixels:
     """Return all pixels of the file, (H, W, 1) or (H, W, 3)."""
     with path.open("rb") as stream:
-        head = stream.read(8)
+        head = stream.read(_HEAD_BYTES)
         opener = next((kind for magic, kind in _FORMATS.items() if head.startswith(magic)), None)
         if opener is None:
             raise InputError(
@@ -103,6 +120,7 @@ def _decode(path: Path) -> Pixels:
         stream.seek(0)
         try:
             with opener(stream) as picture:
+                _check_size(picture, head, path.stat().st_size)
                 picture.load()
                 return _to_array(picture)
         except _DAMAGED as err:
@@ -111,6 +129,16 @@ def _decode(path: Path) -> Pixels:
             raise InputError(
                 "is too large to be decoded at once", where=path, fix="export it as a tiled TIFF"
             ) from err
+
+
+def _check_size(picture: ImageFile, head: bytes, n_bytes: int) -> None:
+    """Refuse a size that a file of `n_bytes`, which begins with `head`, cannot hold."""
+    bits = 8
+    if isinstance(picture, PngImageFile):
+        bits = head[24] * _PNG_SAMPLES.get(head[25], 4)
+    width, height = picture.size
+    if width * height * bits > n_bytes * 8 * _MOST_PACKED:
+        raise ValueError(f"{width} x {height} px in {n_bytes} bytes")
 
 
 def _to_array(picture: Image) -> Pixels:

@@ -24,9 +24,14 @@ from darcnn.runtime.readers.base import (
     plausible_mpp,
     settle_mpp,
 )
+from darcnn.runtime.readers.dicom_offsets import check_offsets, is_dicom
 from darcnn.runtime.readers.protocol import Pixels, SlideInfo
 
 __all__ = ["SlideReader", "detect_vendor", "flatten_on_white"]
+
+# Of one tile of a slide, 4 bytes each. Where there is no memory for what a damaged header says OpenSlide
+# ends the process.
+_MAX_TILE_PIXELS = 2**27
 
 
 def detect_vendor(path: Path) -> str | None:
@@ -77,7 +82,10 @@ class SlideReader(PlaneReader):
             choose_plane(axis, asked, 1, where=path)
         settle_mpp(None, None, override=mpp)  # a wrong option is told before the file is opened
         with _opening(path):
+            if is_dicom(path):
+                check_offsets(path)
             slide = openslide.OpenSlide(path)
+            _check_tiles(slide, path)
             info = _describe(slide, path, mpp)
         super().__init__(info)
         self._path = path
@@ -137,6 +145,18 @@ def _opening(path: Path) -> Iterator[None]:
             where=path,
             fix="copy it again, with the files that belong to it",
         ) from err
+
+
+def _check_tiles(slide: Any, path: Path) -> None:
+    for level in range(slide.level_count):
+        names = (f"openslide.level[{level}].tile-{side}" for side in ("width", "height"))
+        width, height = (_number(slide.properties, name) or 0 for name in names)
+        if width * height > _MAX_TILE_PIXELS:
+            raise InputError(
+                f"has tiles of {width:.0f} x {height:.0f} px",
+                where=path,
+                fix="copy it again from the scanner",
+            )
 
 
 def _describe(slide: Any, path: Path, mpp: float | None) -> SlideInfo:

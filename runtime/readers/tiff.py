@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from operator import index as index_of
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.readers.base import (
     PlaneReader,
+    check_channels,
     choose_plane,
     exact_downsample,
     make_channel_names,
@@ -34,16 +36,15 @@ from darcnn.runtime.readers.tiff_metadata import (
     section_um,
     tag_pixel_size,
 )
-from darcnn.runtime.readers.tiff_pages import PageFiles, PageSource, SegmentGrid, damaged
+from darcnn.runtime.readers.tiff_pages import UNDECODABLE, PageFiles, PageSource, SegmentGrid, damaged
 
 __all__ = ["TiffReader", "is_tiff", "read_section_um"]
 
 _PHOTOMETRIC = tifffile.PHOTOMETRIC
 _JPEG = (6, 7, 33007, 34892)  # tifffile turns YCbCr into RGB in these compressions only
 _ALPHA = ((1,), (2,))  # ExtraSamples: alpha, associated or not
-# What tifffile raises on files that end early or lie about their directories (found by flipping bytes):
-# its own TiffFileError is a ValueError, the others come from parsing what was read.
-_UNREADABLE = (ValueError, OSError, LookupError, ArithmeticError, TypeError, RuntimeError, struct.error)
+# What tifffile raises on files that end early or lie about their directories (found by flipping bytes).
+_UNREADABLE = (*UNDECODABLE, AttributeError)
 
 _Levels = tuple[tuple[tuple[PageSource, int], ...], ...]  # level, channel: page and slice of its volume
 
@@ -132,6 +133,7 @@ def _describe(
     dtype = pixel_type(series.dtype)
     if dtype is None:
         raise InputError(f"has pixels of type {series.dtype}", where=path, fix="export real numbers")
+    check_channels(axes.count("C") * series.keyframe.samplesperpixel, where=path)
     plane_z = choose_plane("z", z, axes.count("Z"), where=path)
     plane_t = choose_plane("t", t, axes.count("T"), where=path)
     # a pyramid may thin out z as well: such levels have other planes and are left out
@@ -217,7 +219,7 @@ def _page_source(series: tifffile.TiffPageSeries, index: int, path: Path) -> Pag
     raw_offset: int | None = None
     if series.dataoffset is not None and not series.is_multifile:
         # all pages in one run of bytes, of which the file may list the first only
-        raw_offset = series.dataoffset + index * grid.n_values * dtype.itemsize
+        raw_offset = index_of(series.dataoffset) + index * grid.n_values * dtype.itemsize
     else:
         page = series[index]
         raw_offset = None if page is None else _raw_offset(page)
@@ -249,7 +251,7 @@ def _raw_offset(page: tifffile.TiffPage | tifffile.TiffFrame) -> int | None:
         return None
     # tifffile tells this of the first page of a series only
     gaps = (start + n != after for start, n, after in zip(starts, counts, starts[1:], strict=False))
-    return None if any(gaps) else int(starts[0])
+    return None if any(gaps) else index_of(starts[0])
 
 
 def _decode_options(
@@ -261,8 +263,8 @@ def _decode_options(
 
 
 def _whole(values: Sequence[Any], n: int) -> tuple[int, ...]:
-    """Return the first `n` of a tag's values as integers; a damaged tag may hold anything."""
-    return tuple(int(value) for value in values[:n])
+    """Return the first `n` of a tag's values; a damaged tag may hold what is no integer: a TypeError."""
+    return tuple(index_of(value) for value in values[:n])
 
 
 def _check_chain(tiff: tifffile.TiffFile, path: Path) -> None:
@@ -293,7 +295,7 @@ def _colours(series: tifffile.TiffPageSeries, path: Path, levels: _Levels, n_val
     photometric, samples = keyframe.photometric, keyframe.samplesperpixel
     has_one_page = samples == n_values
     if photometric == _PHOTOMETRIC.PALETTE and n_values == 1 and series.kind != "imagej":
-        return _Stored(levels, 3, is_rgb=True, tint=_make_palette(keyframe.colormap))
+        return _Stored(levels, 3, is_rgb=True, tint=_make_palette(keyframe))
     is_decoded_ycbcr = photometric == _PHOTOMETRIC.YCBCR and keyframe.compression in _JPEG
     if photometric == _PHOTOMETRIC.RGB or is_decoded_ycbcr:
         is_rgb = samples >= 3 and has_one_page
@@ -312,11 +314,13 @@ def _colours(series: tifffile.TiffPageSeries, path: Path, levels: _Levels, n_val
     )
 
 
-def _make_palette(colours: NDArray[Any] | None) -> Callable[[NDArray[Any]], NDArray[Any]]:
+def _make_palette(keyframe: tifffile.TiffPage) -> Callable[[NDArray[Any]], NDArray[Any]]:
     """Return the function from (H, W, 1) indices to (H, W, 3) uint8 colours."""
-    if colours is None:
+    if keyframe.colormap is None:
         raise ValueError("a palette image without a palette")
-    table = (np.asarray(colours).T >> 8).astype(np.uint8)  # (n, 3); TIFF stores colours in 16 bits
+    table = (np.asarray(keyframe.colormap).T >> 8).astype(np.uint8)  # (n, 3); TIFF has colours of 16 bits
+    if table.shape != (1 << keyframe.bitspersample, 3):
+        raise ValueError(f"a palette of shape {table.shape} for {keyframe.bitspersample} bits")
     return lambda indices: table[indices[:, :, 0].astype(np.intp)]  # a bit would be a mask
 
 

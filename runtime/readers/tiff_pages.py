@@ -18,19 +18,22 @@ from tifffile import TiffFileError
 from darcnn.runtime.errors import DamagedPixelsError, InputError
 from darcnn.runtime.geometry import Region
 
-__all__ = ["PageFiles", "PageSource", "Segment", "SegmentGrid", "damaged"]
+__all__ = ["UNDECODABLE", "PageFiles", "PageSource", "Segment", "SegmentGrid", "damaged"]
 
 # Strips span the width of a slide: without a cache each would be decoded again for every tile of a row.
 _CACHE_BYTES = 256 * 2**20
 # What tifffile's decoders raise on damaged segments: errors of imagecodecs are RuntimeErrors, those of
-# tifffile ValueErrors; the others come from parsing.
-_UNDECODABLE = (
+# tifffile ValueErrors; a damaged size may ask for absurd memory or fit no C integer; the others come from
+# parsing.
+UNDECODABLE = (
     TiffFileError,
     ValueError,
     RuntimeError,
     OSError,
     LookupError,
     TypeError,
+    ArithmeticError,
+    MemoryError,
     struct.error,
 )
 
@@ -192,7 +195,7 @@ class PageFiles:
             values: NDArray[Any] = page.decode(encoded, segment.index, **page.decode_options)[0]
         except MemoryError as err:  # a damaged size may ask for absurd memory, or there is none left
             raise damaged(page.path, f"takes too much memory {place}") from err
-        except _UNDECODABLE as err:
+        except UNDECODABLE as err:
             raise DamagedPixelsError(
                 f"cannot be decoded {place} ({err})",
                 where=page.path,

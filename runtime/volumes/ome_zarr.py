@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
@@ -13,11 +15,12 @@ from darcnn.runtime.planning import find_channel
 from darcnn.runtime.readers.base import choose_plane, make_slide_name, plausible_mpp
 from darcnn.runtime.readers.ome_zarr import Multiscale, OmeZarrReader, open_multiscale, unreadable_zarr
 from darcnn.runtime.readers.protocol import Location, SlideInfo
-from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, in_nanometres
+from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, check_room, in_nanometres
 
 __all__ = ["unpack_zarr"]
 
 _BYTES = 64 << 20  # unpacked at once, about
+_MOST_MISSING = 100  # chunks by files that are there: empty chunks are left out, but hardly all of them
 
 
 def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | str | None) -> Volume:
@@ -25,7 +28,7 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
 
     Raises:
         InputError: no OME-Zarr image, damaged, not to be reached, or a choice of `t` or `channel` is needed.
-        OSError: there is no room to unpack it.
+        OutputError, OSError: there is no room to unpack it.
     """
     image = open_multiscale(path)
     planes = image.planes()
@@ -34,7 +37,9 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
         info = reader.info
     place = {"t": moment, "c": _choose_channel(info, channel)}
     shape = (planes.n_z, info.height_px0, info.width_px0)
+    check_room(path, scratch, shape, info.dtype)
     array = image.arrays[0]
+    _check_chunks(array, path)
     chunk = array.chunks[image.axes.index("z")] if "z" in image.axes else 1
     step = max(1, _BYTES // (shape[1] * shape[2] * info.dtype.itemsize) // chunk) * chunk
     target = scratch / f".{make_slide_name(path)}.unpacked"
@@ -51,6 +56,20 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
     voxel = in_nanometres(info.mpp, None if section is None else section[0])
     facts = VolumeInfo(path, info.name, shape, info.dtype, voxel, None if voxel is None else info.mpp_source)
     return Volume(facts, Stored(target, info.dtype), scratch=target)
+
+
+def _check_chunks(array: zarr.Array[Any], path: Location) -> None:
+    """Refuse a folder that holds next to nothing of what its metadata say: reading it would not end."""
+    if not isinstance(array.store, zarr.storage.LocalStore):
+        return
+    n_chunks = math.prod(
+        -(-size // step) for size, step in zip(array.shape, array.shards or array.chunks, strict=True)
+    )
+    n_files = sum(1 for entry in (array.store.root / array.path).rglob("*") if entry.is_file())
+    if n_chunks > _MOST_MISSING * n_files:
+        raise InputError(
+            f"has {n_files} files for {n_chunks} chunks", where=path, fix="copy the whole folder again"
+        )
 
 
 def _choose_channel(info: SlideInfo, channel: int | str | None) -> int:

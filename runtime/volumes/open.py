@@ -26,7 +26,7 @@ from darcnn.runtime.readers.open import count_planes, open_source
 from darcnn.runtime.readers.protocol import Location, Reader
 from darcnn.runtime.readers.tiff import read_section_um
 from darcnn.runtime.volumes.ome_zarr import unpack_zarr
-from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, in_nanometres
+from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, check_room, in_nanometres
 
 __all__ = ["is_volume", "open_volume"]
 
@@ -65,7 +65,7 @@ def open_volume(
         voxel_nm: nanometres per voxel along z, y, x, in place of what the file says.
     Raises:
         InputError: the file is damaged, holds no volume or several, or needs a choice of `t` or `channel`.
-        OSError: there is no room to unpack it.
+        OutputError, OSError: there is no room to unpack it.
     """
     if not isinstance(path, Path) or is_ome_zarr(path):
         volume = unpack_zarr(path, scratch, t=t, channel=channel)
@@ -161,11 +161,13 @@ def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str |
             for z, moment in places:
                 with open_source(path, z=z, t=moment) as reader:
                     info = reader.info
+                    if not file.tell():  # the first; all are alike
+                        shape = (len(places), info.height_px0, info.width_px0)
+                        check_room(path, scratch, shape, info.dtype)
                     file.write(_read_plane(reader, channel).tobytes())
     except BaseException:
         target.unlink(missing_ok=True)
         raise
-    shape = (len(places), info.height_px0, info.width_px0)
     voxel = None
     if not is_series:
         voxel = in_nanometres(info.mpp, read_section_um(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.closing import Closing
-from darcnn.runtime.errors import InputError, ShapeError
+from darcnn.runtime.errors import InputError, OutputError, ShapeError
 from darcnn.runtime.readers.protocol import Location
 
-__all__ = ["AXES", "Axis", "Stored", "Volume", "VolumeInfo", "across", "in_nanometres"]
+__all__ = ["AXES", "Axis", "Stored", "Volume", "VolumeInfo", "across", "check_room", "in_nanometres"]
 
 Axis = Literal["z", "y", "x"]
 _NM_PER_UM = 1000.0
+_MAX_PLANE_BYTES = 2**32  # a plane is read as a whole
 AXES: tuple[Axis, ...] = ("z", "y", "x")  # the order of an array's axes
 
 
@@ -62,6 +64,27 @@ def in_nanometres(
     x, y = mpp
     z = x if section_um is None else section_um
     return z * _NM_PER_UM, y * _NM_PER_UM, x * _NM_PER_UM
+
+
+def check_room(path: Location, scratch: Path, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> None:
+    """Refuse a volume that cannot be unpacked into `scratch` before anything is read of it.
+
+    Raises:
+        InputError: its planes are too large for the memory.
+        OutputError: there is less room on the disk than it takes.
+    """
+    plane = shape[1] * shape[2] * dtype.itemsize
+    if plane > _MAX_PLANE_BYTES:
+        raise InputError(
+            f"has planes of {shape[2]} x {shape[1]} values", where=path, fix="cut it, or reduce it in x and y"
+        )
+    free = shutil.disk_usage(scratch).free
+    if shape[0] * plane > free:
+        raise OutputError(
+            f"has {free / 1e9:.1f} GB free, {path} takes {shape[0] * plane / 1e9:.4g} GB when unpacked",
+            where=scratch,
+            fix="make room, or name an --out on a larger disk",
+        )
 
 
 def across(axis: Axis) -> tuple[Axis, Axis]:

@@ -239,6 +239,39 @@ def test_tiles_that_no_machine_holds_are_refused_before_anything_is_made_of_them
     check_refused(tmp_path / "large.darcnn", f"states tiles of {tile_px} px")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("input.halo_px", 4, "leaves nothing of a tile"),
+        ("input.halo_px", [2], "input.halo_px is not of type int"),
+        ("input.channels", True, "input.channels is not of type int"),
+        ("input.nominal_diameter_px", float("nan"), "input.nominal_diameter_px is nan, not between"),
+        ("input.mpp", -1.0, "input.mpp is -1.0, not between"),
+        ("input.intensity", {"kind": "range", "low": 2, "high": 1}, "not from a lower to a higher value"),
+        ("input.intensity", {"kind": "percentile", "low": -1, "high": 1}, "to a higher percentile"),
+        ("input.intensity", {"kind": "guess"}, "kind is none of full_range, percentile, range"),
+        ("limits.min_score", 1e308, "limits.min_score is 1e+308, not between 0 and 1"),
+        ("limits.detections", 10**400, "limits.detections is 1000"),
+        ("anchors.ratios", 3, "anchors.ratios is not a list"),
+        ("anchors.ratios", ["x"], "anchors.ratios is not of type float"),
+        ("name", None, "name is not of type str"),
+        ("graphs", {"mask": {"masks": ["float32", [float("inf")]]}}, "graphs.mask.masks is not of type int"),
+        ("graphs", {"mask": {"masks": ["float32"]}}, "graphs.mask.masks is not a type and a shape"),
+        ("files", {"LICENSE": 3}, "files is not of type str"),
+    ],
+)
+def test_values_that_no_model_can_have_are_refused(tmp_path, manifest, field, value, problem):
+    path = tmp_path / "value.darcnn"
+    table = json.loads(manifest_text(manifest))
+    *tables, last = field.split(".")
+    parent = table
+    for name in tables:
+        parent = parent[name]
+    parent[last] = value
+    write_zip(path, [("manifest.json", json.dumps(table)), *SMALL.items()])
+    check_refused(path, problem)
+
+
 def test_newer_format_is_refused_whatever_else_it_brings(tmp_path):
     path = tmp_path / "newer.darcnn"
     write_zip(path, [("manifest.json", json.dumps({"format": FORMAT + 1})), ("extra.onnx", b"")])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +347,38 @@ def test_flipped_bytes_never_escape_as_another_error(tmp_path: Path) -> None:
                 reader.read(Region(0, 0, 1, 1), level=0)
         except InputError as error:
             assert error.where == str(path)  # noqa: PT017
+
+
+def test_a_palette_that_is_too_small_for_its_image_is_told(tmp_path: Path) -> None:
+    table = np.zeros((3, 256), np.uint16)
+    path = write(tmp_path / "a.tif", noise(4, 5, dtype=np.uint8), photometric="palette", colormap=table)
+    entry = struct.pack("<HHI", 320, 3, 768)
+    content = path.read_bytes()
+    assert content.count(entry) == 1
+    for count in (766, 30, 0):
+        path.write_bytes(content.replace(entry, struct.pack("<HHI", 320, 3, count)))
+        with pytest.raises(InputError, match=r"palette|cannot be read"):
+            read(path)
+
+
+def test_offsets_that_are_no_integers_are_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.tif", noise(20, 30))
+    content = path.read_bytes()
+    found = re.search(struct.pack("<H", 273) + rb"[\x03\x04]\0" + struct.pack("<I", 1), content)
+    assert found is not None
+    damaged = bytearray(content)
+    struct.pack_into("<H", damaged, found.start() + 2, 11)  # a float
+    path.write_bytes(damaged)
+    with pytest.raises(InputError, match="cannot be read as a TIFF"):
+        read(path)
+
+
+def test_samples_by_the_ten_thousand_are_told(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "a.tif", noise(3, 4, 5000, dtype=np.uint8), photometric="rgb", planarconfig="contig"
+    )
+    with pytest.raises(InputError, match="holds 5000 channels"):
+        read(path)
 
 
 def test_a_part_of_a_split_ome_tiff_that_is_missing_is_told(tmp_path: Path) -> None:
