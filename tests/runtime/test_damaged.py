@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import sys
 import types
@@ -24,32 +25,33 @@ from darcnn.runtime.geometry import Region
 from darcnn.runtime.pipeline import RunOptions, run_slide
 from darcnn.runtime.readers import open_source
 from darcnn.runtime.readers.mended import MendedReader
+from darcnn.runtime.rows import find_rows_here
 from darcnn.runtime.segmenter import Segmenter
 
 SVS = Path(__file__).parents[2] / "examples" / "CMU-1-Small-Region.svs"
-CELL_PX = 16
 NEAR_PX = 60  # larger than any object: what lies further from a damaged tile's core is not its own
 
 
-class DarkEngine(OracleEngine):
-    """Reports dark squares of 16 px of stained tissue: no model, but real pixels."""
+@pytest.fixture
+def make_of(monkeypatch):
+    """Return what makes the segmenter for a kind of slide; it can be sent to other processes."""
+    here = str(Path(__file__).parent)
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]))
+    from dark_engine import DarkEngine
 
-    def detect(self, tiles):
-        n, side = tiles.shape[0], tiles.shape[1] // CELL_PX
-        dark = tiles.reshape(n, side, CELL_PX, side, CELL_PX, 3).mean(axis=(2, 4, 5)) < 110
-        row, column = np.ogrid[:side, :side]
-        squares = (dark * (1 + row % 2 + 2 * (column % 2))).astype(np.uint8)  # neighbours differ
-        labels = np.repeat(np.repeat(squares, CELL_PX, 1), CELL_PX, 2)
-        return super().detect(np.stack([labels, labels * 0, labels * 0], axis=3))
+    def make(name):
+        if name != "slide.svs":
+            return make_oracle()
+        engine = DarkEngine(tile_px=512, batch=2, detections=1024)
+        return partial(Segmenter, engine, make_oracle_manifest(engine, halo_px=128))
+
+    return make
 
 
-def make_segmenter(engine_type, **sizes):
-    engine = engine_type(batch=2, **sizes)
-    return Segmenter(engine, make_oracle_manifest(engine, halo_px=sizes["tile_px"] // 4))
-
-
-make_oracle = partial(make_segmenter, OracleEngine, tile_px=128, mask_px=48)
-make_dark = partial(make_segmenter, DarkEngine, tile_px=512, detections=1024)
+def make_oracle():
+    engine = OracleEngine(tile_px=128, batch=2, mask_px=48)
+    return partial(Segmenter, engine, make_oracle_manifest(engine, halo_px=32))
 
 
 def disks():
@@ -108,10 +110,11 @@ def damage_zarr(path):
 
 
 FORMATS = {
-    "slide.svs": (write_svs, damage_svs, make_dark, (4 * 240, 5 * 240, 5 * 240, 6 * 240)),
-    "slide.tif": (write_tiff, damage_tiff, make_oracle, (192, 192, 256, 256)),
-    "slide.ome.zarr": (write_zarr, damage_zarr, make_oracle, (192, 192, 256, 256)),
+    "slide.svs": (write_svs, damage_svs, (4 * 240, 5 * 240, 5 * 240, 6 * 240)),
+    "slide.tif": (write_tiff, damage_tiff, (192, 192, 256, 256)),
+    "slide.ome.zarr": (write_zarr, damage_zarr, (192, 192, 256, 256)),
 }
+OPTIONS = {"slide.svs": {"roi": "500,800,1700,1900"}}  # to save time
 
 
 @pytest.fixture
@@ -123,13 +126,14 @@ def tiff(tmp_path):
 
 @pytest.fixture(scope="module")
 def oracle():
-    with make_oracle() as segmenter:
+    with make_oracle()() as segmenter:
         yield segmenter
 
 
-def run(segmenter, path, out, **options):
+def run(segmenter, path, out, *, find_rows=find_rows_here, **options):
     with open_source(path) as reader:
-        summary = run_slide(segmenter, reader, out, options=RunOptions(pixels=True, **options))
+        chosen = RunOptions(pixels=True, **options)
+        summary = run_slide(segmenter, reader, out, options=chosen, find_rows=find_rows)
     return summary, json.loads((summary.folder / "run.json").read_text())
 
 
@@ -158,11 +162,11 @@ def objects_far_from(cores, folder):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_is_far_from_a_damaged_tile_is_found_as_without_the_damage(name, tmp_path):
-    write, damage, make, broken = FORMATS[name]
+def test_what_is_far_from_a_damaged_tile_is_found_as_without_the_damage(name, make_of, tmp_path):
+    write, damage, broken = FORMATS[name]
     path = write(tmp_path / name)
-    options = {"roi": "500,800,1700,1900"} if name == "slide.svs" else {}  # to save time
-    with make() as segmenter:
+    options = OPTIONS.get(name, {})
+    with make_of(name)() as segmenter:
         before, sound = run(segmenter, path, tmp_path / "before", **options)
         damage(path)
         after, record = run(segmenter, path, tmp_path / "after", **options)
@@ -218,7 +222,7 @@ def test_the_overview_stripes_damaged_tiles(oracle, tiff, tmp_path):
 def test_the_command_exits_with_1_and_says_so_again_for_a_finished_slide(tiff, tmp_path, monkeypatch):
     sound = write_tiff(tmp_path / "sound.tif")
     module = types.ModuleType("darcnn.runtime.load")
-    module.load = lambda *_, **__: make_oracle()
+    module.load = lambda *_, **__: make_oracle()()
     monkeypatch.setitem(sys.modules, "darcnn.runtime.load", module)
     out = tmp_path / "out"
 
@@ -271,31 +275,21 @@ def test_a_run_stopped_in_any_row_names_the_same_tiles(oracle, tiff, tmp_path, m
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("name", FORMATS)
-def test_workers_name_the_same_tiles(name, tmp_path):
+def test_workers_name_the_same_tiles(name, make_of, tmp_path):
     cluster = pytest.importorskip("darcnn.runtime.cluster", reason="needs the extra cluster")
-    write, damage, _, _ = FORMATS[name]
+    write, damage, _ = FORMATS[name]
     path = write(tmp_path / name)
     damage(path)
-    make = partial(make_segmenter_of_workers, name)
+    make, options = make_of(name), OPTIONS.get(name, {})
     with make() as segmenter:
-        alone, record = run(segmenter, path, tmp_path / "alone")
-        with (
-            cluster.open_cluster(make, n_workers=2) as runner,
-            open_source(path) as reader,
-        ):
-            options = RunOptions(pixels=True)
-            shared = run_slide(
-                segmenter, reader, tmp_path / "shared", options=options, find_rows=runner.find_rows
+        alone, record = run(segmenter, path, tmp_path / "alone", **options)
+        with cluster.open_cluster(make, n_workers=2) as runner:
+            shared, of_workers = run(
+                segmenter, path, tmp_path / "shared", find_rows=runner.find_rows, **options
             )
     assert tables(shared.folder) == tables(alone.folder)
     assert shared.warnings == alone.warnings
-    assert json.loads((shared.folder / "run.json").read_text())["unreadable"] == record["unreadable"] != []
-
-
-def make_segmenter_of_workers(name):
-    """Make the oracle for any slide: workers cannot import this file's own engine."""
-    engine = OracleEngine(tile_px=128, batch=2, mask_px=48, detections=4096)
-    return Segmenter(engine, make_oracle_manifest(engine, halo_px=32))
+    assert of_workers["unreadable"] == record["unreadable"] != []
 
 
 def test_a_slide_of_which_nothing_can_be_read_fails(oracle, tmp_path):
