@@ -18,14 +18,14 @@ from tifffile import TiffFileError
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Region
 
-__all__ = ["PageFiles", "PageSource", "Segment", "SegmentGrid", "damaged"]
+__all__ = ["UNREADABLE", "PageFiles", "PageSource", "Segment", "SegmentGrid", "damaged"]
 
 # Strips span the width of a slide: without a cache each would be decoded again for every tile of a row.
 _CACHE_BYTES = 256 * 2**20
-# What tifffile's decoders raise on damaged segments: errors of imagecodecs are RuntimeErrors, those of
-# tifffile ValueErrors; a damaged size may ask for absurd memory or fit no C integer; the others come from
-# parsing.
-_UNDECODABLE = (
+# What tifffile raises on damaged files (found by flipping bytes): errors of imagecodecs are RuntimeErrors,
+# those of tifffile ValueErrors; a damaged size may ask for absurd memory or fit no C integer; the others come
+# from parsing.
+UNREADABLE = (
     TiffFileError,
     ValueError,
     RuntimeError,
@@ -189,7 +189,7 @@ class PageFiles:
             encoded = stream.read(n_bytes)
         try:
             values: NDArray[Any] = page.decode(encoded, segment.index, **page.decode_options)[0]
-        except _UNDECODABLE as err:
+        except UNREADABLE as err:
             raise damaged(page.path, f"cannot be decoded near x {segment.x}, y {segment.y} ({err})") from err
         self._remember(key, values)
         return values
