@@ -190,7 +190,9 @@ def open_multiscale(path: Location) -> Multiscale:
             raise InputError(f"has axes {' '.join(axes)}", where=path, fix="export it with axes of t c z y x")
         if not arrays or 0 in arrays[0].shape:
             raise InputError("holds no pixels", where=path, fix="export it again")
-        return Multiscale(group, image, attributes.get("omero") or {}, axes, arrays)
+        # a pyramid may thin out z as well: such levels have other planes and are left out
+        alike = tuple(array for array in arrays if _planes_of(array, axes) == _planes_of(arrays[0], axes))
+        return Multiscale(group, image, attributes.get("omero") or {}, axes, alike)
     except InputError:
         raise
     except ImportError as err:  # of fsspec, or of what it needs for this kind of URL
@@ -212,6 +214,11 @@ def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     if not isinstance(member, zarr.Array):
         raise TypeError(f"{name} is no array")
     return with_checked_blosc(member)
+
+
+def _planes_of(array: zarr.Array[Any], axes: tuple[str, ...]) -> tuple[Any, ...]:
+    """Return what the levels of one pyramid have in common: type, and number of channels and planes."""
+    return (array.dtype, *(size for axis, size in zip(axes, array.shape, strict=True) if axis not in "yx"))
 
 
 def _describe(stored: Multiscale, path: Location, mpp: float | None) -> SlideInfo:

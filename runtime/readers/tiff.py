@@ -36,16 +36,13 @@ from darcnn.runtime.readers.tiff_metadata import (
     section_um,
     tag_pixel_size,
 )
-from darcnn.runtime.readers.tiff_pages import UNDECODABLE, PageFiles, PageSource, SegmentGrid, damaged
+from darcnn.runtime.readers.tiff_pages import UNREADABLE, PageFiles, PageSource, SegmentGrid, damaged
 
 __all__ = ["TiffReader", "is_tiff", "read_section_um"]
 
 _PHOTOMETRIC = tifffile.PHOTOMETRIC
 _JPEG = (6, 7, 33007, 34892)  # tifffile turns YCbCr into RGB in these compressions only
 _ALPHA = ((1,), (2,))  # ExtraSamples: alpha, associated or not
-# What tifffile raises on files that end early or lie about their directories (found by flipping bytes).
-_UNREADABLE = (*UNDECODABLE, AttributeError)
-
 _Levels = tuple[tuple[tuple[PageSource, int], ...], ...]  # level, channel: page and slice of its volume
 
 
@@ -84,7 +81,7 @@ class TiffReader(PlaneReader):
             with tifffile.TiffFile(path) as tiff:
                 info, stored = _describe(tiff, path, z=z, t=t, mpp=mpp)
             files = PageFiles({page.path for level in stored.levels for page, _ in level})
-        except _UNREADABLE as err:
+        except UNREADABLE as err:
             raise _unreadable(path, err) from err
         super().__init__(info)
         self._stored = stored
@@ -96,7 +93,7 @@ class TiffReader(PlaneReader):
         try:
             with tifffile.TiffFile(path) as tiff:
                 _, axes = _first_image(tiff, path)
-        except _UNREADABLE as err:
+        except UNREADABLE as err:
             raise _unreadable(path, err) from err
         return Planes(axes.count("Z"), axes.count("T"))
 
@@ -116,7 +113,7 @@ def read_section_um(path: Path) -> float | None:
     try:
         with tifffile.TiffFile(path) as tiff:
             return section_um(tiff.ome_metadata, tiff.imagej_metadata)
-    except _UNREADABLE as err:
+    except UNREADABLE as err:
         raise _unreadable(path, err) from err
 
 

@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tifffile import TiffFileError
 
-from darcnn.runtime.errors import DamagedPixelsError, InputError
+from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Region
 
-__all__ = ["UNDECODABLE", "PageFiles", "PageSource", "Segment", "SegmentGrid", "damaged"]
+__all__ = ["UNREADABLE", "PageFiles", "PageSource", "Segment", "SegmentGrid", "damaged"]
 
 # Strips span the width of a slide: without a cache each would be decoded again for every tile of a row.
 _CACHE_BYTES = 256 * 2**20
-# What tifffile's decoders raise on damaged segments: errors of imagecodecs are RuntimeErrors, those of
-# tifffile ValueErrors; a damaged size may ask for absurd memory or fit no C integer; the others come from
-# parsing.
-UNDECODABLE = (
+# What tifffile raises on damaged files (found by flipping bytes): errors of imagecodecs are RuntimeErrors,
+# those of tifffile ValueErrors; a damaged size may ask for absurd memory or fit no C integer; the others come
+# from parsing.
+UNREADABLE = (
     TiffFileError,
     ValueError,
     RuntimeError,
@@ -193,14 +193,8 @@ class PageFiles:
         place = f"near x {segment.x}, y {segment.y}"
         try:
             values: NDArray[Any] = page.decode(encoded, segment.index, **page.decode_options)[0]
-        except MemoryError as err:  # a damaged size may ask for absurd memory, or there is none left
-            raise damaged(page.path, f"takes too much memory {place}") from err
-        except UNDECODABLE as err:
-            raise DamagedPixelsError(
-                f"cannot be decoded {place} ({err})",
-                where=page.path,
-                fix="copy the file again or export it anew",
-            ) from err
+        except UNREADABLE as err:
+            raise damaged(page.path, f"cannot be decoded near x {segment.x}, y {segment.y} ({err})") from err
         self._remember(key, values)
         return values
 

@@ -123,6 +123,18 @@ def test_what_is_no_image_is_one_line(tmp_path):
             open_source(path)
 
 
+@pytest.mark.parametrize("other", [np.zeros((2, 20, 25), np.uint16), np.zeros((4, 20, 25), np.uint8)])
+def test_levels_of_other_planes_or_types_are_left_out(tmp_path, other):
+    path = write(tmp_path / "a.zarr", np.zeros((4, 40, 50), np.uint16), "zyx")
+    group = zarr.open_group(path)
+    group.create_array("thin", data=other)
+    content = dict(group.attrs["ome"])
+    content["multiscales"][0]["datasets"].append({"path": "thin"})
+    group.attrs["ome"] = content
+    with open_source(path, z=3) as reader:
+        assert [level.width_px for level in reader.info.levels] == [50]
+
+
 def test_mutated_metadata_never_end_in_anything_but_one_line(tmp_path):
     path = write(
         tmp_path / "a.zarr",
