@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tifffile import TiffFileError
 
-from darcnn.runtime.errors import InputError
+from darcnn.runtime.errors import DamagedPixelsError, InputError
 from darcnn.runtime.geometry import Region
 
 __all__ = ["UNREADABLE", "PageFiles", "PageSource", "Segment", "SegmentGrid", "damaged"]
@@ -33,6 +33,7 @@ UNREADABLE = (
     LookupError,
     TypeError,
     ArithmeticError,
+    AttributeError,
     MemoryError,
     struct.error,
 )
@@ -193,8 +194,14 @@ class PageFiles:
         place = f"near x {segment.x}, y {segment.y}"
         try:
             values: NDArray[Any] = page.decode(encoded, segment.index, **page.decode_options)[0]
+        except MemoryError as err:  # a damaged size may ask for absurd memory, or there is none left
+            raise damaged(page.path, f"takes too much memory {place}") from err
         except UNREADABLE as err:
-            raise damaged(page.path, f"cannot be decoded near x {segment.x}, y {segment.y} ({err})") from err
+            raise DamagedPixelsError(
+                f"cannot be decoded {place} ({err})",
+                where=page.path,
+                fix="copy the file again or export it anew",
+            ) from err
         self._remember(key, values)
         return values
 
