@@ -16,6 +16,8 @@ from darcnn.runtime.instances import Instances
 __all__ = ["MASK_LEVEL", "draw_polygon", "drop_covered", "label_instances", "outline_mask"]
 
 MASK_LEVEL = 0.5  # a pixel belongs to an object where its probability is above this
+# Where no value comes so near to the level, no contour touches itself or the centre of a pixel.
+_CLEAR = 1e-6
 _MAX_COVERED = 0.5  # share of its pixels that an object may lose to better ones
 
 Outlined = tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float64]]
@@ -55,10 +57,10 @@ def outline_mask(
     at_x = (np.arange(region.x0, region.x1, dtype=np.float64) + 0.5 - x0) / (x1 - x0)  # (w,)
     cells = _interpolate(cells, at_y)  # (h, m)
     values = _interpolate(cells.T, at_x).T  # (h, w)
-    ring = _largest_contour(values, region)
-    if ring is None:
+    traced = _trace(values, region)
+    if traced is None:
         return None
-    mask = draw_polygon(ring, region)
+    ring, mask = traced
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
         return None
@@ -152,10 +154,10 @@ def label_instances(labels: NDArray[np.integer]) -> Instances:
     masks, outlines = [], []
     for label, (x0, y0), (x1, y1) in zip(ids[starts], low.tolist(), high.tolist(), strict=True):
         mask = labels[y0:y1, x0:x1] == label
-        ring = _largest_contour(mask.astype(np.float64), Region(x0, y0, x1, y1))
-        assert ring is not None  # a pixel of 1 inside zeros always has a contour
+        traced = _trace(mask.astype(np.float64), Region(x0, y0, x1, y1))
+        assert traced is not None  # a pixel of 1 inside zeros always has a contour
         masks.append(mask)
-        outlines.append(ring)
+        outlines.append(traced[0])
     return Instances(
         shape=shape,
         boxes=np.concatenate([low, high], axis=1).astype(np.float32),
@@ -178,8 +180,13 @@ def _interpolate(cells: NDArray[np.float64], positions: NDArray[np.float64]) -> 
     return samples
 
 
-def _largest_contour(values: NDArray[np.float64], region: Region) -> NDArray[np.float64] | None:
-    """Return the ring of largest area round `values` above 0.5, in pixels of the image, or None."""
+def _trace(
+    values: NDArray[np.float64], region: Region
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
+    """Return the ring of largest area round `values` above 0.5, in pixels of the image, and what lies in it.
+
+    None if there is no such ring.
+    """
     padded = np.zeros((region.height + 2, region.width + 2))  # zeros all round close every contour
     padded[1:-1, 1:-1] = np.where(np.isfinite(values), values, 0.0)
     lines = _contours_of(padded).lines(MASK_LEVEL)
@@ -187,16 +194,18 @@ def _largest_contour(values: NDArray[np.float64], region: Region) -> NDArray[np.
     rings = [ring for ring in rings if len(ring) >= 4]
     if not rings:
         return None
-    ring = max(rings, key=_double_area)
     # grid point j of `padded` is the centre of pixel j - 1
-    ring = ring + np.array([region.x0 - 0.5, region.y0 - 0.5])
-    return _make_simple(ring)
+    ring = max(rings, key=_double_area) + np.array([region.x0 - 0.5, region.y0 - 0.5])
+    if len(lines) == 1 and np.abs(padded - MASK_LEVEL).min() > _CLEAR:
+        return ring, padded[1:-1, 1:-1] > MASK_LEVEL  # what `draw_polygon` would find, in less time
+    simple = _make_simple(ring)
+    return None if simple is None else (simple, draw_polygon(simple, region))
 
 
 def _contours_of(values: NDArray[np.float64]) -> SerialContourGenerator:
     """Return what `contourpy.contour_generator` makes, without its checks: they take most of its time."""
-    height, width = values.shape
-    x, y = np.meshgrid(np.arange(width, dtype=np.float64), np.arange(height, dtype=np.float64))
+    x, y = np.empty(values.shape), np.empty(values.shape)
+    x[:], y[:] = np.arange(values.shape[1]), np.arange(values.shape[0])[:, None]
     return SerialContourGenerator(
         x,
         y,
