@@ -44,7 +44,7 @@ from darcnn.runtime.readers.open import count_planes, open_source
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.open import is_volume, open_volume
 
-N_QUICK, N_SLOW = 12, 80  # damaged files of each kind
+N_QUICK, N_SLOW = 12, 40  # damaged files of each kind
 LIMIT_S = 10  # of processors, a file
 HANGS_S = 300  # after which the whole run is ended with a traceback
 LIMIT_BYTES = 400 * 2**20  # more memory than that no file of a few kilobytes may take
