@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import darcnn.runtime
-from darcnn.runtime.engines.protocol import Detections, Engine, EngineSpec
+from darcnn.runtime.engines.protocol import Detections
+from darcnn.runtime.live.stats import TimedEngine
 from darcnn.runtime.masks import outline_mask
 from darcnn.runtime.pipeline import RunOptions
 from darcnn.runtime.segmenter import Segmenter
@@ -46,34 +47,14 @@ _COVERED = 0.5
 _SIDES = ("darcnn", "sahi")
 
 
-class CountedEngine:
-    """An engine that knows how many tiles it saw and how long it was busy."""
+class CountedEngine(TimedEngine):
+    """An engine that also knows how often it was asked for boxes."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.seconds, self.calls = 0.0, 0
-
-    @property
-    def spec(self) -> EngineSpec:
-        return self._engine.spec
+    calls = 0
 
     def detect(self, tiles: NDArray[np.uint8]) -> Detections:
-        start = time.perf_counter()
-        found = self._engine.detect(tiles)
-        self.seconds += time.perf_counter() - start
         self.calls += 1
-        return found
-
-    def masks(
-        self, detections: Detections, boxes: NDArray[np.float32], tile_index: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        start = time.perf_counter()
-        found = self._engine.masks(detections, boxes, tile_index)
-        self.seconds += time.perf_counter() - start
-        return found
-
-    def close(self) -> None:
-        self._engine.close()
+        return super().detect(tiles)
 
 
 @click.command()
@@ -134,7 +115,8 @@ def _measure(name: str, slide: Path, model: str) -> dict[str, Any]:
         engine = CountedEngine(loaded.engine)
         segmenter = Segmenter(engine, loaded.manifest)
         _run_once(segmenter)  # what a first call allocates belongs to the loaded model
-        before, engine.seconds, engine.calls = _peak_gb(), 0.0, 0
+        engine.reset()
+        before, engine.calls = _peak_gb(), 0
         start, cpu = time.perf_counter(), time.process_time()
         outlines = _run_darcnn(segmenter, slide) if name == "darcnn" else _run_sahi(segmenter, slide)
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -142,7 +124,7 @@ def _measure(name: str, slide: Path, model: str) -> dict[str, Any]:
     return {
         "wall_s": round(wall, 1),
         "cpu_s": round(cpu, 1),
-        "engine_s": round(engine.seconds, 1),
+        "engine_s": round(sum(engine.seconds.values()), 1),
         "engine_calls": engine.calls,
         "peak_gb": round(_peak_gb(), 3),
         "peak_beyond_model_gb": round(_peak_gb() - before, 3),

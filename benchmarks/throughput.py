@@ -28,11 +28,10 @@ from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
 import darcnn.runtime
-from darcnn.runtime.engines.protocol import Detections, Engine, EngineSpec
 from darcnn.runtime.ground import Ground, survey_ground
+from darcnn.runtime.live.stats import TimedEngine
 from darcnn.runtime.pipeline import RunOptions, run_slide
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.sampling import read_ahead
@@ -41,35 +40,6 @@ from darcnn.runtime.tiling import Tile
 
 _EXAMPLE = Path(__file__).parents[1] / "examples" / "CMU-1-Small-Region.svs"
 _FINDING = ("diameter", "tissue", "intensity", "detect", "measure", "parts")
-
-
-class TimedEngine:
-    """An engine that knows how long it was busy."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.seconds = 0.0
-
-    @property
-    def spec(self) -> EngineSpec:
-        return self._engine.spec
-
-    def detect(self, tiles: NDArray[np.uint8]) -> Detections:
-        start = time.perf_counter()
-        found = self._engine.detect(tiles)
-        self.seconds += time.perf_counter() - start
-        return found
-
-    def masks(
-        self, detections: Detections, boxes: NDArray[np.float32], tile_index: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        start = time.perf_counter()
-        found = self._engine.masks(detections, boxes, tile_index)
-        self.seconds += time.perf_counter() - start
-        return found
-
-    def close(self) -> None:
-        self._engine.close()
 
 
 @dataclass(frozen=True)
@@ -162,9 +132,10 @@ def _measure(segmenter: Segmenter, engine: TimedEngine, path: Path, sample: int,
         ground = survey_ground(reader, plan, model, tissue=True, roi=None)
         before = _time_alone(segmenter, engine, reader, ground, sample)
         memory, busy = _peak_bytes(), sum(os.times()[:2])
-        engine.seconds, start = 0.0, time.perf_counter()
+        engine.reset()
+        start = time.perf_counter()
         summary = run_slide(segmenter, reader, folder / "out", options=RunOptions(overwrite=True))
-        wall, in_engine = time.perf_counter() - start, engine.seconds
+        wall, in_engine = time.perf_counter() - start, sum(engine.seconds.values())
         busy, peak = sum(os.times()[:2]) - busy, _peak_bytes() - memory
         after = _time_alone(segmenter, engine, reader, ground, sample)
         record = json.loads((summary.folder / "run.json").read_text(encoding="utf-8"))
@@ -207,11 +178,11 @@ def _time_alone(
     for _ in read_ahead(sampler, tiles, batch=engine.spec.batch):
         pass
     decode = time.perf_counter() - start
-    engine.seconds = 0.0
+    engine.reset()
     for batch in _batches(tiles, engine.spec.batch):
         segmenter.segment_batch(plan, shape, batch, [sampler.read(tile) for tile in batch])
     share = len(tiles) / len(ground.tiles)
-    return decode / share, engine.seconds / share
+    return decode / share, sum(engine.seconds.values()) / share
 
 
 def _batches(tiles: tuple[Tile, ...], size: int) -> Iterator[tuple[Tile, ...]]:

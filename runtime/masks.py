@@ -57,10 +57,13 @@ def outline_mask(
     at_x = (np.arange(region.x0, region.x1, dtype=np.float64) + 0.5 - x0) / (x1 - x0)  # (w,)
     cells = _interpolate(cells, at_y)  # (h, m)
     values = _interpolate(cells.T, at_x).T  # (h, w)
-    traced = _trace(values, region)
-    if traced is None:
+    values = np.where(np.isfinite(values), values, 0.0)
+    contour = _largest_contour(values, region)
+    if contour is None:
         return None
-    ring, mask = traced
+    ring, is_all = contour
+    # all that is above the level is what `draw_polygon` would find, in less time
+    mask = values > MASK_LEVEL if is_all else draw_polygon(ring, region)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
         return None
@@ -154,10 +157,10 @@ def label_instances(labels: NDArray[np.integer]) -> Instances:
     masks, outlines = [], []
     for label, (x0, y0), (x1, y1) in zip(ids[starts], low.tolist(), high.tolist(), strict=True):
         mask = labels[y0:y1, x0:x1] == label
-        traced = _trace(mask.astype(np.float64), Region(x0, y0, x1, y1))
-        assert traced is not None  # a pixel of 1 inside zeros always has a contour
+        contour = _largest_contour(mask.astype(np.float64), Region(x0, y0, x1, y1))
+        assert contour is not None  # a pixel of 1 inside zeros always has a contour
         masks.append(mask)
-        outlines.append(traced[0])
+        outlines.append(contour[0])
     return Instances(
         shape=shape,
         boxes=np.concatenate([low, high], axis=1).astype(np.float32),
@@ -180,15 +183,14 @@ def _interpolate(cells: NDArray[np.float64], positions: NDArray[np.float64]) -> 
     return samples
 
 
-def _trace(
-    values: NDArray[np.float64], region: Region
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
-    """Return the ring of largest area round `values` above 0.5, in pixels of the image, and what lies in it.
+def _largest_contour(values: NDArray[np.float64], region: Region) -> tuple[NDArray[np.float64], bool] | None:
+    """Return the ring of largest area round `values` above 0.5, in pixels of the image; None: there is none.
 
-    None if there is no such ring.
+    Beside it, whether the pixels inside are just those above: it is alone and touches neither itself nor the
+    centre of a pixel.
     """
     padded = np.zeros((region.height + 2, region.width + 2))  # zeros all round close every contour
-    padded[1:-1, 1:-1] = np.where(np.isfinite(values), values, 0.0)
+    padded[1:-1, 1:-1] = values
     lines = _contours_of(padded).lines(MASK_LEVEL)
     rings = [np.asarray(line, np.float64) for line in lines]
     rings = [ring for ring in rings if len(ring) >= 4]
@@ -197,9 +199,9 @@ def _trace(
     # grid point j of `padded` is the centre of pixel j - 1
     ring = max(rings, key=_double_area) + np.array([region.x0 - 0.5, region.y0 - 0.5])
     if len(lines) == 1 and np.abs(padded - MASK_LEVEL).min() > _CLEAR:
-        return ring, padded[1:-1, 1:-1] > MASK_LEVEL  # what `draw_polygon` would find, in less time
+        return ring, True
     simple = _make_simple(ring)
-    return None if simple is None else (simple, draw_polygon(simple, region))
+    return None if simple is None else (simple, False)
 
 
 def _contours_of(values: NDArray[np.float64]) -> SerialContourGenerator:

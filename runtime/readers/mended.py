@@ -64,7 +64,7 @@ class MendedReader(Closing):
     def _read_in_pieces(self, region: Region, level: int) -> Pixels:
         info = self.info
         pixels: Pixels = np.empty((region.height, region.width, len(info.channel_names)), info.dtype)
-        for piece, found in self._pieces(region, level):
+        for piece, found in self._parts(region, level):
             target = pixels[
                 piece.y0 - region.y0 : piece.y1 - region.y0, piece.x0 - region.x0 : piece.x1 - region.x0
             ]
@@ -76,13 +76,14 @@ class MendedReader(Closing):
     def _pieces(self, region: Region, level: int) -> Iterator[tuple[Region, Pixels | None]]:
         """Yield `region` in as few pieces as halving gives, with their pixels; None where damaged."""
         try:
-            found = self._reader.read(region, level=level)
+            yield region, self._reader.read(region, level=level)
         except DamagedPixelsError:
-            if max(region.width, region.height) <= _PIECE_PX:
-                yield region, None
-                return
-        else:
-            yield region, found
+            yield from self._parts(region, level)
+
+    def _parts(self, region: Region, level: int) -> Iterator[tuple[Region, Pixels | None]]:
+        """Yield the pieces of a region that cannot be read as a whole."""
+        if max(region.width, region.height) <= _PIECE_PX:
+            yield region, None
             return
         for half in _halves(region):
             yield from self._pieces(half, level)

@@ -197,11 +197,7 @@ class PageFiles:
         except MemoryError as err:  # a damaged size may ask for absurd memory, or there is none left
             raise damaged(page.path, f"takes too much memory {place}") from err
         except UNREADABLE as err:
-            raise DamagedPixelsError(
-                f"cannot be decoded {place} ({err})",
-                where=page.path,
-                fix="copy the file again or export it anew",
-            ) from err
+            raise damaged(page.path, f"cannot be decoded {place} ({err})", kind=DamagedPixelsError) from err
         self._remember(key, values)
         return values
 
@@ -216,9 +212,9 @@ class PageFiles:
                 self._cache_bytes -= oldest.nbytes
 
 
-def damaged(path: Path, problem: str) -> InputError:
+def damaged(path: Path, problem: str, *, kind: type[InputError] = InputError) -> InputError:
     """Return the error for a file whose bytes are not what its directory promises."""
-    return InputError(problem, where=path, fix="copy the file again or export it anew")
+    return kind(problem, where=path, fix="copy the file again or export it anew")
 
 
 def _paste(target: NDArray[Any], values: NDArray[Any], segment: Segment, region: Region) -> None:
