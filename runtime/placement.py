@@ -14,6 +14,7 @@ from darcnn.runtime.tiling import Tile
 __all__ = ["is_cut", "lies_inside", "place", "to_slide"]
 
 EDGE_PX = 1.0  # a box this close to a tile's edge touches it
+_ON_SLIDE = 1 / 3  # share of a box on the slide that is still one half, seen by a network
 
 
 def to_slide(boxes: NDArray[np.float32], tile: Tile) -> NDArray[np.float64]:
@@ -24,14 +25,15 @@ def to_slide(boxes: NDArray[np.float32], tile: Tile) -> NDArray[np.float64]:
 def lies_inside(boxes: NDArray[np.float64], width: int, height: int) -> NDArray[np.bool_]:
     """Tell which boxes are of objects on the slide rather than of their mirror images beyond its edges.
 
-    Along each axis at least half of the box lies on the slide: an object that touches the edge is
-    one with its mirror image, and its box reaches as far out as in. A box wider than the slide
-    itself need only cover half of the slide.
+    An object that touches the edge is one with its mirror image, and its box reaches as far out as in, give
+    or take what the network is off by; the mirror image of one that does not lies beyond the edge. So
+    along each axis at least a third of the box must lie on the slide; a box wider than the slide need only
+    cover a third of the slide.
     """
     extent = np.array([width, height], np.float64)
     low, high = boxes[:, :2], boxes[:, 2:]
     covered = np.minimum(high, extent) - np.maximum(low, 0)
-    is_covered = (covered > 0) & (covered >= np.minimum(high - low, extent) / 2)  # (N, 2)
+    is_covered = (covered > 0) & (covered >= _ON_SLIDE * np.minimum(high - low, extent))  # (N, 2)
     return np.logical_and(is_covered[:, 0], is_covered[:, 1])
 
 

@@ -31,7 +31,7 @@ std::vector<int> suppress(std::vector<int> slots, const float *boxes, const floa
 // Whether a span along one axis is that of an object on the frame, not of its mirror image beyond the edge.
 bool lies_inside(double low, double high, double extent) {
     const double covered = std::min(high, extent) - std::max(low, 0.0);
-    return covered > 0 && covered >= std::min(high - low, extent) / 2;
+    return covered > 0 && covered >= 1.0 / 3 * std::min(high - low, extent);
 }
 
 bool lies_near(double centre, int core_low, int core_high, int extent) {

@@ -205,6 +205,12 @@ def test_a_mirror_image_beyond_the_edge_is_no_object() -> None:
     assert found.boxes.tolist() == [[29, 22, 32, 30]]
 
 
+def test_an_object_at_the_edge_stays_where_its_box_reaches_a_little_further_out_than_in() -> None:
+    boxes = [(24, 10, 41, 20, 0.9)]  # 8 of 17 pixels on the slide
+    found = segmenter(lambda tile: boxes)(np.zeros((32, 32), np.uint8))
+    assert found.boxes.tolist() == [[24, 10, 32, 20]]
+
+
 def test_an_object_cut_by_its_tile_is_marked() -> None:
     image = np.zeros((48, 200), np.uint8)
     image[10:20, 60:130] = 255  # longer than a tile
