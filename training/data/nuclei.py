@@ -33,6 +33,7 @@ class NucleusRanges:
     roughness: tuple[float, float] = (0.02, 0.12)  # how far outlines wander from an ellipse, in radii
     cover: tuple[float, float] = (0.05, 0.45)  # share of the tile that nuclei take, if there is room
     crowding: tuple[float, float] = (0.0, 0.7)  # share of nuclei that lie beside another one
+    apart: tuple[float, float] = (0.9, 1.3)  # middles of two that lie side by side, times their mean diameter
     max_overlap: float = 0.15  # share of a nucleus that later ones may hide
 
 
@@ -90,7 +91,7 @@ def plan_nuclei(allowed: Mask, diameter_px: float, ranges: NucleusRanges, rng: n
         x, y = rng.uniform(0, width), rng.uniform(0, height)
         if field.nuclei and rng.random() < crowding:
             beside, turn = field.nuclei[rng.integers(len(field.nuclei))], rng.uniform(0.0, 2.0 * math.pi)
-            apart = (beside.diameter_px + size) / 2.0 * rng.uniform(0.9, 1.3)
+            apart = (beside.diameter_px + size) / 2.0 * rng.uniform(*ranges.apart)
             x, y = beside.centre[0] + apart * math.cos(turn), beside.centre[1] + apart * math.sin(turn)
         if not (0 <= x < width and 0 <= y < height):
             continue

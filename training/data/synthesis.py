@@ -34,6 +34,8 @@ _OPENING = 0.08  # radius
 _HALO = 0.15  # the blur around a nucleus, which goes with it
 _FREE = 0.3  # texture of the background is fetched no nearer to a nucleus
 _RIM = 0.08  # width of a nucleus' stronger edge
+_LIGHT = (0.4, 2.0)  # the weakest and strongest of unequal nuclei, times the contrast of their texture
+_WHITE = 0.99  # share of a tile's pixels that may not be clipped where light adds
 _MIN_STRENGTH = 0.5  # of the real nuclei's contrast, else no one could see a new nucleus
 _LIGHT_MARGIN = 3.0  # grey levels by which new nuclei's ground may be lighter than nine in ten real ones'
 _TRIES = 100  # tiles
@@ -49,6 +51,23 @@ class SynthesisOptions:
     softness_px: tuple[float, float] = (1.0, 3.0)  # width of an edge
     rim: tuple[float, float] = (0.0, 0.25)  # how much stronger than its inside a nucleus' edge is
     transparency: float = 0.08  # deviation of how far the ground shines through, cut at 0.3
+    shine: float | None = None  # of nuclei that shine: how far the logarithm of light deviates, at most
+
+    @classmethod
+    def fluorescent(cls, diameter_px: float) -> SynthesisOptions:
+        """Return how bright nuclei on dark are synthesized.
+
+        What a network joins in such images are nuclei that overlap, out of focus, without a dark line
+        between them: told apart by shape, by unequal brightness, or by a lens in which both shine.
+        """
+        ranges = NucleusRanges(crowding=(0.1, 0.9), apart=(0.7, 1.2), max_overlap=0.25)
+        return cls(
+            diameter_px,
+            is_stained=False,
+            ranges=ranges,
+            softness_px=(1.0, 7.0),
+            shine=0.5,
+        )
 
 
 class SynthesizedSource:
@@ -57,7 +76,12 @@ class SynthesizedSource:
     def __init__(self, targets: TargetImages) -> None:
         self.targets = targets
         target = targets.target
-        self.options = SynthesisOptions(target.nominal_diameter_px, is_stained=target.channels == 3)
+        diameter_px = target.nominal_diameter_px
+        self.options = (
+            SynthesisOptions(diameter_px, is_stained=True)
+            if target.channels == 3
+            else SynthesisOptions.fluorescent(diameter_px)
+        )
 
     def tile(self, rng: np.random.Generator, tile_px: int) -> LabelledTile:
         """Return a synthesized tile with at least one nucleus.
@@ -115,6 +139,8 @@ def synthesize_tile(
     canvas = _paint(background, plan.nuclei, stock, rng, options)
     near = ndimage.uniform_filter(ndimage.maximum_filter(plan.owner > 0, 7).astype(np.float32), 5)
     canvas += near[..., None] * (_soften(canvas) - canvas)
+    if options.shine is not None:  # the brightest nuclei are white, as the intensity rule has it
+        canvas *= 255.0 / max(255.0, float(np.quantile(canvas, _WHITE)))
     return LabelledTile(np.rint(np.clip(canvas, 0.0, 255.0)).astype(np.uint8), plan.masks)
 
 
@@ -181,6 +207,10 @@ def _paint(
     softness, rim = rng.uniform(*options.softness_px), rng.uniform(*options.rim)
     edges_px = softness * rng.uniform(0.7, 1.4, size=len(nuclei))  # not all are equally in focus
     solid = 1.0 - np.minimum(0.3, np.abs(rng.normal(0.0, options.transparency, size=len(nuclei))))
+    light, adds = np.ones(len(nuclei)), 0.0
+    if options.shine is not None:  # where nuclei overlap, up to the sum of both is seen
+        light = np.exp(rng.normal(0.0, rng.uniform(0.0, options.shine), size=len(nuclei)))
+        adds = rng.uniform()
     pixels = [np.nonzero(one.depth > -edge / 2.0) for one, edge in zip(nuclei, edges_px, strict=True)]
     depth = np.concatenate([one.depth[at] for one, at in zip(nuclei, pixels, strict=True)])  # (P,)
     corners = np.array([(one.y0, one.x0) for one in nuclei])
@@ -200,6 +230,7 @@ def _paint(
     below = np.add.reduceat(ground, starts) / n_pixels[:, None]
     is_weak = (own - below).mean(axis=1) * stock.contrast < _MIN_STRENGTH * stock.contrast**2
     skin += spread(np.where(is_weak[:, None], stock.colour - own, 0.0))
+    skin = ground + spread(np.clip(light, *_LIGHT))[:, None] * (skin - ground)
     stronger = rim * np.exp(-np.square(np.maximum(depth, 0.0) / (_RIM * spread(diameters))))
     skin += stronger[:, None].astype(np.float32) * (skin - ground)
     alpha = (spread(solid) * np.clip(depth / spread(edges_px) + 0.5, 0.0, 1.0))[:, None]
@@ -207,7 +238,8 @@ def _paint(
         part = slice(start, start + n)
         y, x = places[part, 0], places[part, 1]
         under = canvas[y, x]
-        canvas[y, x] = under + alpha[part] * (skin[part] - under)
+        below_it = under + adds * (ground[part] - under)
+        canvas[y, x] = under + alpha[part] * (skin[part] - below_it)
     return canvas
 
 
