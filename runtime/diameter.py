@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
-from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.manifest import ModelInput
+from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.sampling import spread_evenly
 
 if TYPE_CHECKING:
     from darcnn.runtime.segmenter import Segmenter
 
-__all__ = ["choose_diameter", "estimate_diameter"]
+__all__ = ["choose_diameter", "estimate_diameter", "finds_unasked"]
 
 _SCALES = (0.5, 1.0, 2.0)  # network pixels per pixel of the image in the first look
 _TILES = 2  # looked at per scale, spread over the image
@@ -64,14 +65,19 @@ def choose_diameter(
         reader: the open image; stays open.
         diameter_px: what the user gave; "auto" asks for an estimate.
         is_scale_given: the user gave a pixel size, or wants the pixels as they are. Otherwise a model that is
-            made for it estimates unasked.
+            made for it estimates unasked (`finds_unasked`).
         channel: which of several channels.
     """
     if diameter_px is not None and diameter_px != "auto":
         return diameter_px
-    if diameter_px == "auto" or (segmenter.manifest.input.finds_diameter and not is_scale_given):
+    if diameter_px == "auto" or (not is_scale_given and finds_unasked(segmenter.manifest.input, reader.info)):
         return estimate_diameter(segmenter, reader, channel=channel)
     return None
+
+
+def finds_unasked(model: ModelInput, info: SlideInfo) -> bool:
+    """Tell whether a model estimates the diameter where nothing is given: not if pixel sizes tell the scale."""
+    return model.finds_diameter and (model.mpp is None or info.mpp is None)
 
 
 def _look(

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from darcnn.runtime.diameter import choose_diameter
+from darcnn.runtime.diameter import choose_diameter, finds_unasked
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.fit import ModelFit
 from darcnn.runtime.geometry import Region
@@ -154,8 +154,10 @@ def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
     row_filter = None
     if chosen.row_filter is not None:
         row_filter = parse_filter(chosen.row_filter, object_schema(info.channel_names).names)
-    nominal = segmenter.manifest.input.nominal_diameter_px
-    diameter_px = nominal if chosen.diameter_px == "auto" else chosen.diameter_px
+    model, diameter_px = segmenter.manifest.input, chosen.diameter_px
+    is_open = diameter_px is None and chosen.mpp is None and not chosen.pixels
+    if diameter_px == "auto" or (is_open and finds_unasked(model, info)):
+        diameter_px = model.nominal_diameter_px
     segmenter.plan(info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel)
     options = {key: value for key, value in asdict(chosen).items() if key not in _NOT_ASKED}
     asked = {

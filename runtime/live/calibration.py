@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from darcnn.runtime.diameter import estimate_diameter
+from darcnn.runtime.diameter import estimate_diameter, finds_unasked
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.planning import SlidePlan
@@ -96,7 +96,7 @@ def _learn(segmenter: Segmenter, reader: Reader, given: Calibration, dtype: np.d
     """Return `given` with what the model needs and it lacks, measured on the frame."""
     model, learned = segmenter.manifest.input, given
     size = reader.info.mpp[0] if reader.info.mpp is not None else None
-    if given.diameter_px is None and model.finds_diameter:
+    if given.diameter_px is None and finds_unasked(model, reader.info):
         diameter = estimate_diameter(segmenter, reader)
         learned = replace(learned, diameter_px=diameter, pixel_size_um=size)
         if diameter is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 import darcnn.runtime
 from darcnn.runtime import Segmenter
-from darcnn.runtime.diameter import choose_diameter, estimate_diameter
+from darcnn.runtime.diameter import choose_diameter, estimate_diameter, finds_unasked
 from darcnn.runtime.readers.array import ArrayReader
 
 NAMES = ("u2os_212b858a66", "dim_1f00080601")
@@ -62,6 +63,24 @@ def test_a_given_size_is_taken_as_it_is(segmenter) -> None:
         nothing = choose_diameter(segmenter, reader, diameter_px=None, is_scale_given=True)
     assert given == 17.0
     assert nothing is None
+
+
+@pytest.mark.parametrize(
+    ("finds", "model_mpp", "file_mpp", "expected"),
+    [
+        (True, None, None, True),
+        (True, None, 0.5, True),  # the model knows no pixel size: that of the file says nothing to it
+        (True, 0.25, None, True),
+        (True, 0.25, 0.5, False),
+        (False, 0.25, None, False),
+    ],
+)
+def test_pixel_sizes_that_tell_the_scale_make_an_estimate_needless(
+    segmenter, finds: bool, model_mpp: float | None, file_mpp: float | None, expected: bool
+) -> None:
+    model = replace(segmenter.manifest.input, finds_diameter=finds, mpp=model_mpp)
+    with ArrayReader(np.zeros((8, 8), np.uint8), mpp=file_mpp) as reader:
+        assert finds_unasked(model, reader.info) is expected
 
 
 def test_auto_is_what_a_call_without_a_size_does_where_the_model_is_made_for_it(segmenter, picture) -> None:

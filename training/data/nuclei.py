@@ -32,9 +32,9 @@ class NucleusRanges:
     elongation: tuple[float, float] = (1.05, 2.0)  # typical length over width
     roughness: tuple[float, float] = (0.02, 0.12)  # how far outlines wander from an ellipse, in radii
     cover: tuple[float, float] = (0.05, 0.45)  # share of the tile that nuclei take, if there is room
-    crowding: tuple[float, float] = (0.0, 0.7)  # share of nuclei that lie beside another one
-    apart: tuple[float, float] = (0.9, 1.3)  # middles of two that lie side by side, times their mean diameter
-    max_overlap: float = 0.15  # share of a nucleus that later ones may hide
+    crowding: tuple[float, float] = (0.1, 0.9)  # share of nuclei that lie beside another one
+    apart: tuple[float, float] = (0.7, 1.2)  # middles of two that lie side by side, times their mean diameter
+    max_overlap: float = 0.25  # share of a nucleus that later ones may hide
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,8 @@ _OPENING = 0.08  # radius
 _HALO = 0.15  # the blur around a nucleus, which goes with it
 _FREE = 0.3  # texture of the background is fetched no nearer to a nucleus
 _RIM = 0.08  # width of a nucleus' stronger edge
-_LIGHT = (0.4, 2.0)  # the weakest and strongest of unequal nuclei, times the contrast of their texture
-_WHITE = 0.99  # share of a tile's pixels that may not be clipped where light adds
+_STRENGTHS = (0.4, 2.0)  # the weakest and strongest of unequal nuclei, times the contrast of their texture
+_WHITE = 0.99  # share of a bright tile's pixels that are not clipped
 _MIN_STRENGTH = 0.5  # of the real nuclei's contrast, else no one could see a new nucleus
 _LIGHT_MARGIN = 3.0  # grey levels by which new nuclei's ground may be lighter than nine in ten real ones'
 _TRIES = 100  # tiles
@@ -48,26 +48,14 @@ class SynthesisOptions:
     diameter_px: float  # of a typical nucleus
     is_stained: bool  # dark with haematoxylin in three channels; else bright on dark, as in fluorescence
     ranges: NucleusRanges = field(default_factory=NucleusRanges)
-    softness_px: tuple[float, float] = (1.0, 3.0)  # width of an edge
+    softness_px: tuple[float, float] = (1.0, 7.0)  # width of an edge: some tiles are out of focus
     rim: tuple[float, float] = (0.0, 0.25)  # how much stronger than its inside a nucleus' edge is
     transparency: float = 0.08  # deviation of how far the ground shines through, cut at 0.3
-    shine: float | None = None  # of nuclei that shine: how far the logarithm of light deviates, at most
-
-    @classmethod
-    def fluorescent(cls, diameter_px: float) -> SynthesisOptions:
-        """Return how bright nuclei on dark are synthesized.
-
-        What a network joins in such images are nuclei that overlap, out of focus, without a dark line
-        between them: told apart by shape, by unequal brightness, or by a lens in which both shine.
-        """
-        ranges = NucleusRanges(crowding=(0.1, 0.9), apart=(0.7, 1.2), max_overlap=0.25)
-        return cls(
-            diameter_px,
-            is_stained=False,
-            ranges=ranges,
-            softness_px=(1.0, 7.0),
-            shine=0.5,
-        )
+    unevenness: float = 0.5  # how far the logarithm of nuclei's strength deviates within a tile, at most
+    adding: tuple[float, float] = (
+        0.0,
+        1.0,
+    )  # where nuclei overlap: the later one seen alone, or the sum of both
 
 
 class SynthesizedSource:
@@ -76,12 +64,7 @@ class SynthesizedSource:
     def __init__(self, targets: TargetImages) -> None:
         self.targets = targets
         target = targets.target
-        diameter_px = target.nominal_diameter_px
-        self.options = (
-            SynthesisOptions(diameter_px, is_stained=True)
-            if target.channels == 3
-            else SynthesisOptions.fluorescent(diameter_px)
-        )
+        self.options = SynthesisOptions(target.nominal_diameter_px, is_stained=target.channels == 3)
 
     def tile(self, rng: np.random.Generator, tile_px: int) -> LabelledTile:
         """Return a synthesized tile with at least one nucleus.
@@ -109,7 +92,9 @@ def synthesize_tile(
     CVPR 2019), as far as it needs no network: background with the nuclei inpainted, random polygons,
     texture from real nuclei of the same tile, blended.
 
-    Deviation: no network refines the result; one bright channel serves too.
+    Deviation: no network refines the result; one bright channel serves too. What a network joins are nuclei
+    that overlap, out of focus, without a line between them, told apart by shape, by unequal strength, or by a
+    lens in which both are seen: so nuclei are crowded, uneven, and may add up.
 
     Args:
         image: (H, W, 3) uint8, at the network's scale; not changed.
@@ -139,7 +124,7 @@ def synthesize_tile(
     canvas = _paint(background, plan.nuclei, stock, rng, options)
     near = ndimage.uniform_filter(ndimage.maximum_filter(plan.owner > 0, 7).astype(np.float32), 5)
     canvas += near[..., None] * (_soften(canvas) - canvas)
-    if options.shine is not None:  # the brightest nuclei are white, as the intensity rule has it
+    if not options.is_stained:  # the brightest nuclei are white, as the intensity rule has it
         canvas *= 255.0 / max(255.0, float(np.quantile(canvas, _WHITE)))
     return LabelledTile(np.rint(np.clip(canvas, 0.0, 255.0)).astype(np.uint8), plan.masks)
 
@@ -207,10 +192,8 @@ def _paint(
     softness, rim = rng.uniform(*options.softness_px), rng.uniform(*options.rim)
     edges_px = softness * rng.uniform(0.7, 1.4, size=len(nuclei))  # not all are equally in focus
     solid = 1.0 - np.minimum(0.3, np.abs(rng.normal(0.0, options.transparency, size=len(nuclei))))
-    light, adds = np.ones(len(nuclei)), 0.0
-    if options.shine is not None:  # where nuclei overlap, up to the sum of both is seen
-        light = np.exp(rng.normal(0.0, rng.uniform(0.0, options.shine), size=len(nuclei)))
-        adds = rng.uniform()
+    strength = np.exp(rng.normal(0.0, rng.uniform(0.0, options.unevenness), size=len(nuclei)))
+    adding = rng.uniform(*options.adding)
     pixels = [np.nonzero(one.depth > -edge / 2.0) for one, edge in zip(nuclei, edges_px, strict=True)]
     depth = np.concatenate([one.depth[at] for one, at in zip(nuclei, pixels, strict=True)])  # (P,)
     corners = np.array([(one.y0, one.x0) for one in nuclei])
@@ -230,7 +213,7 @@ def _paint(
     below = np.add.reduceat(ground, starts) / n_pixels[:, None]
     is_weak = (own - below).mean(axis=1) * stock.contrast < _MIN_STRENGTH * stock.contrast**2
     skin += spread(np.where(is_weak[:, None], stock.colour - own, 0.0))
-    skin = ground + spread(np.clip(light, *_LIGHT))[:, None] * (skin - ground)
+    skin = ground + spread(np.clip(strength, *_STRENGTHS))[:, None] * (skin - ground)
     stronger = rim * np.exp(-np.square(np.maximum(depth, 0.0) / (_RIM * spread(diameters))))
     skin += stronger[:, None].astype(np.float32) * (skin - ground)
     alpha = (spread(solid) * np.clip(depth / spread(edges_px) + 0.5, 0.0, 1.0))[:, None]
@@ -238,8 +221,8 @@ def _paint(
         part = slice(start, start + n)
         y, x = places[part, 0], places[part, 1]
         under = canvas[y, x]
-        below_it = under + adds * (ground[part] - under)
-        canvas[y, x] = under + alpha[part] * (skin[part] - below_it)
+        hidden = under + adding * (ground[part] - under)
+        canvas[y, x] = under + alpha[part] * (skin[part] - hidden)
     return canvas
 
 
