@@ -76,7 +76,7 @@ def choose_diameter(
 
 
 def finds_unasked(model: ModelInput, info: SlideInfo) -> bool:
-    """Tell whether a model estimates the diameter where nothing is given: not if pixel sizes tell the scale."""
+    """Tell whether a model estimates the diameter unasked: not if pixel sizes tell the scale."""
     return model.finds_diameter and (model.mpp is None or info.mpp is None)
 
 
