@@ -315,6 +315,7 @@ def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, **s
         mpp=target.mpp,
         min_score=recipe.export.min_score,
         finds_diameter=target.finds_diameter,
+        found_diameter_px=recipe.export.found_diameter_px,
         slab=target.slab,
         max_diameter_px=None if limit is None else limit * target.nominal_diameter_px,
     )

@@ -45,6 +45,7 @@ def make_manifest(
     mpp: float | None,
     min_score: float,
     finds_diameter: bool = False,
+    found_diameter_px: float | None = None,
     slab: Slab | None = None,
     max_diameter_px: float | None = None,
 ) -> Manifest:
@@ -59,6 +60,7 @@ def make_manifest(
         mpp: micrometres per network pixel, None where the model knows no scale.
         min_score: what a run keeps unless told otherwise.
         finds_diameter: without a given size, a run measures the objects of an image first.
+        found_diameter_px: what it then finds where objects are nominal, network pixels; None: that.
         slab: how much of a volume one plane stands for.
         max_diameter_px: larger findings are not reported; network pixels, None for no limit.
     Raises:
@@ -86,6 +88,7 @@ def make_manifest(
             nominal_diameter_px=nominal_diameter_px,
             mpp=mpp,
             finds_diameter=finds_diameter,
+            found_diameter_px=found_diameter_px,
             slab=slab,
         ),
         anchors=Anchors(preset.anchor_sizes_px, preset.anchor_ratios, preset.strides_px),

@@ -33,6 +33,9 @@ def estimate_diameter(segmenter: Segmenter, reader: Reader, *, channel: int | No
     best; the weighted median wins. One more look at the scale that it suggests sharpens it. At most two
     tiles are looked at in each, so that the time does not grow with the image.
 
+    A box is a little larger than its object, and large objects are found more easily: a model that was
+    told the size of its objects in training says itself for what it takes these (`found_diameter_px`).
+
     Args:
         segmenter: the model.
         reader: the open image; stays open.
@@ -40,14 +43,14 @@ def estimate_diameter(segmenter: Segmenter, reader: Reader, *, channel: int | No
     Raises:
         InputError: the image or its channels do not serve.
     """
-    nominal = segmenter.manifest.input.nominal_diameter_px
+    model = segmenter.manifest.input
     seen = [_look(segmenter, reader, scale, channel) for scale in _SCALES]
     sizes, weights = (np.concatenate(parts) for parts in zip(*seen, strict=True))
     diameter = _weighted_median(sizes, weights)
     if diameter is None:
         return None
-    closer = _weighted_median(*_look(segmenter, reader, nominal / diameter, channel))
-    return diameter if closer is None else closer
+    closer = _weighted_median(*_look(segmenter, reader, _found(model) / diameter, channel))
+    return (diameter if closer is None else closer) * model.nominal_diameter_px / _found(model)
 
 
 def choose_diameter(
@@ -78,6 +81,11 @@ def choose_diameter(
 def finds_unasked(model: ModelInput, info: SlideInfo) -> bool:
     """Tell whether a model estimates the diameter unasked: not if pixel sizes tell the scale."""
     return model.finds_diameter and (model.mpp is None or info.mpp is None)
+
+
+def _found(model: ModelInput) -> float:
+    """Return what the model takes objects of the nominal diameter for, network pixels."""
+    return model.nominal_diameter_px if model.found_diameter_px is None else model.found_diameter_px
 
 
 def _look(
@@ -112,7 +120,7 @@ def _look(
             scores.append(score[good])
     box, score = np.concatenate(boxes), np.concatenate(scores)
     size = np.sqrt(np.prod(np.maximum(box[:, 2:] - box[:, :2], 1e-3), axis=1))  # network px
-    off = np.log(size / model.nominal_diameter_px) / _TRUST
+    off = np.log(size / _found(model)) / _TRUST
     return size / plan.scale, score**2 * np.exp(-0.5 * off**2)
 
 

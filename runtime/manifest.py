@@ -44,6 +44,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "limits.nms_threshold": (0, 1),
     "limits.min_score": (0, 1),
     "limits.max_diameter_px": (1e-6, 1e6),
+    "input.found_diameter_px": (1e-6, 1e6),
 }
 
 T = TypeVar("T")
@@ -62,6 +63,7 @@ class ModelInput:
     nominal_diameter_px: float  # typical object, network pixels
     mpp: float | None  # micrometres per network pixel; None where the model knows no scale
     finds_diameter: bool = False  # without a given size, the model measures the objects of an image first
+    found_diameter_px: float | None = None  # what it takes nominal objects for when it measures; None: that
     slab: Slab | None = None  # of volumes: how much of it one plane stands for; None: a plane is a plane
 
 

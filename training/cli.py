@@ -313,6 +313,7 @@ def open_model(model: str, min_score: float | None) -> Segmenter:
             tile_px=recipe.export.tile_px,
             source_branch=info.stage == "source",
             max_diameters=recipe.export.max_diameters,
+            found_diameter_px=recipe.export.found_diameter_px,
         )
     from darcnn.runtime.load import load
 

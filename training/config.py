@@ -148,6 +148,7 @@ class Export:
     min_score: float = 0.5
     max_diameters: float | None = None  # what is larger than so many nominal diameters is not reported
     tile_px: int = 512
+    found_diameter_px: float | None = None  # what the model takes objects of the nominal diameter for
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "target.mpp": target.mpp,
         "refine_stage.max_diameters": refine.max_diameters,
         "export.max_diameters": recipe.export.max_diameters,
+        "export.found_diameter_px": recipe.export.found_diameter_px,
         "target.jitter": target.jitter,
         "ablation.diameter_px": recipe.ablation.diameter_px if recipe.ablation else None,
         "source_stage.accumulate": recipe.source_stage.accumulate,

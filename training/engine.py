@@ -99,6 +99,7 @@ def make_manifest(
     batch: int = 1,
     min_score: float = 0.5,
     max_diameters: float | None = None,
+    found_diameter_px: float | None = None,
 ) -> Manifest:
     """Return what a model of this network says of itself; hashes and graphs come with the bundle."""
     preset, heads, proposer = network.preset, network.target_heads, network.proposer
@@ -117,6 +118,7 @@ def make_manifest(
             nominal_diameter_px=target.nominal_diameter_px,
             mpp=target.mpp,
             finds_diameter=target.finds_diameter,
+            found_diameter_px=found_diameter_px,
             slab=target.slab,
         ),
         anchors=Anchors(preset.anchor_sizes_px, preset.anchor_ratios, preset.strides_px),
@@ -144,11 +146,13 @@ def make_segmenter(
     tile_px: int = 512,
     source_branch: bool = False,
     max_diameters: float | None = None,
+    found_diameter_px: float | None = None,
 ) -> Segmenter:
     """Return a segmenter that runs `network` with PyTorch.
 
     `source_branch` is for a network that only the source stage trained: it has no target branch yet. What
-    is larger than `max_diameters` nominal diameters is not reported.
+    is larger than `max_diameters` nominal diameters is not reported. `found_diameter_px` is what the network
+    takes objects of the nominal diameter for.
     """
     network.eval()
     manifest = make_manifest(
@@ -158,6 +162,7 @@ def make_segmenter(
         tile_px=tile_px,
         min_score=min_score,
         max_diameters=max_diameters,
+        found_diameter_px=found_diameter_px,
     )
     engine = TorchEngine(network, tile_px=tile_px, channels=target.channels, source_branch=source_branch)
     return Segmenter(engine, manifest)

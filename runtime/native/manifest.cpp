@@ -92,7 +92,7 @@ void parse_input(Fields &fields, Manifest &m) {
     m.nominal_diameter_px = fields.number("input/nominal_diameter_px", 1e-3, kMaxSide);
     m.mpp = fields.size_or_null("input/mpp", false);
     // Of no use to a frame: it is one plane, and its scale is given.
-    const std::pair<const char *, Kind> others[] = {{"input/finds_diameter", Kind::boolean}, {"input/slab", Kind::null}, {"precision", Kind::text}};
+    const std::pair<const char *, Kind> others[] = {{"input/finds_diameter", Kind::boolean}, {"input/found_diameter_px", Kind::null}, {"input/found_diameter_px", Kind::number}, {"input/slab", Kind::null}, {"precision", Kind::text}};
     for (const auto &[path, kind] : others) if (fields.has(path, kind)) fields.take(path, kind);
     if (fields.has("input/slab", Kind::object)) for (const auto &name : fields.names("input/slab")) fields.number("input/slab/" + name, 0, 1e3);
 }
