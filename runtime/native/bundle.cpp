@@ -103,7 +103,7 @@ Members read_zip(const std::string &path, std::string_view content) {
         members.emplace_back(name, content.substr(start, size));
         at += kEntry + name.size() + number(at + 30, 2) + number(at + 32, 2);
     }
-    if (at != end) refuse(path, "is cut short or damaged");
+    if (at != end || number(end + 16, 4) + number(end + 12, 4) != end) refuse(path, "is cut short or damaged");
     return members;
 }
 
