@@ -52,19 +52,28 @@ _BATCH = 4
 @click.option("--data", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--labelled", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--every", type=int, default=1, show_default=True, help="Take every n-th labelled image.")
+@click.option("--head", "names", multiple=True, type=click.Choice(list(_SIZES)), help="All by default.")
 @click.option("--steps", type=int, default=400, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
-def main(run: Path, data: Path, labelled: Path, every: int, steps: int, out: Path | None) -> None:
+def main(
+    run: Path,
+    data: Path,
+    labelled: Path,
+    every: int,
+    names: tuple[str, ...],
+    steps: int,
+    out: Path | None,
+) -> None:
     """Train mask heads of several sizes on what RUN learned from, and score them on LABELLED."""
     torch.set_num_threads(1)
     network, info = load_network(run / "refine")
     targets = TargetImages(data, info.recipe.target, info.recipe.seed)
     match_scales(network, info.recipe, targets, run / "adapt")
     torch.manual_seed(info.recipe.seed)
-    heads = {
-        name: make_heads(replace(network.preset, mask_head_layers=layers, mask_cells=cells))
-        for name, (layers, cells) in _SIZES.items()
-    }
+    heads = {}
+    for name in names or _SIZES:
+        layers, cells = _SIZES[name]
+        heads[name] = make_heads(replace(network.preset, mask_head_layers=layers, mask_cells=cells))
     _train(network, info.recipe, targets, run, heads, steps)
     rows = []
     for name, head in heads.items():
@@ -112,7 +121,7 @@ def _train(
         sum(losses.values(), torch.zeros(())).backward()  # type: ignore[no-untyped-call]  # torch
         optimizer.step()
         if (step + 1) % 50 == 0:
-            said = ", ".join(f"{name} {float(loss):.3f}" for name, loss in losses.items())
+            said = ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items())
             click.echo(f"step {step + 1}: {said}", err=True)
 
 
