@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import platform
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -126,7 +125,7 @@ def _train(
 
 
 def _score(network: Darcnn, recipe: Recipe, head: Heads, labelled: Path, every: int) -> dict[str, float]:
-    """Return the figures of the network with the masks of `head`, and the seconds that masks took."""
+    """Return the figures of the network with the masks of `head`."""
     own = network.target_heads
     own.mask_head, own.mask_predictor, own.mask_roi_pool = (
         head.mask_head,
@@ -134,20 +133,18 @@ def _score(network: Darcnn, recipe: Recipe, head: Heads, labelled: Path, every: 
         head.mask_roi_pool,
     )
     network.preset = replace(network.preset, mask_cells=head.mask_roi_pool.cells)
-    scores, seconds = [], 0.0
+    scores = []
     export = recipe.export
     with make_segmenter(
         network, recipe.target, min_score=export.min_score, max_diameters=export.max_diameters
     ) as segmenter:
         for image, label in labelled_images(labelled)[::every]:
-            start = time.perf_counter()
             with open_source(image) as reader:
                 found = segmenter(reader)
-            seconds += time.perf_counter() - start
             scores.append(score_labels(read_label_image(label), found.labels()))
     mean = mean_scores(scores)
     names = ("aji", "pixel_f1", "object_f1", "max_iou")
-    return {name: round(float(getattr(mean, name)), 4) for name in names} | {"seconds": round(seconds, 1)}
+    return {name: round(float(getattr(mean, name)), 4) for name in names}
 
 
 if __name__ == "__main__":

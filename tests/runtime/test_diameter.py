@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 import darcnn.runtime
@@ -99,3 +101,15 @@ def test_pixels_are_taken_as_they_are_when_told(segmenter, picture) -> None:
     assert np.array_equal(
         segmenter(image, pixels=True).labels(), segmenter(image, diameter_px=nominal).labels()
     )
+
+
+def test_what_a_model_found_is_what_it_is_told_that_it_finds(root: Path) -> None:
+    if "nuclei-he" not in darcnn.runtime.shipped_models():
+        pytest.skip("the model is not in this checkout")
+    script = runpy.run_path(str(root / "benchmarks" / "found_diameter.py"))
+    arguments = ["nuclei-he", str(root / "tests" / "data" / "tissue"), "--diameter", "19", "--every", "3"]
+    result = CliRunner().invoke(script["main"], arguments)
+    assert result.exit_code == 0
+    first, *_, last = (float(line.split()[2]) for line in result.output.splitlines())
+    assert 19 < first < 80
+    assert last == pytest.approx(first, rel=0.3)  # it settles
