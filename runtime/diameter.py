@@ -73,8 +73,12 @@ def choose_diameter(
     """
     if diameter_px is not None and diameter_px != "auto":
         return diameter_px
-    if diameter_px == "auto" or (not is_scale_given and finds_unasked(segmenter.manifest.input, reader.info)):
-        return estimate_diameter(segmenter, reader, channel=channel)
+    model = segmenter.manifest.input
+    if diameter_px == "auto" or (not is_scale_given and finds_unasked(model, reader.info)):
+        found = estimate_diameter(segmenter, reader, channel=channel)
+        if found is None and model.mpp is not None and reader.info.mpp is None and not is_scale_given:
+            return model.nominal_diameter_px  # an empty picture: nothing else tells its scale
+        return found
     return None
 
 

@@ -85,6 +85,17 @@ def test_pixel_sizes_that_tell_the_scale_make_an_estimate_needless(
         assert finds_unasked(model, reader.info) is expected
 
 
+def test_an_empty_picture_of_no_pixel_size_is_taken_as_it_is(segmenter) -> None:
+    model = replace(segmenter.manifest, input=replace(segmenter.manifest.input, mpp=0.25))
+    nominal = model.input.nominal_diameter_px
+    for mpp, asked, expected in ((None, None, nominal), (None, "auto", nominal), (0.5, "auto", None)):
+        with ArrayReader(np.zeros((300, 200), np.uint8), mpp=mpp) as reader:
+            found = choose_diameter(
+                Segmenter(segmenter.engine, model), reader, diameter_px=asked, is_scale_given=False
+            )
+        assert found == expected
+
+
 def test_auto_is_what_a_call_without_a_size_does_where_the_model_is_made_for_it(segmenter, picture) -> None:
     image = np.asarray(picture[0])
     unasked, asked = segmenter(image), segmenter(image, diameter_px="auto")

@@ -52,10 +52,7 @@ class SynthesisOptions:
     rim: tuple[float, float] = (0.0, 0.25)  # how much stronger than its inside a nucleus' edge is
     transparency: float = 0.08  # deviation of how far the ground shines through, cut at 0.3
     unevenness: float = 0.5  # how far the logarithm of nuclei's strength deviates within a tile, at most
-    adding: tuple[float, float] = (
-        0.0,
-        1.0,
-    )  # where nuclei overlap: the later one seen alone, or the sum of both
+    adding: tuple[float, float] = (0.0, 1.0)  # where nuclei overlap: 0 the later one alone, 1 the sum of both
 
 
 class SynthesizedSource:
