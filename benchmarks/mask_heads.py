@@ -18,8 +18,6 @@ from pathlib import Path
 import click
 import torch
 
-from darcnn.runtime.metrics import mean_scores, score_labels
-from darcnn.runtime.readers import open_source
 from darcnn.training.adapt.diameters import match_scales
 from darcnn.training.adapt.pseudo_labels import read_labels
 from darcnn.training.checkpoint import load_network
@@ -28,7 +26,7 @@ from darcnn.training.data.augment import augment_target
 from darcnn.training.data.batches import BatchKey, make_batch, prefetch
 from darcnn.training.data.target import TargetImages
 from darcnn.training.engine import make_segmenter
-from darcnn.training.evaluate import labelled_images, read_label_image
+from darcnn.training.evaluate import evaluate_folder
 from darcnn.training.model.heads import Heads, make_heads
 from darcnn.training.model.network import Darcnn
 from darcnn.training.schedule import learning_rate_factor
@@ -133,16 +131,11 @@ def _score(network: Darcnn, recipe: Recipe, head: Heads, labelled: Path, every: 
         head.mask_roi_pool,
     )
     network.preset = replace(network.preset, mask_cells=head.mask_roi_pool.cells)
-    scores = []
     export = recipe.export
     with make_segmenter(
         network, recipe.target, min_score=export.min_score, max_diameters=export.max_diameters
     ) as segmenter:
-        for image, label in labelled_images(labelled)[::every]:
-            with open_source(image) as reader:
-                found = segmenter(reader)
-            scores.append(score_labels(read_label_image(label), found.labels()))
-    mean = mean_scores(scores)
+        mean = evaluate_folder(labelled, segmenter, every=every).mean
     names = ("aji", "pixel_f1", "object_f1", "max_iou")
     return {name: round(float(getattr(mean, name)), 4) for name in names}
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.manifest import ModelInput
-from darcnn.runtime.readers.protocol import Reader, SlideInfo
+from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.sampling import spread_evenly
 
 if TYPE_CHECKING:
@@ -73,18 +73,18 @@ def choose_diameter(
     """
     if diameter_px is not None and diameter_px != "auto":
         return diameter_px
-    model = segmenter.manifest.input
-    if diameter_px == "auto" or (not is_scale_given and finds_unasked(model, reader.info)):
+    model, has_pixel_size = segmenter.manifest.input, reader.info.mpp is not None
+    if diameter_px == "auto" or (not is_scale_given and finds_unasked(model, has_pixel_size)):
         found = estimate_diameter(segmenter, reader, channel=channel)
-        if found is None and model.mpp is not None and reader.info.mpp is None and not is_scale_given:
+        if found is None and model.mpp is not None and not has_pixel_size and not is_scale_given:
             return model.nominal_diameter_px  # an empty picture: nothing else tells its scale
         return found
     return None
 
 
-def finds_unasked(model: ModelInput, info: SlideInfo) -> bool:
-    """Tell whether a model estimates the diameter unasked: not if pixel sizes tell the scale."""
-    return model.finds_diameter and (model.mpp is None or info.mpp is None)
+def finds_unasked(model: ModelInput, has_pixel_size: bool) -> bool:
+    """Tell whether a model estimates the diameter unasked: not if two pixel sizes tell the scale."""
+    return model.finds_diameter and (model.mpp is None or not has_pixel_size)
 
 
 def _found(model: ModelInput) -> float:

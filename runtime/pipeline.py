@@ -155,8 +155,8 @@ def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
     if chosen.row_filter is not None:
         row_filter = parse_filter(chosen.row_filter, object_schema(info.channel_names).names)
     model, diameter_px = segmenter.manifest.input, chosen.diameter_px
-    is_open = diameter_px is None and chosen.mpp is None and not chosen.pixels
-    if diameter_px == "auto" or (is_open and finds_unasked(model, info)):
+    is_open = diameter_px is None and not chosen.is_scale_given
+    if diameter_px == "auto" or (is_open and finds_unasked(model, info.mpp is not None)):
         diameter_px = model.nominal_diameter_px
     segmenter.plan(info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel)
     options = {key: value for key, value in asdict(chosen).items() if key not in _NOT_ASKED}
@@ -236,7 +236,7 @@ def _diameter(segmenter: Segmenter, reader: Reader, wish: _Wish) -> float | None
         segmenter,
         reader,
         diameter_px=wish.options.diameter_px,
-        is_scale_given=wish.options.pixels or wish.options.mpp is not None,
+        is_scale_given=wish.options.is_scale_given,
         channel=wish.channel,
     )
 

@@ -96,7 +96,7 @@ def _learn(segmenter: Segmenter, reader: Reader, given: Calibration, dtype: np.d
     """Return `given` with what the model needs and it lacks, measured on the frame."""
     model, learned = segmenter.manifest.input, given
     size = reader.info.mpp[0] if reader.info.mpp is not None else None
-    if given.diameter_px is None and finds_unasked(model, reader.info):
+    if given.diameter_px is None and finds_unasked(model, size is not None):
         diameter = estimate_diameter(segmenter, reader)
         learned = replace(learned, diameter_px=diameter, pixel_size_um=size)
         if diameter is None:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from darcnn.runtime.diameter import finds_unasked
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.parts import Parts
 from darcnn.runtime.pipeline import Progress, RunSummary
@@ -193,8 +194,10 @@ def _check_cubes(volume: Volume, chosen: VolumeOptions) -> None:
 def _diameter(segmenter: Segmenter, volume: Volume, chosen: VolumeOptions) -> float | None:
     if chosen.diameter_px is not None and chosen.diameter_px != "auto":
         return chosen.diameter_px
-    if chosen.diameter_px == "auto" or (segmenter.manifest.input.finds_diameter and not chosen.pixels):
-        return estimate_in_volume(segmenter, volume, chosen.axes[0])
+    axis = chosen.axes[0]
+    is_unasked = finds_unasked(segmenter.manifest.input, volume.info.pixel_nm(axis) is not None)
+    if chosen.diameter_px == "auto" or (is_unasked and not chosen.pixels):
+        return estimate_in_volume(segmenter, volume, axis)
     return None
 
 

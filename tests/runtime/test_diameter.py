@@ -82,7 +82,7 @@ def test_pixel_sizes_that_tell_the_scale_make_an_estimate_needless(
 ) -> None:
     model = replace(segmenter.manifest.input, finds_diameter=finds, mpp=model_mpp)
     with ArrayReader(np.zeros((8, 8), np.uint8), mpp=file_mpp) as reader:
-        assert finds_unasked(model, reader.info) is expected
+        assert finds_unasked(model, reader.info.mpp is not None) is expected
 
 
 def test_an_empty_picture_of_no_pixel_size_is_taken_as_it_is(segmenter) -> None:
