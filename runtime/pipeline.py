@@ -76,6 +76,7 @@ class RunSummary:
     ground_mm2: float | None = None  # area of the tissue that was looked at; None without a pixel size
     was_done: bool = False  # by an earlier run that asked for the same
     n_unreadable: int = 0  # damaged tiles: nothing was found in them
+    measured_px: float | None = None  # typical object as measured, level-0 pixels; None: its size was given
 
     @property
     def objects_per_mm2(self) -> float | None:
@@ -312,4 +313,11 @@ def _summarize(
         ground_mm2=record["ground"]["area_mm2"],
         was_done=was_done,
         n_unreadable=record["counts"].get("tiles_unreadable", 0),  # results of earlier versions lack it
+        measured_px=_measured(record),
     )
+
+
+def _measured(record: Mapping[str, Any]) -> float | None:
+    """Return the size that the model measured, level-0 pixels; None where it was given."""
+    is_measured = record["options"].get("diameter_px") in (None, "auto")
+    return record["network"].get("diameter_px") if is_measured else None

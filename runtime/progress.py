@@ -95,6 +95,8 @@ class Terminal:
         else:
             speed = summary.megapixels / max(summary.seconds, 1e-9)
             pace = f"{summary.seconds:.1f} s, {speed:.1f} Mpx/s"
+        if summary.measured_px is not None:
+            objects += f" (taken to be {summary.measured_px:.0f} px across)"
         click.echo(f"{summary.name}: {objects}, {pace}, {summary.overview}")
         for warning in summary.warnings:
             click.echo(f"{summary.name}: {warning}", err=True)
@@ -164,6 +166,7 @@ class JsonLines:
                 "folder": str(summary.folder),
                 "objects": summary.n_objects,
                 "objects_per_mm2": summary.objects_per_mm2,
+                "measured_diameter_px": summary.measured_px,
                 "seconds": round(summary.seconds, 3),
                 "tiles_unreadable": summary.n_unreadable,
                 "was_done": summary.was_done,

@@ -14,7 +14,9 @@ from PIL import Image
 import darcnn.runtime
 from darcnn.runtime import Segmenter
 from darcnn.runtime.diameter import choose_diameter, estimate_diameter, finds_unasked
+from darcnn.runtime.pipeline import run_slide
 from darcnn.runtime.readers.array import ArrayReader
+from darcnn.runtime.run_options import RunOptions
 
 NAMES = ("u2os_212b858a66", "dim_1f00080601")
 
@@ -104,6 +106,23 @@ def test_auto_is_what_a_call_without_a_size_does_where_the_model_is_made_for_it(
     with ArrayReader(image) as reader:
         size = estimate_diameter(segmenter, reader)
     assert np.array_equal(unasked.labels(), segmenter(image, diameter_px=size).labels())
+
+
+def test_a_run_tells_the_size_that_it_measured_and_keeps_quiet_of_one_that_it_was_given(
+    segmenter, picture, tmp_path: Path
+) -> None:
+    image = np.asarray(picture[0])
+    for name, options, expected in (
+        ("unasked", RunOptions(), True),
+        ("asked", RunOptions(diameter_px="auto"), True),
+        ("given", RunOptions(diameter_px=25), False),
+        ("pixels", RunOptions(pixels=True), False),
+    ):
+        with ArrayReader(image, name=name) as reader:
+            summary = run_slide(segmenter, reader, tmp_path, options=options)
+            size = estimate_diameter(segmenter, reader)
+            again = run_slide(segmenter, reader, tmp_path, options=options)
+        assert summary.measured_px == again.measured_px == (size if expected else None)
 
 
 def test_pixels_are_taken_as_they_are_when_told(segmenter, picture) -> None:

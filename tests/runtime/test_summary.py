@@ -88,3 +88,13 @@ def test_the_progress_line_tells_pace_objects_and_time_left(tmp_path, capsys, mo
     quiet.begin(tmp_path / "a.svs", 1, 2)
     quiet.advance(1, 2)
     assert capsys.readouterr().err == ""
+
+
+def test_a_measured_size_is_told_so_that_a_wrong_one_is_noticed(tmp_path, capsys):
+    Terminal(shows_progress=False).finish(summary(tmp_path, measured_px=18.6))
+    Terminal(shows_progress=False).finish(summary(tmp_path))
+    JsonLines().finish(summary(tmp_path, measured_px=18.6))
+    measured, given, event = capsys.readouterr().out.splitlines()
+    assert "30 objects (taken to be 19 px across), " in measured
+    assert "30 objects, " in given
+    assert json.loads(event)["measured_diameter_px"] == 18.6
