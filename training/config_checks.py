@@ -69,6 +69,11 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "refine_stage.doubt_score is not from 0 to refine_stage.min_score",
             "use 0.2, say, or leave it out",
         )
+    if not 0.0 <= refine.crowding <= 1.0:
+        yield (
+            f"refine_stage.crowding = {refine.crowding} is no share",
+            "give a number from 0 to 1: 0.7, say, or 0 for no crowded tiles",
+        )
     if refine.extra_noise < 0:
         yield (
             f"refine_stage.extra_noise = {refine.extra_noise} is below 0",

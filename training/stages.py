@@ -20,6 +20,7 @@ from darcnn.training.config import Recipe
 from darcnn.training.contact_sheet import ContactSheet
 from darcnn.training.data.augment import add_noise, augment_target, vary_synthesized
 from darcnn.training.data.batches import Batch, BatchKey, make_batch
+from darcnn.training.data.crowding import crowd
 from darcnn.training.data.source import LabelledTile
 from darcnn.training.data.synthesis import SynthesizedSource
 from darcnn.training.data.target import TargetImages
@@ -220,6 +221,8 @@ def run_refine(run: Run, start: Path) -> Darcnn:
                 tile = targets.tile(rng, recipe.tile_px, labels)
                 if stage.extra_noise > 0:
                     tile = add_noise(tile, rng, most=stage.extra_noise, grain_px=grain_px)
+                if rng.random() < stage.crowding:
+                    tile = crowd(tile, rng)
                 return augment_target(tile, rng) if stage.augment else tile
 
             return make_batch(draw, BatchKey(recipe.seed, name, number), parallel.share_of(stage.batch))

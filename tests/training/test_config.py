@@ -176,6 +176,8 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(table: dict[str, Any], pat
         ("source.intensity", {"kind": "range", "low": 0, "high": 9}, "source.labels"),
         ("source.scene_fraction", 1.5, "from 0 to 1"),
         ("source.grey_fraction", -0.5, "from 0 to 1"),
+        ("refine_stage.crowding", 1.5, "from 0 to 1"),
+        ("refine_stage.crowding", -0.1, "no share"),
         ("source.synthetic_fraction", 2, "from 0 to 1"),
         ("source.diameter_px", [80.0, 8.0], "in order"),
         ("source.diameter_px", [0.0, 8.0], "above 0"),

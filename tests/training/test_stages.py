@@ -130,6 +130,32 @@ def test_refinement_learns_from_augmented_tiles_and_every_nth_step_from_photogra
     assert different.any()  # rounds draw other tiles
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_pseudo_labelled_tiles_alone_are_crowded(
+    tiny: Recipe, data: Path, tmp_path: Path, network: Darcnn, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    save_checkpoint(tmp_path / "adapt", network, CheckpointInfo("adapt", 1, True, tiny))
+    crowded: list[int] = []
+
+    def note(tile: LabelledTile, rng: np.random.Generator) -> LabelledTile:
+        crowded.append(len(tile.masks))
+        return tile
+
+    def take_batches(
+        network: Darcnn, plan: object, make_batch: Callable[[int], Batch], *rest: object
+    ) -> Darcnn:
+        for step in range(4):
+            make_batch(step)
+        return network
+
+    monkeypatch.setattr("darcnn.training.stages.crowd", note)
+    monkeypatch.setattr("darcnn.training.stages.train", take_batches)
+    stage = replace(tiny.refine_stage, crowding=share, source_every=2, rounds=1)
+    run_refine(Run(replace(tiny, refine_stage=stage), data, tmp_path), tmp_path / "adapt")
+    assert len(crowded) == share * 2 * stage.batch  # steps 1 and 3; 0 and 2 are photographs
+    assert all(crowded)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_synthesized_tiles_take_their_share_of_the_source_batches(
     tiny: Recipe, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
