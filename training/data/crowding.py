@@ -30,6 +30,7 @@ _MAX_OVERLAP = 0.2  # by at most this share of either; the rest touches,
 _MAX_GAP_PX = 3.0  # or nearly so
 _ALIKE = 0.5  # share of copies that keep their direction: nuclei of an epithelium lie side by side
 _DISORDER = 0.2  # radians, how far those are turned
+_TURNED = 1.0  # radians, beyond which a copy may be mirrored too
 _UNEVENNESS = 0.35  # deviation of the logarithm of a copy's strength
 _SIZES = (0.8, 1.2)  # times the object's own
 _MIN_INSIDE = 0.4  # share of a copy that lies in the tile
@@ -113,10 +114,9 @@ def _cut_out(window: Values, own: Mask, away: NDArray[np.float64], margin: int) 
 
 def _vary(single: _Single, rng: np.random.Generator) -> _Single:
     """Return it turned, perhaps mirrored, a little larger or smaller, stronger or weaker."""
-    is_alike = rng.random() < _ALIKE
-    angle = rng.normal(0.0, _DISORDER) if is_alike else rng.uniform(0.0, 2.0 * math.pi)
-    size, mirror = rng.uniform(*_SIZES), 1.0 if is_alike else rng.choice((-1.0, 1.0))
-    power = math.exp(rng.normal(0.0, _UNEVENNESS))
+    angle = rng.normal(0.0, _DISORDER) if rng.random() < _ALIKE else rng.uniform(0.0, 2.0 * math.pi)
+    size, power = rng.uniform(*_SIZES), math.exp(rng.normal(0.0, _UNEVENNESS))
+    mirror = rng.choice((-1.0, 1.0)) if angle > _TURNED else 1.0
     cos, sin = math.cos(angle) / size, math.sin(angle) / size
     turn = np.array([[cos, mirror * sin], [-sin, mirror * cos]])  # from the copy's pixels to the object's
     height, width = single.mask.shape
@@ -131,7 +131,10 @@ def _vary(single: _Single, rng: np.random.Generator) -> _Single:
     strength = np.dstack([turned(single.strength[..., band], beyond) for band in range(3)])
     varied = strength * power if single.is_bright else np.maximum(strength, 1e-3) ** power
     mask = turned(single.mask.astype(np.float32), 0.0) > 0.5
-    return _Single(varied.astype(np.float32), mask, single.is_bright)
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    room = max(2, round(_MARGIN * 2.0 * math.sqrt(mask.sum() / math.pi)))
+    part = tuple(slice(max(0, ends[0] - room), ends[-1] + 1 + room) for ends in (rows, columns))
+    return _Single(varied[part].astype(np.float32), mask[part], single.is_bright)
 
 
 def _find_place(mask: Mask, owner: Numbers, rng: np.random.Generator) -> tuple[int, int] | None:
