@@ -16,8 +16,10 @@ EXTRAS := train,export,volumes,micromanager,openvino,tensorrt-rtx,cluster,remote
 SOURCES := $(shell find runtime training export -name '*.py' -o -name '*.darcnn' -o -name py.typed)
 FOLDERS := $(shell find runtime training export -type d -not -name __pycache__)
 EDITABLE := --config-settings editable_mode=strict --editable
-# Two thread pools share the cores in a test run; threads that wait must not spin.
+# Thread pools share the cores in a test run; threads that wait must not spin.
 TEST_ENVIRONMENT := OMP_WAIT_POLICY=PASSIVE
+# Most tests keep one core busy: two processes, the tests of a file in one of them, take little more than half the time.
+TEST_PROCESSES ?= --numprocesses 2 --dist loadfile
 
 define check_python
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -39,8 +41,8 @@ demo: .venv/installed
 	.venv/bin/darcnn-run "$(SLIDE)" --model "$(MODEL)" --out "$(OUT)" --overwrite
 
 test: lint
-	$(TEST_ENVIRONMENT) .venv-test/bin/pytest -m "not slow and not proof"
-	$(TEST_ENVIRONMENT) .venv-test/bin/pytest -m slow || test $$? -eq 5  # 5: there are none
+	$(TEST_ENVIRONMENT) .venv-test/bin/pytest $(TEST_PROCESSES) -m "not slow and not proof"
+	$(TEST_ENVIRONMENT) .venv-test/bin/pytest $(TEST_PROCESSES) -m slow || test $$? -eq 5  # 5: there are none
 
 proof: .venv-test/linked
 	$(TEST_ENVIRONMENT) .venv-test/bin/pytest -m proof
@@ -50,13 +52,10 @@ lint: .venv-test/linked
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy -p darcnn.runtime -p darcnn.training -p darcnn.export
 
-# The source stage is the same in the recipes of nuclei and is trained once; particles start from what is
-# shipped of it, and are shipped in int8: three models in float16 are too much for one package.
+# The source stage is that of nuclei-he; the others start from what is shipped of it. Particles are shipped in
+# int8: three models in float16 are too much for one package.
 models: .venv-test/linked
 	for name in nuclei-fluorescence nuclei-he particles-cryoet; do \
-		mkdir -p "$(RUNS)/$$name" && \
-		{ test $$name != nuclei-he || test -d "$(RUNS)/$$name/source" || \
-			cp -r "$(RUNS)/nuclei-fluorescence/source" "$(RUNS)/$$name/source"; } && \
 		.venv-test/bin/darcnn-train run examples/recipes/$$name.toml --data "$(DATA)" --out "$(RUNS)/$$name" --resume && \
 		.venv-test/bin/darcnn-export bundle "$(RUNS)/$$name" --out "$(RUNS)/$$name.darcnn" --overwrite \
 		|| exit $$?; \

@@ -25,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List the engines that were built: tests note them as a property, which comes from any process."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "built":
+                terminalreporter.write_line(str(value))
+
+
 def _has_gpu() -> bool:
     program = shutil.which("nvidia-smi")
     if program is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import click
 import pytest
 
 from darcnn.export.half import derive_half
@@ -41,7 +40,7 @@ def make_bundle(make_network, tmp_path_factory):
     return make
 
 
-def build_and_tell(bundle, targets, folder, capsys):
+def build_and_tell(bundle, targets, folder, tell):
     """Build an engine, read it back as a run does, and list it in the log."""
     build_engine(bundle, BuildOptions("tensorrt-rtx", targets), out=folder)
     version = load_backend("tensorrt-rtx").__version__
@@ -49,18 +48,17 @@ def build_and_tell(bundle, targets, folder, capsys):
     sizes = ", ".join(f"{graph} {len(plan) / 1e6:.1f} MB" for graph, plan in engine.plans.items())
     preset, tile_px = bundle.manifest.preset, bundle.manifest.input.tile_px
     name = f"{preset} {engine.facts.precision} {tile_px} px"
-    with capsys.disabled():
-        click.echo(f"\ntensorrt-rtx {version}: {name} for {' '.join(targets)}: {sizes}")
+    tell("built", f"tensorrt-rtx {version}: {name} for {' '.join(targets)}: {sizes}")
     return engine
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("preset", ["lite", "resnet50"])
-def test_both_presets_compile_in_both_precisions(make_bundle, preset, precision, tmp_path, capsys):
+def test_both_presets_compile_in_both_precisions(make_bundle, preset, precision, tmp_path, record_property):
     bundle = make_bundle(preset, 128)
     bundle = derive_half(bundle) if precision == "fp16" else bundle
-    engine = build_and_tell(bundle, ("sm86", "sm89"), tmp_path / "engine", capsys)
+    engine = build_and_tell(bundle, ("sm86", "sm89"), tmp_path / "engine", record_property)
     assert engine.facts.precision == precision
     assert min(len(plan) for plan in engine.plans.values()) > SMALLEST_PLAN[preset]
 
@@ -68,7 +66,9 @@ def test_both_presets_compile_in_both_precisions(make_bundle, preset, precision,
 @pytest.mark.proof
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("preset", ["lite", "resnet50"])
-def test_whole_tiles_compile_for_every_gpu_that_it_knows(make_bundle, preset, precision, tmp_path, capsys):
+def test_whole_tiles_compile_for_every_gpu_that_it_knows(
+    make_bundle, preset, precision, tmp_path, record_property
+):
     bundle = make_bundle(preset, 512)
     bundle = derive_half(bundle) if precision == "fp16" else bundle
     known = dir(load_backend("tensorrt-rtx").ComputeCapability)
@@ -76,5 +76,5 @@ def test_whole_tiles_compile_for_every_gpu_that_it_knows(make_bundle, preset, pr
     assert {"sm75", "sm80", "sm86", "sm89", "sm120"} <= set(targets)
     if precision == "fp32":  # it compiles no float32 product for Turing
         targets = tuple(target for target in targets if target != "sm75")
-    engine = build_and_tell(bundle, targets, tmp_path / "engine", capsys)
+    engine = build_and_tell(bundle, targets, tmp_path / "engine", record_property)
     assert engine.facts.targets == targets
