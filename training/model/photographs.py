@@ -28,7 +28,7 @@ def read_photographs() -> bytes:
 
 
 def load_photographs(network: Darcnn) -> None:
-    """Start a `lite` network from the source stage of examples/recipes/nuclei-fluorescence.toml.
+    """Start a `lite` network from the source stage of examples/recipes/nuclei-he.toml.
 
     Raises:
         InputError: the file that comes with the package is another version's.
