@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,23 @@ def build_engine(
     return folder
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep the garbage collector away meanwhile.
+
+    TensorRT calls our logger with a lock held. A collection in there may free the builder of a build that
+    failed, out of the traceback of its error, and the builder's end waits for that very lock.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_collection()
 def build_plans(
     bundle: Bundle,
     options: BuildOptions,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -66,6 +67,36 @@ def test_a_graph_that_is_none_is_refused_in_one_line(trt, tmp_path, manifest, me
     with pytest.raises(BundleError, match=r"tensorrt_rtx .* cannot compile mask\.onnx") as caught:
         build_plans(open_bundle(tmp_path / "a.darcnn"), BuildOptions("tensorrt-rtx"))
     assert "\n" not in str(caught.value)
+
+
+BUILD_AFTER_A_FAILURE = """
+import gc, sys
+from darcnn.runtime.bundle import open_bundle
+from darcnn.runtime.engines.tensorrt_build import BuildOptions, build_plans
+from darcnn.runtime.errors import UsageError
+
+def fail():
+    try:
+        build_plans(bundle, BuildOptions("tensorrt-rtx", ("sm99",)))
+    except UsageError as err:
+        kept = [err]  # a circle: only a collection frees the builder in its traceback
+        kept.append(kept)
+
+bundle = open_bundle(sys.argv[1])
+for n in range(1, 60):
+    gc.disable()
+    gc.collect()
+    fail()
+    gc.set_threshold(gc.get_count()[0] + n)  # it comes after so many new objects: some time in the next build
+    gc.enable()
+    fail()
+print("ended")
+"""
+
+
+def test_a_build_after_one_that_failed_does_not_wait_for_ever(trt, bundle):
+    command = [sys.executable, "-c", BUILD_AFTER_A_FAILURE, str(bundle.path)]
+    assert "ended" in subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
 @pytest.mark.parametrize(
