@@ -221,7 +221,7 @@ def run_refine(run: Run, start: Path) -> Darcnn:
                 tile = targets.tile(rng, recipe.tile_px, labels)
                 if stage.extra_noise > 0:
                     tile = add_noise(tile, rng, most=stage.extra_noise, grain_px=grain_px)
-                if rng.random() < stage.crowding:
+                if stage.crowding > 0 and rng.random() < stage.crowding:
                     tile = crowd(tile, rng)
                 return augment_target(tile, rng) if stage.augment else tile
 
