@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.measure import regionprops
 
+from darcnn.runtime.geometry import Region
 from darcnn.training.data.source import LabelledTile
 
 __all__ = ["crowd"]
@@ -170,12 +171,10 @@ def _windows(
     shape: tuple[int, ...], within: tuple[int, ...], corner: tuple[int, int]
 ) -> tuple[Window, Window]:
     """Return where a window of `shape` lies in the tile, and which part of it does."""
-    spans = [
-        (max(0, at), max(0, at, min(n, at + side))) for at, side, n in zip(corner, shape, within, strict=True)
-    ]
-    (y0, y1), (x0, x1) = spans
-    y, x = corner
-    return (slice(y0, y1), slice(x0, x1)), (slice(y0 - y, y1 - y), slice(x0 - x, x1 - x))
+    (y, x), (height, width) = corner, shape
+    inside = Region(x, y, x + width, y + height).clip(within[1], within[0])
+    window = slice(inside.y0, inside.y1), slice(inside.x0, inside.x1)
+    return window, (slice(inside.y0 - y, inside.y1 - y), slice(inside.x0 - x, inside.x1 - x))
 
 
 def _lay(
