@@ -28,6 +28,7 @@ from darcnn.runtime.record import (
     fingerprint_pixels,
     hash_of,
     make_record,
+    measured_px,
     model_hash,
     read_record,
     write_record,
@@ -313,11 +314,5 @@ def _summarize(
         ground_mm2=record["ground"]["area_mm2"],
         was_done=was_done,
         n_unreadable=record["counts"].get("tiles_unreadable", 0),  # results of earlier versions lack it
-        measured_px=_measured(record),
+        measured_px=measured_px(record),
     )
-
-
-def _measured(record: Mapping[str, Any]) -> float | None:
-    """Return the size that the model measured, level-0 pixels; None where it was given."""
-    is_measured = record["options"].get("diameter_px") in (None, "auto")
-    return record["network"].get("diameter_px") if is_measured else None

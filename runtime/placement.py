@@ -11,14 +11,14 @@ from darcnn.runtime.masks import drop_covered, outline_mask
 from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.tiling import Tile
 
-__all__ = ["is_cut", "lies_inside", "place", "to_slide"]
+__all__ = ["is_cut", "is_small_enough", "lies_inside", "place", "to_slide"]
 
 EDGE_PX = 1.0  # a box this close to a tile's edge touches it
 _ON_SLIDE = 1 / 3  # share of a box on the slide that is still one half, seen by a network
 
 
 def to_slide(boxes: NDArray[np.float32], tile: Tile) -> NDArray[np.float64]:
-    """Return (N, 4) boxes in network pixels of the slide."""
+    """Return (N, 4) boxes, network pixels from the corner of what the tile reads, in those of the slide."""
     return boxes.astype(np.float64) + np.array([tile.read.x0, tile.read.y0] * 2, np.float64)
 
 
@@ -37,14 +37,24 @@ def lies_inside(boxes: NDArray[np.float64], width: int, height: int) -> NDArray[
     return np.logical_and(is_covered[:, 0], is_covered[:, 1])
 
 
+def is_small_enough(boxes: NDArray[np.floating], limit_px: float | None) -> NDArray[np.bool_]:
+    """Tell which boxes (N, 4) are not larger than what a model looks for; sides by geometric mean."""
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0).astype(np.float64)
+    found: NDArray[np.bool_] = np.sqrt(sides.prod(axis=1)) <= (np.inf if limit_px is None else limit_px)
+    return found
+
+
 def is_cut(boxes: NDArray[np.float32], tile: Tile, plan: SlidePlan) -> NDArray[np.bool_]:
-    """Tell which boxes (N, 4), tile px, touch an edge of the tile beyond which the slide goes on."""
-    read, size = tile.read, tile.read.width
+    """Tell which boxes (N, 4), network pixels from the corner of what the tile reads, touch its edge.
+
+    Only edges count beyond which the slide goes on.
+    """
+    read = tile.read
     cut: NDArray[np.bool_] = (
         ((boxes[:, 0] <= EDGE_PX) & (read.x0 > 0))
         | ((boxes[:, 1] <= EDGE_PX) & (read.y0 > 0))
-        | ((boxes[:, 2] >= size - EDGE_PX) & (read.x1 < plan.width))
-        | ((boxes[:, 3] >= size - EDGE_PX) & (read.y1 < plan.height))
+        | ((boxes[:, 2] >= read.width - EDGE_PX) & (read.x1 < plan.width))
+        | ((boxes[:, 3] >= read.height - EDGE_PX) & (read.y1 < plan.height))
     )
     return cut
 

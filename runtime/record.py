@@ -30,6 +30,7 @@ __all__ = [
     "hash_of",
     "installed_version",
     "make_record",
+    "measured_px",
     "model_hash",
     "read_record",
     "rounded_seconds",
@@ -70,6 +71,12 @@ def describe_run(segmenter: Segmenter, asked: Mapping[str, Any]) -> dict[str, An
         "engine": segmenter.engine.spec.name,
         "options": dict(asked["options"]),
     }
+
+
+def measured_px(record: Mapping[str, Any]) -> float | None:
+    """Return the diameter that the model measured for a run, pixels of its input; None where it was given."""
+    is_measured = record["options"].get("diameter_px") in (None, "auto")
+    return record["network"].get("diameter_px") if is_measured else None
 
 
 def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:

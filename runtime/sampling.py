@@ -57,6 +57,8 @@ class SampledTile:
     shape: tuple[int, int]  # (H, W) of level 0
     tile: Tile  # of the plan
     pixels: NDArray[np.uint8]  # (S, S, C)
+    sampler: TileSampler | None = None  # reads what lies around the tile; None: it cannot be read
+    zoom: int = 1  # network pixels per pixel of `pixels`
 
 
 class TileSampler:

@@ -17,12 +17,13 @@ from darcnn.runtime.errors import ShapeError
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.manifest import Manifest
-from darcnn.runtime.placement import is_cut, lies_inside, place, to_slide
+from darcnn.runtime.placement import is_cut, is_small_enough, lies_inside, place, to_slide
 from darcnn.runtime.planning import SlidePlan, plan_slide
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.sampling import SampledTile, TileSampler, measure_slide, read_ahead
 from darcnn.runtime.seams import join_tiles
+from darcnn.runtime.second_look import look_at_quarters, look_wider
 from darcnn.runtime.tiling import SEAM_PX, Tile, owns
 
 if TYPE_CHECKING:
@@ -193,7 +194,8 @@ class Segmenter(Closing):
         chosen = plan.tiles if tiles is None else tiles
         batches = read_ahead(sampler, chosen, batch=self._engine.spec.batch, skips_damaged=skips_damaged)
         for batch, pixels in batches:
-            yield from zip(batch, self.segment_batch(plan, shape, batch, pixels), strict=True)
+            found = self.segment_batch(plan, shape, batch, pixels, sampler)
+            yield from zip(batch, found, strict=True)
 
     def segment_batch(
         self,
@@ -201,6 +203,7 @@ class Segmenter(Closing):
         shape: tuple[int, int],
         tiles: Sequence[Tile],
         pixels: Sequence[NDArray[np.uint8]],
+        sampler: TileSampler | None = None,
     ) -> list[Instances]:
         """Return the objects that each of up to `engine.spec.batch` tiles reports, level-0 pixels.
 
@@ -209,18 +212,40 @@ class Segmenter(Closing):
             shape: (H, W) of level 0.
             tiles: B of the plan's tiles.
             pixels: B arrays (S, S, C) of `TileSampler.read`.
+            sampler: reads around a tile that cuts an object; without it the object stays as it is cut.
         """
-        return self.segment_tiles(
-            [SampledTile(plan, shape, *pair) for pair in zip(tiles, pixels, strict=True)]
-        )
+        pairs = zip(tiles, pixels, strict=True)
+        return self.segment_tiles([SampledTile(plan, shape, *pair, sampler) for pair in pairs])
 
     def segment_tiles(self, batch: Sequence[SampledTile]) -> list[Instances]:
-        """Return what each of up to `engine.spec.batch` tiles, of any slides, reports; level-0 pixels."""
+        """Return what each of up to `engine.spec.batch` tiles, of any slides, reports; level-0 pixels.
+
+        A tile with as many objects as the model can report is looked at again in quarters, one that cuts an
+        object in a tile twice as large.
+
+        Raises:
+            InputError: the slide cannot be read any more.
+        """
+        return [
+            self._look_again(sampled, seen) for sampled, seen in zip(batch, self._look(batch), strict=True)
+        ]
+
+    def _look_again(self, sampled: SampledTile, seen: Instances) -> Instances:
+        if seen.is_saturated:
+            halo_px, batch = self._manifest.input.halo_px, self._engine.spec.batch
+            seen = look_at_quarters(self._look, sampled, halo_px=halo_px, batch=batch)
+        if seen.truncated.any() and sampled.sampler is not None:
+            limit_px = self._manifest.limits.max_diameter_px
+            seen = look_wider(self._look, sampled, seen, max_diameter_px=limit_px)
+        return seen
+
+    def _look(self, batch: Sequence[SampledTile]) -> list[Instances]:
+        """Return what each tile of an engine call reports, as it is seen there."""
         spec = self._engine.spec
         pixels = np.zeros((spec.batch, spec.tile_px, spec.tile_px, spec.channels), np.uint8)
         pixels[: len(batch)] = np.stack([sampled.pixels for sampled in batch])
         detections = self._engine.detect(pixels)
-        slots = [self._reported(detections, n, sampled.tile, sampled.plan) for n, sampled in enumerate(batch)]
+        slots = [self._reported(detections, n, sampled) for n, sampled in enumerate(batch)]
         tile_index = np.repeat(np.arange(len(batch)), [len(slot) for slot in slots])
         boxes = detections.boxes[tile_index, np.concatenate(slots)]  # (M, 4) tile px
         scores = detections.scores[tile_index, np.concatenate(slots)]  # (M,)
@@ -235,7 +260,7 @@ class Segmenter(Closing):
                 sampled.plan,
                 sampled.shape,
                 sampled.tile,
-                boxes[rows],
+                boxes[rows] * sampled.zoom,
                 scores[rows],
                 masks[rows],
                 is_saturated=bool(is_full[n]),
@@ -249,8 +274,9 @@ class Segmenter(Closing):
         shape = (reader.info.height_px0, reader.info.width_px0)
         return join_tiles(plan, shape, list(self.stream(reader, plan, window=window)))
 
-    def _reported(self, detections: Detections, index: int, tile: Tile, plan: SlidePlan) -> NDArray[np.int64]:
+    def _reported(self, detections: Detections, index: int, sampled: SampledTile) -> NDArray[np.int64]:
         """Return the slots of tile number `index` whose objects are good enough and its to report."""
+        tile, plan, limits = sampled.tile, sampled.plan, self._manifest.limits
         scores = detections.scores[index]
         slots = np.flatnonzero((scores > 0) & (scores >= self._min_score))
         if not detections.converged[index]:
@@ -258,26 +284,21 @@ class Segmenter(Closing):
             # perhaps more; greedy suppression of that set keeps what it keeps of the whole.
             # Objects below min_score never suppress better ones, so they may be left out first.
             kept = non_maximum_suppression(
-                detections.boxes[index, slots], scores[slots], self._manifest.limits.nms_threshold
+                detections.boxes[index, slots], scores[slots], limits.nms_threshold
             )
             slots = slots[kept]
-        slots = slots[self._is_small_enough(detections.boxes[index, slots])]
-        boxes = to_slide(detections.boxes[index, slots], tile)
+        seen = detections.boxes[index, slots] * sampled.zoom  # network pixels
+        if sampled.zoom == 1:  # a second look must know of larger ones, to drop what it saw of them before
+            fitting = is_small_enough(seen, limits.max_diameter_px)
+            slots, seen = slots[fitting], seen[fitting]
+        boxes = to_slide(seen, tile)
         inside = lies_inside(boxes, plan.width, plan.height)
         clipped = np.clip(boxes, 0, [plan.width, plan.height, plan.width, plan.height])
         centres = (clipped[:, :2] + clipped[:, 2:]) / 2
         # beyond its core a tile reports only what it sees whole: half an object has its centre elsewhere
-        near = owns(tile, centres, margin_px=SEAM_PX)
-        near &= ~is_cut(detections.boxes[index, slots], tile, plan)
+        near = owns(tile, centres, margin_px=SEAM_PX) & ~is_cut(seen, tile, plan)
         reported: NDArray[np.int64] = slots[inside & (owns(tile, centres) | near)]
         return reported
-
-    def _is_small_enough(self, boxes: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Tell which boxes (N, 4) are not larger than what the model looks for; sides by geometric mean."""
-        limit = self._manifest.limits.max_diameter_px
-        sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 0).astype(np.float64)
-        found: NDArray[np.bool_] = np.sqrt(sides.prod(axis=1)) <= (np.inf if limit is None else limit)
-        return found
 
     def close(self) -> None:
         """Close the engine; closing twice is allowed."""

@@ -159,7 +159,7 @@ class FrameWork(Work):
         """Return one of the frame's tiles with its pixels."""
         assert self._plan is not None  # since `open`
         assert self._sampler is not None
-        return SampledTile(self._plan, self._shape, tile, self._sampler.read(tile))
+        return SampledTile(self._plan, self._shape, tile, self._sampler.read(tile), self._sampler)
 
     def join(self) -> Instances:
         """Return the frame's objects, each once; those of its first tiles if it is late."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from darcnn.runtime.record import (
     fingerprint,
     fingerprint_file,
     hash_of,
+    measured_px,
     model_hash,
     read_record,
     rounded_seconds,
@@ -62,6 +63,7 @@ from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.overview import write_overview, write_scroll
 from darcnn.runtime.volumes.particles import write_points, write_star
+from darcnn.runtime.volumes.record import describe_views, describe_volume, volume_warnings
 from darcnn.runtime.volumes.sections import Section, read_sections
 from darcnn.runtime.volumes.solid import SolidFile, solid_of, write_solids
 from darcnn.runtime.volumes.stack import Stack
@@ -108,9 +110,7 @@ def run_volume(
     asked = _asked(segmenter, path, chosen)
     final = {**asked, "filter": chosen.row_filter, "labels_mrc": chosen.labels_mrc}
     if not chosen.overwrite and (earlier := read_record(folder / RUN_FILE, final)) is not None:
-        n_objects = earlier["counts"]["objects"]
-        seconds = time.perf_counter() - start
-        return RunSummary(name, folder, folder / OVERVIEW_FILE, n_objects, seconds, 0.0, (), was_done=True)
+        return _summarize(name, folder, earlier, start, megavoxels=0.0, was_done=True)
     with claim_folder(folder, overwrite=chosen.overwrite, restart=chosen.restart) as claimed:
         parts, times = Parts(claimed.parts), StageSeconds()
         noted = parts.begin(asked)
@@ -139,22 +139,42 @@ def run_volume(
                 _find(segmenter, views, parts, folder, progress, find_blocks)
             with translated(folder):
                 n_objects = _finish(claimed, views, parts, row_filter, chosen, segmenter, times)
-            warnings = _warnings(n_objects, volume)
             record = {
                 **describe_run(segmenter, final),
                 "asked_sha256": hash_of(final),
-                "input": _describe_volume(volume, asked),
-                "network": _describe_views(views, diameter),
+                "input": describe_volume(volume, asked),
+                "network": describe_views(views, diameter),
                 "counts": {"objects": n_objects, "planes": sum(len(view.stack) for view in views)},
                 "seconds": rounded_seconds(times.seconds),
-                "warnings": list(warnings),
+                "warnings": list(volume_warnings(n_objects, volume)),
             }
             megavoxels = float(np.prod(volume.info.shape)) / 1e6
         with translated(folder):
             write_record(claimed.built / RUN_FILE, record)
             claimed.commit()
-    seconds = time.perf_counter() - start
-    return RunSummary(name, folder, folder / OVERVIEW_FILE, n_objects, seconds, megavoxels, warnings)
+    return _summarize(name, folder, record, start, megavoxels=megavoxels)
+
+
+def _summarize(
+    name: str,
+    folder: Path,
+    record: Mapping[str, Any],
+    start: float,
+    *,
+    megavoxels: float,
+    was_done: bool = False,
+) -> RunSummary:
+    return RunSummary(
+        name,
+        folder,
+        folder / OVERVIEW_FILE,
+        n_objects=record["counts"]["objects"],
+        seconds=time.perf_counter() - start,
+        megapixels=megavoxels,
+        warnings=tuple(record["warnings"]),
+        was_done=was_done,
+        measured_px=measured_px(record),
+    )
 
 
 def _asked(segmenter: Segmenter, path: Location, chosen: VolumeOptions) -> dict[str, Any]:
@@ -301,36 +321,3 @@ def _number(
     ids = np.arange(1, len(order) + 1)
     table = table.set_column(0, table.schema.field("id"), pa.array(ids, pa.int64()))
     return Numbered(solids, order, ids), table
-
-
-def _describe_volume(volume: Volume, asked: dict[str, Any]) -> dict[str, Any]:
-    info = volume.info
-    return {
-        "name": info.name,
-        "file": asked["slide"],
-        "shape_zyx": list(info.shape),
-        "dtype": str(info.dtype),
-        "voxel_nm_zyx": None if info.voxel_nm is None else list(info.voxel_nm),
-        "voxel_source": info.voxel_source,
-    }
-
-
-def _describe_views(views: Sequence[View], diameter_px: float | None) -> dict[str, Any]:
-    first = views[0]
-    return {
-        "axes": [view.stack.axis for view in views],
-        "planes_joined": first.stack.n_joined,
-        "smoothing_px": first.stack.sigma_px,
-        "scale": first.plan.scale,
-        "diameter_px": diameter_px,
-        "window": [first.window.low, first.window.high],
-    }
-
-
-def _warnings(n_objects: int, volume: Volume) -> tuple[str, ...]:
-    warnings = []
-    if not n_objects:
-        warnings.append("no objects found")
-    if volume.info.voxel_nm is None:
-        warnings.append("voxel size unknown: nanometre columns are empty")
-    return tuple(warnings)

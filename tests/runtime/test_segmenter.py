@@ -211,9 +211,9 @@ def test_an_object_at_the_edge_stays_where_its_box_reaches_a_little_further_out_
     assert found.boxes.tolist() == [[24, 10, 32, 20]]
 
 
-def test_an_object_cut_by_its_tile_is_marked() -> None:
-    image = np.zeros((48, 200), np.uint8)
-    image[10:20, 60:130] = 255  # longer than a tile
+def test_an_object_cut_by_a_tile_twice_as_large_is_marked() -> None:
+    image = np.zeros((48, 300), np.uint8)
+    image[10:20, 60:210] = 255  # longer than two tiles
     found = segmenter(blob_box)(image)
     assert len(found) >= 1
     assert found.truncated.all()

@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 import zarr
+from PIL import Image
 
+import darcnn.runtime
 from darcnn.runtime.errors import InputError, OutputError, UsageError
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.segmenter import Segmenter
@@ -23,6 +26,8 @@ from darcnn.runtime.volumes.pipeline import run_volume
 
 pytest.importorskip("mrcfile", reason="volumes need the extra volumes")
 starfile = pytest.importorskip("starfile", reason="volumes need the extra volumes")
+
+_FIELD = Path(__file__).parents[2] / "data/target/u2os_2abc40c118.png"
 
 
 @pytest.fixture
@@ -234,3 +239,20 @@ def test_planes_without_values_have_no_objects_and_disturb_no_others(
     assert not labels[5:7].any()  # two planes in a row are an end
     assert np.array_equal(labels[:5] > 0, balls[:5] > 0)
     assert np.array_equal(labels[7:] > 0, balls[7:] > 0)
+
+
+@pytest.mark.slow
+def test_a_size_that_was_measured_is_told_and_a_given_one_is_not(tmp_path: Path) -> None:
+    field = np.asarray(Image.open(_FIELD).convert("L"))[:256, :256]
+    tifffile.imwrite(tmp_path / "stack.tif", np.stack([field] * 2), metadata={"axes": "ZYX"})
+    with darcnn.runtime.load("nuclei-fluorescence") as segmenter:
+        run = partial(run_volume, segmenter, tmp_path / "stack.tif")
+        measured, again = (run(tmp_path / "measured") for _ in range(2))
+        given = run(tmp_path / "given", options=VolumeOptions(diameter_px=25.0))
+    assert measured.measured_px is not None
+    assert 15 < measured.measured_px < 40  # nuclei there are some 25 px wide
+    assert again.was_done
+    assert again.measured_px == measured.measured_px
+    record = json.loads((measured.folder / "run.json").read_text())
+    assert record["network"]["diameter_px"] == measured.measured_px
+    assert given.measured_px is None

@@ -1,0 +1,142 @@
+"""Tiles that are looked at once more: those that hold too many objects, and those that cut a large one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.errors import DamagedPixelsError
+from darcnn.runtime.geometry import Region
+from darcnn.runtime.instances import Instances
+from darcnn.runtime.masks import drop_covered
+from darcnn.runtime.placement import is_small_enough
+from darcnn.runtime.sampling import SampledTile
+from darcnn.runtime.seams import join_tiles
+from darcnn.runtime.tiling import SEAM_PX, Tile, owns
+
+__all__ = ["look_at_quarters", "look_wider", "quarter_tile"]
+
+_COVERED = 0.5  # share of a cut object's box in that of the whole
+
+Look = Callable[[Sequence[SampledTile]], list[Instances]]
+
+
+def look_at_quarters(look: Look, sampled: SampledTile, *, halo_px: int, batch: int) -> Instances:
+    """Return the objects of a tile that holds as many as the model can report, looked at quarter by quarter.
+
+    A quarter shows half of the objects or fewer, so that four times as many can be reported. `is_saturated`
+    says that a quarter is full as well.
+
+    Args:
+        look: finds what up to `batch` tiles report.
+        sampled: the tile.
+        halo_px: of the model's tiles.
+        batch: of the engine.
+    """
+    quarters = quarter_tile(sampled, halo_px)
+    found: list[tuple[Tile, Instances]] = []
+    for start in range(0, len(quarters), batch):
+        some = quarters[start : start + batch]
+        found += zip([one.tile for one in some], look(some), strict=True)
+    return drop_covered(join_tiles(sampled.plan, sampled.shape, found))
+
+
+def quarter_tile(sampled: SampledTile, halo_px: int) -> list[SampledTile]:
+    """Return the quarters of a tile's core as tiles of their own, numbered from 0, each with its halo.
+
+    What is left of their pixels has the median colour: mirrored pixels would bring more objects.
+    """
+    core, read = sampled.tile.core, sampled.tile.read
+    middle_x, middle_y = (core.x0 + core.x1) // 2, (core.y0 + core.y1) // 2
+    quarters: list[SampledTile] = []
+    for y0, y1 in pairwise((core.y0, middle_y, core.y1)):
+        for x0, x1 in pairwise((core.x0, middle_x, core.x1)):
+            seen = Region(
+                max(x0 - halo_px, read.x0),
+                max(y0 - halo_px, read.y0),
+                min(x1 + halo_px, read.x1),
+                min(y1 + halo_px, read.y1),
+            )
+            crop = sampled.pixels[
+                seen.y0 - read.y0 : seen.y1 - read.y0, seen.x0 - read.x0 : seen.x1 - read.x0
+            ]
+            pixels = np.empty_like(sampled.pixels)
+            pixels[:] = np.median(crop, axis=(0, 1)).astype(np.uint8)
+            pixels[: seen.height, : seen.width] = crop
+            if x0 < x1 and y0 < y1:
+                tile = Tile(index=len(quarters), core=Region(x0, y0, x1, y1), read=seen)
+                quarters.append(replace(sampled, tile=tile, pixels=pixels))
+    return quarters
+
+
+def look_wider(
+    look: Look, sampled: SampledTile, seen: Instances, *, max_diameter_px: float | None
+) -> Instances:
+    """Return what a tile reports with the objects that it cuts looked at again in a tile twice as large.
+
+    The larger tile shows half of the details: what does not fit into a tile is large. An object that it cuts
+    as well, or does not find, is reported as `truncated`; one whose centre turns out to lie on the ground of
+    another tile is that tile's to report.
+
+    Args:
+        look: finds what tiles report.
+        sampled: the tile; it knows how to read what lies around it.
+        seen: what it reports so far.
+        max_diameter_px: network pixels; a larger object is none of the model's.
+    """
+    plan, tile = sampled.plan, sampled.tile
+    assert sampled.sampler is not None  # without it there is nothing more to be seen
+    reach_x, reach_y = tile.read.width // 2, tile.read.height // 2
+    around = Region(
+        tile.read.x0 - reach_x, tile.read.y0 - reach_y, tile.read.x1 + reach_x, tile.read.y1 + reach_y
+    )
+    wide = Tile(tile.index, core=around, read=around)
+    try:
+        pixels = _halve(sampled.sampler.read(wide))
+    except DamagedPixelsError:  # the tile itself is whole
+        return seen
+    (found,) = look([replace(sampled, tile=wide, pixels=pixels, zoom=2)])
+    if not len(found):
+        return seen
+    cut = np.flatnonzero(seen.truncated)
+    share = _share_inside(seen.boxes[cut], found.boxes)  # (K, N)
+    is_covered = share.max(axis=1) >= _COVERED
+    whole = found.select(np.unique(share.argmax(axis=1)[is_covered]))
+    factor = np.array([sampled.shape[1] / plan.width, sampled.shape[0] / plan.height] * 2)
+    boxes = whole.boxes / factor
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    near = owns(tile, centres, margin_px=SEAM_PX) & ~whole.truncated
+    reported = (owns(tile, centres) | near) & is_small_enough(boxes, max_diameter_px)
+    others = np.ones(len(seen), np.bool_)
+    others[cut[is_covered]] = False
+    joint = Instances.concatenate(seen.shape, [seen.select(others), whole.select(reported)])
+    return drop_covered(replace(joint, is_saturated=seen.is_saturated))
+
+
+def _share_inside(boxes: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return which share of each of `boxes` (K, 4) lies in each of `others` (N, 4): (K, N).
+
+    >>> _share_inside(np.array([[0, 0, 4, 4]], "f4"), np.array([[0, 0, 9, 9], [2, 0, 9, 4]], "f4"))
+    array([[1. , 0.5]])
+    """
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2]).astype(np.float64)  # (K, N, 2)
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
+    share: NDArray[np.float64] = np.maximum(high - low, 0).prod(axis=2) / sides.prod(axis=1)[:, None]
+    return share
+
+
+def _halve(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return (H, W, C) at half the size, each pixel the mean of four.
+
+    >>> _halve(np.array([[[1], [2]], [[3], [4]]], np.uint8)).tolist()
+    [[[3]]]
+    """
+    height, width, channels = pixels.shape
+    fours = pixels.reshape(height // 2, 2, width // 2, 2, channels).astype(np.uint16)
+    halved: NDArray[np.uint8] = ((fours.sum(axis=(1, 3)) + 2) // 4).astype(np.uint8)
+    return halved
