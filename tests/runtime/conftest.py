@@ -1,6 +1,9 @@
-"""A bundle of two graphs of a few nodes, whose results can be worked out by hand."""
+"""Two graphs of a few nodes whose results can be worked out by hand, and a folder behind a URL."""
 
+import functools
+import http.server
 import json
+import threading
 
 import pytest
 
@@ -138,3 +141,28 @@ def tiny_bundle(tmp_path, manifest, members):
     path = tmp_path / "tiny.darcnn"
     write_bundle(path, manifest, members)
     return path
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        """Say nothing of each request."""
+
+
+@pytest.fixture
+def served(tmp_path):
+    """Return a folder, its address, and what stops the server."""
+    pytest.importorskip("aiohttp", reason="needs the extra remote")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=folder))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+
+    def stop():
+        if thread.is_alive():
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+    yield folder, f"http://127.0.0.1:{server.server_port}", stop
+    stop()

@@ -1,10 +1,7 @@
 """OME-Zarr of either version, near and far: axes and sizes as its metadata say, one line where it is bad."""
 
-import functools
-import http.server
 import json
 import random
-import threading
 
 import numpy as np
 import pytest
@@ -159,31 +156,6 @@ def test_mutated_metadata_never_end_in_anything_but_one_line(tmp_path):
         victims[which].write_bytes(originals[which])
     assert len(said) > 50
     assert not any("\n" in line for line in said)
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def served(tmp_path):
-    """Return a folder, its address, and what stops the server."""
-    pytest.importorskip("aiohttp", reason="needs the extra remote")
-    folder = tmp_path / "served"
-    folder.mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=folder))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-
-    def stop():
-        if thread.is_alive():
-            server.shutdown()
-            thread.join()
-            server.server_close()
-
-    yield folder, f"http://127.0.0.1:{server.server_port}", stop
-    stop()
 
 
 def test_a_url_is_read_as_a_folder_is_and_says_when_it_vanishes(served):

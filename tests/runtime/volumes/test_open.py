@@ -7,6 +7,7 @@ import gzip
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import tifffile
 import zarr
 
 from darcnn.runtime.errors import InputError, UsageError
+from darcnn.runtime.volumes import ome_zarr as unpacked_zarr
 from darcnn.runtime.volumes.open import is_volume, open_volume
 from darcnn.runtime.volumes.options import parse_voxel_size
 
@@ -122,6 +124,41 @@ def test_every_format_gives_the_same_numbers(name: str, tmp_path: Path) -> None:
                 assert np.array_equal(plane, np.take(VALUES, index, axis=number))
                 assert plane.dtype.isnative
     assert not list(scratch.iterdir())
+
+
+def test_an_ome_zarr_behind_a_url_gives_the_same_numbers(
+    served: tuple[Path, str, Callable[[], None]], tmp_path: Path
+) -> None:
+    folder, address, stop = served
+    ome_zarr(folder / "a b.ome.zarr")
+    url = f"{address}/a%20b.ome.zarr"
+    assert is_volume(url)
+    with open_volume(url, tmp_path) as volume:
+        assert volume.info.voxel_nm == pytest.approx((1.0, 1.0, 1.0))
+        stop()  # all of it is here by now
+        assert np.array_equal(np.stack([volume.read("z", z) for z in range(5)]), VALUES)
+    with pytest.raises(InputError, match="check the address and the network"):
+        open_volume(url, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path != folder]
+
+
+def test_a_url_that_vanishes_midway_is_one_line_and_leaves_nothing(
+    served: tuple[Path, str, Callable[[], None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, address, stop = served
+    ome_zarr(folder / "a.ome.zarr")
+    monkeypatch.setattr(unpacked_zarr, "_BYTES", 1)  # one row of chunks at a time
+    read = unpacked_zarr._read
+
+    def read_then_stop(*args: Any) -> Any:
+        values = read(*args)
+        stop()
+        return values
+
+    monkeypatch.setattr(unpacked_zarr, "_read", read_then_stop)
+    with pytest.raises(InputError, match=r"a\.ome\.zarr: cannot be read"):
+        open_volume(f"{address}/a.ome.zarr", tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path != folder]
 
 
 def test_scaled_nifti_has_the_values_that_it_means(tmp_path: Path) -> None:

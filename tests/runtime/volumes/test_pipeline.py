@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,22 @@ def test_every_object_comes_back_once_with_all_its_voxels(
         assert row.mean_intensity == balls[tuple(where[0])]
         on_edge = (where == 0).any() or (where == np.array(balls.shape) - 1).any()
         assert row.truncated == on_edge
+
+
+def test_a_volume_behind_a_url_gives_what_a_folder_gives(
+    oracle: Segmenter, served: tuple[Path, str, Callable[[], None]], balls: np.ndarray, tmp_path: Path
+) -> None:
+    folder, address, _ = served
+    axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
+    scale = [{"type": "scale", "scale": [1.2] * 3}]
+    levels = [{"path": "0", "coordinateTransformations": scale}]
+    ome = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": levels}]}
+    group = zarr.create_group(folder / "a.ome.zarr", attributes={"ome": ome})
+    group.create_array("0", data=balls, chunks=(8, 32, 32))
+    near = run_volume(oracle, folder / "a.ome.zarr", tmp_path / "near")
+    far = run_volume(oracle, f"{address}/a.ome.zarr", tmp_path / "far")
+    assert near.n_objects == balls.max()
+    assert content(near.folder) == content(far.folder)
 
 
 @pytest.mark.parametrize("block", [1, 3, 100])
