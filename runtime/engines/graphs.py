@@ -16,6 +16,7 @@ __all__ = [
     "INPUTS",
     "OUTPUTS",
     "Signature",
+    "advise_memory",
     "check_signature",
     "check_tiles",
     "expected_signatures",
@@ -131,6 +132,15 @@ def run_masks(
         padded[:size], index[:size] = boxes[rows], tile_index[rows]
         masks[rows] = run({"boxes": padded, "tile_index": index})[:size]
     return masks
+
+
+def advise_memory(spec: EngineSpec, advice: str) -> str:
+    """Return what to do where memory may have given out: `advice`, and half the batch where there is one.
+
+    A batch is part of the graphs: a run cannot halve it.
+    """
+    half = spec.batch // 2
+    return f"{advice}, or export the model again with --batch {half}" if half else advice
 
 
 def first_line(error: object) -> str:

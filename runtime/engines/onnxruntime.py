@@ -29,6 +29,7 @@ from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.graphs import (
     OUTPUTS,
     Signature,
+    advise_memory,
     check_signature,
     check_tiles,
     first_line,
@@ -143,7 +144,7 @@ class OnnxRuntimeEngine:
             raise DeviceError(
                 f"ONNX Runtime failed on the {graph} graph ({first_line(err)})",
                 where=self._provider,
-                fix="free memory, or pass --device cpu",
+                fix=advise_memory(self._spec, "free memory, or pass --device cpu"),
             ) from err
         return outputs
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.graphs import (
     OUTPUTS,
+    advise_memory,
     check_signature,
     check_tiles,
     first_line,
@@ -119,6 +120,6 @@ class OpenVinoEngine:
             raise DeviceError(
                 f"OpenVINO failed on the {graph} graph ({first_line(err)})",
                 where=_DEVICE,
-                fix="free memory, or pass --backend onnxruntime",
+                fix=advise_memory(self._spec, "free memory, or pass --backend onnxruntime"),
             ) from err
         return {name: found[name] for name in OUTPUTS[graph]}

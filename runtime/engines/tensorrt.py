@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.cuda import DeviceBuffer, Stream, copy_in, copy_out, gpu_capability, pinned_array
 from darcnn.runtime.engines.engine_cache import CompiledEngine, find_engines, read_engine
-from darcnn.runtime.engines.graphs import INPUTS, OUTPUTS, check_signature, check_tiles, make_spec, run_masks
+from darcnn.runtime.engines.graphs import (
+    INPUTS,
+    OUTPUTS,
+    advise_memory,
+    check_signature,
+    check_tiles,
+    make_spec,
+    run_masks,
+)
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
 from darcnn.runtime.engines.tensorrt_build import load_backend
 from darcnn.runtime.errors import DeviceError
@@ -82,14 +90,15 @@ class TensorRtEngine:
         self._runtime = trt.Runtime(self._logger)
         self._graphs: dict[str, _LoadedGraph] = {}
         shared: dict[str, DeviceBuffer] = {}  # the atlas, by both graphs
-        for graph in OUTPUTS:
-            loaded = _LoadedGraph(self._runtime, graph, compiled, shared)
-            self._graphs[graph] = loaded
-            check_signature(bundle, graph, loaded.signature)
-            shared = {"atlas": loaded.buffers["atlas"]}
         facts = compiled.facts
         name = f"{facts.backend} {facts.version} {facts.precision} {gpu_capability()}"
         self._spec = make_spec(bundle, name)
+        advice = advise_memory(self._spec, "free GPU memory, or pass --device cpu")
+        for graph in OUTPUTS:
+            loaded = _LoadedGraph(self._runtime, graph, compiled, shared, advice)
+            self._graphs[graph] = loaded
+            check_signature(bundle, graph, loaded.signature)
+            shared = {"atlas": loaded.buffers["atlas"]}
 
     @property
     def spec(self) -> EngineSpec:
@@ -135,7 +144,12 @@ class _LoadedGraph:
     """One plan on the GPU, with its buffers."""
 
     def __init__(
-        self, runtime: Any, name: str, compiled: CompiledEngine, shared: dict[str, DeviceBuffer]
+        self,
+        runtime: Any,
+        name: str,
+        compiled: CompiledEngine,
+        shared: dict[str, DeviceBuffer],
+        advice: str,
     ) -> None:
         engine = runtime.deserialize_cuda_engine(compiled.plans[name])
         if engine is None:
@@ -144,7 +158,7 @@ class _LoadedGraph:
                 where=compiled.folder,
                 fix="build it again on this machine with `darcnn-export engine`",
             )
-        self.name = name
+        self.name, self._advice = name, advice
         self.signature = {
             tensor: (
                 _DTYPES.get(engine.get_tensor_dtype(tensor).name, "unknown"),
@@ -199,7 +213,7 @@ class _LoadedGraph:
             raise DeviceError(
                 f"TensorRT failed on the {self.name} graph",
                 where="GPU",
-                fix="free GPU memory, or pass --device cpu",
+                fix=self._advice,
             )
 
     def close(self) -> None:

@@ -1,10 +1,13 @@
 """The ONNX Runtime engine gives what the graphs compute, or says in one line why it cannot."""
 
+from dataclasses import replace
 from importlib import metadata
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import pytest
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
 from darcnn.runtime.bundle import open_bundle, write_bundle
 from darcnn.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -108,3 +111,19 @@ def test_exhausted_memory_is_said_in_one_line(engine, tiles):
     with pytest.raises(DeviceError, match="Failed to allocate") as caught:
         engine.detect(tiles)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("batch", "advice"), [(2, "or export the model again with --batch 1"), (1, "pass --device cpu")]
+)
+def test_memory_that_gives_out_is_one_line_that_says_what_to_do(engine, tiles, monkeypatch, batch, advice):
+    def give_out(*_):
+        raise RuntimeException("Failed to allocate memory for requested buffer of size 99\nat line 7")
+
+    monkeypatch.setattr(engine, "_spec", replace(engine.spec, batch=batch))
+    monkeypatch.setattr(engine, "_sessions", {"detect": SimpleNamespace(run=give_out)})
+    with pytest.raises(
+        DeviceError, match=r"detect graph \(Failed to allocate .* 99\); free memory"
+    ) as caught:
+        engine.detect(tiles[:batch])
+    assert str(caught.value).endswith(advice)
