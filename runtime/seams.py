@@ -14,16 +14,17 @@ from darcnn.runtime.tiling import SEAM_PX, Tile
 
 __all__ = ["drop_twins", "join_tiles", "lies_near_seam"]
 
-_SAME_IOU = 0.5  # outlines that overlap more are one object
-# A neighbour reports what it sees up to SEAM_PX beyond its core; the tile that owns the object may see it
-# further from the seam than that.
-_REACH_PX = 2 * SEAM_PX
+_MAX_COVERED = 0.5  # what lies for more in a better one is the same object, as inside a tile (`drop_covered`)
+_REACH_PX = 2 * SEAM_PX  # two tiles see an outline slightly differently
 
 
 def lies_near_seam(
     tile: Tile, boxes0: NDArray[np.floating], *, factor: tuple[float, float], extent: tuple[int, int]
 ) -> NDArray[np.bool_]:
-    """Tell which objects of `tile` another tile may have reported too.
+    """Tell which objects of `tile` another tile may have reported too: those that reach a seam, or nearly.
+
+    Where their centres lie says less: of two nuclei that touch, one tile may see the pair and one a nucleus,
+    with centres far apart.
 
     Args:
         tile: the tile that reported them.
@@ -34,11 +35,10 @@ def lies_near_seam(
     core = tile.core
     near = np.zeros(len(boxes0), np.bool_)
     for axis, (low, high) in enumerate(((core.x0, core.x1), (core.y0, core.y1))):
-        centre = (boxes0[:, axis] + boxes0[:, axis + 2]).astype(np.float64) / 2 / factor[axis]
         if low > 0:
-            near |= np.abs(centre - low) <= _REACH_PX
+            near |= boxes0[:, axis] <= (low + _REACH_PX) * factor[axis]
         if high < extent[axis]:
-            near |= np.abs(centre - high) <= _REACH_PX
+            near |= boxes0[:, axis + 2] >= (high - _REACH_PX) * factor[axis]
     return near
 
 
@@ -47,8 +47,9 @@ def drop_twins(
 ) -> NDArray[np.bool_]:
     """Return which reports stay, (N,): of two from different tiles that are one object, the better one.
 
-    The higher score stays, of equal ones that of the lower tile. What is decided for an object depends
-    on those that overlap it only, never on the order of work.
+    They are one if more than half of the worse lies in the better, as it does wherever their IoU is above
+    0.5. The higher score is the better, of equal ones that of the lower tile. What is decided for an object
+    depends on those that overlap it only, never on the order of work.
 
     Args:
         polygons: (N,) outlines of objects near seams, level-0 pixels.
@@ -66,16 +67,15 @@ def drop_twins(
     others = tiles[first] != tiles[second]
     first, second = first[others], second[others]
     common = shapely.area(shapely.intersection(polygons[first], polygons[second]))
-    areas = shapely.area(polygons)
-    is_same = common > _SAME_IOU * (areas[first] + areas[second] - common)
-    twins: dict[int, list[int]] = {}
-    for one, other in zip(first[is_same].tolist(), second[is_same].tolist(), strict=True):
-        twins.setdefault(one, []).append(other)
+    is_covered = common > _MAX_COVERED * shapely.area(polygons)[second]
+    covered: dict[int, list[int]] = {}  # by which it is covered -> what is
+    for one, other in zip(first[is_covered].tolist(), second[is_covered].tolist(), strict=True):
+        covered.setdefault(one, []).append(other)
     is_decided = np.zeros(len(polygons), np.bool_)
     for row in np.lexsort((np.arange(len(polygons)), tiles, -scores)).tolist():  # the best first
         if kept[row]:
             is_decided[row] = True
-            for other in twins.get(row, []):
+            for other in covered.get(row, []):
                 kept[other] = is_decided[other]
     return kept
 

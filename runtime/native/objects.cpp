@@ -11,7 +11,6 @@ namespace {
 constexpr double kLevel = 0.5;       // a pixel belongs to an object where its probability is above
 constexpr double kNudge = 1e-9;      // a value of exactly 0.5 is outside; so near to it no contour touches itself
 constexpr double kMaxCovered = 0.5;  // share of its pixels that an object may lose to better ones
-constexpr double kSameIou = 0.5;     // masks that overlap more are one object
 
 struct Point {
     double x, y;
@@ -218,8 +217,7 @@ void drop_twins(std::vector<Object> &objects) {
         is_decided[i] = true;
         for (std::size_t j = 0; j < objects.size(); ++j) {
             if (!objects[j].is_near_seam || is_decided[j] || objects[j].tile == objects[i].tile) continue;
-            const double shared = count_shared(objects[i], {&objects[j]});
-            if (shared > kSameIou * (count_pixels(objects[i]) + count_pixels(objects[j]) - shared)) is_kept[j] = false;
+            if (count_shared(objects[i], {&objects[j]}) > kMaxCovered * count_pixels(objects[j])) is_kept[j] = false;
         }
     }
     keep(objects, is_kept);

@@ -31,7 +31,7 @@ bool draw_object(Object &object, const float *probabilities, int m, const double
 // Drop those that lie for more than half in better ones.
 void drop_covered(std::vector<Object> &objects);
 
-// Of two reports from different tiles that are one object (their masks' IoU is above 0.5), keep the better one.
+// Of two reports from different tiles of which the worse lies for more than half in the better, keep the better one.
 void drop_twins(std::vector<Object> &objects);
 
 }  // namespace darcnn

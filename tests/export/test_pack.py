@@ -28,7 +28,9 @@ def manifest_of(network, **changes):
     )
 
 
-@pytest.mark.parametrize(("diameter", "halo"), [(1.0, 32), (21.3, 32), (21.4, 64), (24.0, 64), (42.7, 96)])
+@pytest.mark.parametrize(
+    ("diameter", "halo"), [(1.0, 16), (21.3, 32), (21.4, 48), (28.0, 48), (42.0, 64), (42.7, 80)]
+)
 def test_the_halo_holds_one_and_a_half_objects(diameter, halo):
     assert halo_for(diameter, 32) == halo
 

@@ -66,6 +66,18 @@ def test_only_pairs_of_different_tiles_are_one_object():
     assert drop_twins(polygons, scores, np.array([3, 4, 3])).tolist() == [True, False, True]
 
 
+def test_a_report_that_lies_in_a_better_one_for_more_than_half_is_the_same_object():
+    pair, more_than_half = shapely.box(0, 0, 20, 10), shapely.box(9, 0, 21, 10)
+    small = shapely.box(14, 2, 20, 8)  # all of it in the pair, IoU 0.18
+    polygons, tiles = np.array([pair, small]), np.array([1, 2])
+    assert drop_twins(polygons, np.array([0.9, 0.8]), tiles).tolist() == [True, False]
+    assert drop_twins(polygons, np.array([0.8, 0.9]), tiles).tolist() == [
+        True,
+        True,
+    ]  # the pair reaches beyond
+    assert drop_twins(np.array([pair, more_than_half]), np.array([0.8, 0.9]), tiles).tolist() == [False, True]
+
+
 def test_of_equal_scores_the_lower_tile_s_report_stays():
     polygons = np.array([shapely.box(0, 0, 10, 10)] * 3)
     assert drop_twins(polygons, np.full(3, 0.5), np.array([7, 2, 5])).tolist() == [False, True, False]
@@ -87,5 +99,7 @@ def test_edges_of_the_slide_are_no_seams():
     boxes = np.float32([[0, 0, 4, 4], [46, 4, 50, 8], [14, 46, 18, 50], [14, 14, 18, 18]])
     near = lies_near_seam(tiles[0], boxes, factor=(1.0, 1.0), extent=(100, 80))
     assert near.tolist() == [False, True, True, False]
+    long = np.float32([[10, 4, 41, 8], [10, 4, 39, 8]])  # its centre is far from the seam, its end is not
+    assert lies_near_seam(tiles[0], long, factor=(1.0, 1.0), extent=(100, 80)).tolist() == [True, False]
     twice = lies_near_seam(tiles[0], 2 * boxes, factor=(2.0, 2.0), extent=(100, 80))
     assert twice.tolist() == near.tolist()
