@@ -103,7 +103,8 @@ def main(model: str, folder: Path, shape: str, pixels: bool, out: Path | None) -
             view = plan_view(segmenter, volume, "z", pixels=pixels)
             before = bare_seconds(segmenter, view)
             with peak_memory() as peak:
-                summary = run_volume(segmenter, path, Path(name), options=VolumeOptions(pixels=pixels))
+                options = VolumeOptions(axis="z", pixels=pixels)
+                summary = run_volume(segmenter, path, Path(name), options=options)
             after = bare_seconds(segmenter, view)
         times = json.loads((summary.folder / "run.json").read_text())["seconds"]
         bare = z * (before + after) / 2

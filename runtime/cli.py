@@ -21,7 +21,7 @@ from darcnn.runtime.progress import JsonLines, Terminal
 from darcnn.runtime.record import installed_version
 from darcnn.runtime.run_options import EXTRA_FORMATS
 from darcnn.runtime.segmenter import Segmenter
-from darcnn.runtime.volumes.options import LABELS_MRC, VolumeOptions, parse_voxel_size
+from darcnn.runtime.volumes.options import LABELS_MRC, AxisOption, VolumeOptions, parse_voxel_size
 
 __all__ = ["main"]
 
@@ -95,10 +95,11 @@ def _read_voxel_size(
 @click.option("--t", type=click.IntRange(min=0), help="Which moment of a series, from 0.")
 @click.option(
     "--axis",
-    type=click.Choice(["z", "y", "x", "all"]),
-    default="z",
+    type=click.Choice(["auto", "z", "y", "x", "all"]),
+    default="auto",
     show_default=True,
-    help="Of a volume: the planes to look at; all: what two axes agree on.",
+    help="Of a volume: the planes to look at; all: what two axes agree on, three times the work; "
+    "auto: all for models of tomograms, else z.",
 )
 @click.option(
     "--slab", type=click.IntRange(1, 99), help="Of a volume: planes averaged into one, an odd number."
@@ -163,7 +164,7 @@ def main(
     channel: str | None,
     z: int | None,
     t: int | None,
-    axis: Literal["z", "y", "x", "all"],
+    axis: AxisOption,
     slab: int | None,
     voxel_size: tuple[float, float, float] | None,
     min_score: float | None,

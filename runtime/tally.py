@@ -74,7 +74,10 @@ class Tally(StageSeconds):
         elif self.n_tiles >= _MANY_TILES and self.n_tiles_with_objects < _FEW_OBJECTS * self.n_tiles:
             warnings.append(f"only {self.n_tiles_with_objects} of {self.n_tiles} tiles hold objects")
         if self.n_truncated:
-            warnings.append(f"{self.n_truncated} objects reach beyond a tile twice as large and may be cut")
+            warnings.append(
+                f"cut where their tile ends, and not seen whole in a larger one: {self.n_truncated} of "
+                f"{self.n_objects} objects"
+            )
         if self.n_tiles_saturated:
             warnings.append(
                 f"tiles that hold as many objects as the model can report: {self.n_tiles_saturated}; "

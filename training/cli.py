@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # torch is imported inside the commands: --help is quick and 
     import torch
 
     from darcnn.runtime.segmenter import Segmenter
+    from darcnn.runtime.volumes.options import AxisOption
     from darcnn.training.decisions import Decisions
     from darcnn.training.evaluate import Evaluation
     from darcnn.training.stages import Run
@@ -219,6 +220,13 @@ def ablation(recipe: Path, out: Path | None, data: Path | None, resume: bool, de
 )
 @click.option("--pixels", is_flag=True, help="Take the pixels as they are.")
 @click.option("--min-score", type=float, help="Objects below this score do not count.")
+@click.option(
+    "--axis",
+    type=click.Choice(["auto", "z", "y", "x", "all"]),
+    default="auto",
+    show_default=True,
+    help="Of volumes: the planes to look at, as for darcnn-run.",
+)
 @click.option("--unlabelled", is_flag=True, help="FOLDER has no labels: figures that need none.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here as well.")
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write each image's figures here.")
@@ -229,6 +237,7 @@ def evaluate(
     diameter: float | Literal["auto"] | None,
     pixels: bool,
     min_score: float | None,
+    axis: AxisOption,
     unlabelled: bool,
     json_path: Path | None,
     csv_path: Path | None,
@@ -259,7 +268,8 @@ def evaluate(
         from darcnn.training.evaluate_volumes import as_rows, evaluate_volumes
 
         with open_model(model, min_score) as segmenter:
-            table = as_rows(evaluate_volumes(folder, segmenter, diameter_px=diameter, pixels=pixels))
+            found = evaluate_volumes(folder, segmenter, diameter_px=diameter, pixels=pixels, axis=axis)
+        table = as_rows(found)
         _give(table, json_path)
         _note(model, folder, table)
         return

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.metrics import VolumeScores, score_volume
-from darcnn.runtime.volumes.options import VolumeOptions
+from darcnn.runtime.volumes.options import AxisOption, VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
 
 __all__ = ["as_rows", "evaluate_volumes", "labelled_volumes", "read_label_volume"]
@@ -52,7 +52,7 @@ def evaluate_volumes(
     *,
     diameter_px: float | Literal["auto"] | None = None,
     pixels: bool = False,
-    axis: Literal["z", "y", "x", "all"] = "z",
+    axis: AxisOption = "auto",
 ) -> dict[str, VolumeScores]:
     """Return the figures of each labelled volume of `folder`, by file name.
 
@@ -61,7 +61,7 @@ def evaluate_volumes(
         segmenter: the model.
         diameter_px: of a typical object, voxels; None: the voxel size decides the scale.
         pixels: take the voxels as they are.
-        axis: whose planes are looked at.
+        axis: whose planes are looked at (`VolumeOptions`).
     Raises:
         InputError: a volume or its labels cannot be used.
     """

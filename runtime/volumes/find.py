@@ -16,9 +16,10 @@ from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.sampling import spread_evenly
 from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.volumes.options import AxisOption
 from darcnn.runtime.volumes.sections import Section, sections_of, to_table
 from darcnn.runtime.volumes.stack import Stack, measure_stack
-from darcnn.runtime.volumes.volume import Axis, Volume
+from darcnn.runtime.volumes.volume import AXES, Axis, Volume
 
 __all__ = [
     "Block",
@@ -31,11 +32,13 @@ __all__ = [
     "find_sections",
     "plan_blocks",
     "plan_view",
+    "plan_views",
     "plane_reader",
 ]
 
 _UM_PER_NM = 1e-3
 _LOOKED_AT = 4  # planes whose objects' size is estimated
+_DEEP = 3.0  # typical objects; what is less deep shows few of them whole from its sides
 _BLOCK = 8  # planes that go to one part file: what a kill costs at most
 
 
@@ -114,6 +117,34 @@ def plan_view(
     if n_joined is not None:
         stack = Stack(volume, axis, n_joined, stack.sigma_px)
     return View(stack, plan, measure_stack(stack, model.intensity, scale=plan.scale))
+
+
+def plan_views(
+    segmenter: Segmenter,
+    volume: Volume,
+    axis: AxisOption,
+    *,
+    diameter_px: float | None = None,
+    pixels: bool = False,
+    n_joined: int | None = None,
+) -> list[View]:
+    """Return how `segmenter` looks at `volume` along each of the axes that are asked for (`plan_view`).
+
+    "auto" looks along all three where a model of noisy volumes (one with a slab) meets voxels that are cubes
+    and at least three typical objects in depth each way: there, three looks find more than one and agree on
+    little else. Anything else is looked at along z.
+    """
+
+    def view_along(one: Axis) -> View:
+        return plan_view(segmenter, volume, one, diameter_px=diameter_px, pixels=pixels, n_joined=n_joined)
+
+    if axis != "auto" and axis != "all":
+        return [view_along(axis)]
+    first = view_along(AXES[0])
+    model = segmenter.manifest.input
+    deep_px = _DEEP * model.nominal_diameter_px / first.plan.scale
+    serves_all = model.slab is not None and volume.info.is_cubic and min(volume.info.shape) >= deep_px
+    return [first, *(view_along(one) for one in AXES[1:])] if axis == "all" or serves_all else [first]
 
 
 def estimate_in_volume(segmenter: Segmenter, volume: Volume, axis: Axis) -> float | None:

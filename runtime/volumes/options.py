@@ -9,7 +9,9 @@ from typing import Literal
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.volumes.volume import AXES, Axis
 
-__all__ = ["LABELS_MRC", "VolumeOptions", "parse_voxel_size"]
+__all__ = ["LABELS_MRC", "AxisOption", "VolumeOptions", "parse_voxel_size"]
+
+AxisOption = Literal["auto", "z", "y", "x", "all"]
 
 LABELS_MRC = "labels-mrc"  # what --also calls labels.mrc
 
@@ -20,7 +22,8 @@ _NM_PER_UNIT = {"nm": 1.0, "A": 0.1, "um": 1000.0}
 class VolumeOptions:
     """What a user may choose."""
 
-    axis: Literal["z", "y", "x", "all"] = "z"  # whose planes are looked at; all: what at least two agree on
+    # whose planes are looked at; all: what at least two agree on; auto: what serves the model and the volume
+    axis: AxisOption = "auto"
     n_joined: int | None = None  # planes that a slab joins, odd; None: as the model's rule says
     voxel_nm: tuple[float, float, float] | None = None  # z y x, in place of what the file says
     diameter_px: float | Literal["auto"] | None = None  # of a typical object, voxels; auto: estimated
@@ -33,9 +36,9 @@ class VolumeOptions:
     restart: bool = False  # begin anew where an earlier try stopped
 
     @property
-    def axes(self) -> tuple[Axis, ...]:
-        """The axes that are looked along."""
-        return AXES if self.axis == "all" else (self.axis,)
+    def first_axis(self) -> Axis:
+        """The axis that is looked along first."""
+        return AXES[0] if self.axis == "auto" or self.axis == "all" else self.axis
 
 
 def parse_voxel_size(text: str) -> tuple[float, float, float]:

@@ -54,7 +54,7 @@ from darcnn.runtime.volumes.find import (
     estimate_in_volume,
     find_blocks_here,
     plan_blocks,
-    plan_view,
+    plan_views,
 )
 from darcnn.runtime.volumes.labels import Numbered, write_label_mrc, write_label_volume
 from darcnn.runtime.volumes.link import link_sections
@@ -63,15 +63,13 @@ from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.overview import write_overview, write_scroll
 from darcnn.runtime.volumes.particles import write_points, write_star
-from darcnn.runtime.volumes.record import describe_views, describe_volume, volume_warnings
+from darcnn.runtime.volumes.record import VolumeCounts, describe_views, describe_volume
 from darcnn.runtime.volumes.sections import Section, read_sections
 from darcnn.runtime.volumes.solid import SolidFile, solid_of, write_solids
 from darcnn.runtime.volumes.stack import Stack
 from darcnn.runtime.volumes.volume import AXES, Volume
 
 __all__ = ["run_volume"]
-
-_CUBE = 0.01  # voxels whose sides differ by more are no cubes
 
 
 def run_volume(
@@ -122,31 +120,28 @@ def run_volume(
             _check_cubes(volume, chosen)
             with times.stage("intensity"):
                 diameter = noted["diameter_px"] if noted else _diameter(segmenter, volume, chosen)
-                views = [
-                    plan_view(
-                        segmenter,
-                        volume,
-                        axis,
-                        diameter_px=diameter,
-                        pixels=chosen.pixels,
-                        n_joined=chosen.n_joined,
-                    )
-                    for axis in chosen.axes
-                ]
+                views = plan_views(
+                    segmenter,
+                    volume,
+                    chosen.axis,
+                    diameter_px=diameter,
+                    pixels=chosen.pixels,
+                    n_joined=chosen.n_joined,
+                )
             with translated(folder):
                 parts.note(asked, {"diameter_px": diameter})
             with times.stage("find"):
                 _find(segmenter, views, parts, folder, progress, find_blocks)
             with translated(folder):
-                n_objects = _finish(claimed, views, parts, row_filter, chosen, segmenter, times)
+                counts = _finish(claimed, views, parts, row_filter, chosen, segmenter, times)
             record = {
                 **describe_run(segmenter, final),
                 "asked_sha256": hash_of(final),
                 "input": describe_volume(volume, asked),
                 "network": describe_views(views, diameter),
-                "counts": {"objects": n_objects, "planes": sum(len(view.stack) for view in views)},
+                "counts": counts.describe(),
                 "seconds": rounded_seconds(times.seconds),
-                "warnings": list(volume_warnings(n_objects, volume)),
+                "warnings": list(counts.warnings(volume)),
             }
             megavoxels = float(np.prod(volume.info.shape)) / 1e6
         with translated(folder):
@@ -202,7 +197,7 @@ def _fingerprint(path: Location) -> dict[str, Any]:
 
 def _check_cubes(volume: Volume, chosen: VolumeOptions) -> None:
     voxel = volume.info.voxel_nm
-    if chosen.axis != "z" and voxel is not None and max(voxel) / min(voxel) - 1 > _CUBE:
+    if chosen.axis not in ("auto", "z") and voxel is not None and not volume.info.is_cubic:
         sides = " x ".join(f"{one:.4g}" for one in voxel)
         raise InputError(
             f"its voxels are no cubes: {sides} nm (z y x)",
@@ -214,7 +209,7 @@ def _check_cubes(volume: Volume, chosen: VolumeOptions) -> None:
 def _diameter(segmenter: Segmenter, volume: Volume, chosen: VolumeOptions) -> float | None:
     if chosen.diameter_px is not None and chosen.diameter_px != "auto":
         return chosen.diameter_px
-    axis = chosen.axes[0]
+    axis = chosen.first_axis
     is_unasked = finds_unasked(segmenter.manifest.input, volume.info.pixel_nm(axis) is not None)
     if chosen.diameter_px == "auto" or (is_unasked and not chosen.pixels):
         return estimate_in_volume(segmenter, volume, axis)
@@ -258,20 +253,21 @@ def _planes(views: Sequence[View], wanted: View, parts: Parts) -> Iterator[list[
             yield from planes
 
 
-def _link(views: Sequence[View], parts: Parts, folder: Path) -> SolidFile:
-    """Return the objects of all views, in the order z y x, from a file in `folder`."""
-    found = []
+def _link(views: Sequence[View], parts: Parts, folder: Path) -> tuple[SolidFile, dict[str, int]]:
+    """Return the objects of all views, in a file in `folder`, and how many each axis has found."""
+    found: dict[str, SolidFile] = {}
     for view in views:
         stack, path = view.stack, folder / f"solids-{view.stack.axis}.arrow"
         planes = _planes(views, view, parts)
         chains = link_sections(planes, min_planes=stack.n_joined, plane_px=stack.plane_px)
         write_solids(path, (solid_of(chain, axis=stack.axis, n_planes=len(stack)) for chain in chains))
-        found.append(SolidFile(path))
+        found[stack.axis] = SolidFile(path)
+    by_axis = {axis: len(solids) for axis, solids in found.items()}
     if len(found) == 1:
-        return found[0]
+        return next(iter(found.values())), by_axis
     path = folder / "solids.arrow"
-    write_solids(path, agree(found))
-    return SolidFile(path)
+    write_solids(path, agree(list(found.values())))
+    return SolidFile(path), by_axis
 
 
 def _finish(
@@ -282,12 +278,13 @@ def _finish(
     chosen: VolumeOptions,
     segmenter: Segmenter,
     times: StageSeconds,
-) -> int:
-    """Write all outputs but run.json and return the number of objects."""
+) -> VolumeCounts:
+    """Write all outputs but run.json and return what run.json counts."""
     volume, built = views[0].stack.volume, claimed.built
     info, model = volume.info, segmenter.manifest.name
     with times.stage("link"):
-        numbered, table = _number(_link(views, parts, built), info.voxel_nm, row_filter)
+        solids, by_axis = _link(views, parts, built)
+        numbered, table = _number(solids, info.voxel_nm, row_filter)
     with times.stage("table"), atomic_file(built / TABLE_FILE) as file:
         pq.write_table(table, file, compression="zstd")
     with times.stage("labels"):
@@ -305,7 +302,7 @@ def _finish(
         window = views[0].window
         write_overview(built / OVERVIEW_FILE, stacks, window, numbered, model_name=model)
         write_scroll(built / SCROLL_FILE, stacks[0], window, numbered)
-    return len(numbered.rows)
+    return VolumeCounts(len(numbered.rows), len(solids), by_axis, sum(len(view.stack) for view in views))
 
 
 def _number(

@@ -19,6 +19,7 @@ __all__ = ["AXES", "Axis", "Stored", "Volume", "VolumeInfo", "across", "check_ro
 
 Axis = Literal["z", "y", "x"]
 _NM_PER_UM = 1000.0
+_CUBE = 0.01
 _MAX_PLANE_BYTES = 2**32  # a plane is read as a whole
 AXES: tuple[Axis, ...] = ("z", "y", "x")  # the order of an array's axes
 
@@ -36,6 +37,11 @@ class VolumeInfo:
     dtype: np.dtype[Any]  # of what `Volume.read` returns
     voxel_nm: tuple[float, float, float] | None = None
     voxel_source: str | None = None
+
+    @property
+    def is_cubic(self) -> bool | None:
+        """Whether the sides of a voxel are the same, but for 1 %; None: its size is not known."""
+        return None if self.voxel_nm is None else max(self.voxel_nm) / min(self.voxel_nm) - 1 <= _CUBE
 
     def plane_shape(self, axis: Axis) -> tuple[int, int]:
         """Return (rows, columns) of a plane across `axis`: the other two axes in their order."""

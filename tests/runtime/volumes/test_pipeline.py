@@ -21,9 +21,12 @@ import darcnn.runtime
 from darcnn.runtime.errors import InputError, OutputError, UsageError
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.slab import Slab
 from darcnn.runtime.volumes import find
+from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
+from darcnn.runtime.volumes.record import VolumeCounts
 
 pytest.importorskip("mrcfile", reason="volumes need the extra volumes")
 starfile = pytest.importorskip("starfile", reason="volumes need the extra volumes")
@@ -196,6 +199,43 @@ def test_a_filter_leaves_out_objects_and_numbers_the_others_anew(
     assert len(np.unique(labels)) == table.num_rows + 1
     with pytest.raises(UsageError, match="--filter"):
         run_volume(oracle16, mrc_file, tmp_path / "no", options=VolumeOptions(row_filter="area_px > 3"))
+
+
+@pytest.mark.parametrize(
+    ("slab", "nominal_px", "voxel_nm", "axes"),
+    [
+        (Slab(0.0), 5.0, None, ["z", "y", "x"]),
+        (None, 5.0, None, ["z"]),  # no model of tomograms
+        (Slab(0.0), 14.0, None, ["z"]),  # 20 planes are no three objects
+        (Slab(0.0), 5.0, (3.0, 1.0, 1.0), ["z"]),  # no cubes
+    ],
+)
+def test_three_axes_are_looked_along_where_that_serves_model_and_volume(
+    slab: Slab | None,
+    nominal_px: float,
+    voxel_nm: tuple[float, float, float] | None,
+    axes: list[str],
+    oracle16: Segmenter,
+    mrc_file: Path,
+    balls: np.ndarray,
+    tmp_path: Path,
+) -> None:
+    manifest = oracle16.manifest
+    sizes = replace(manifest.input, slab=slab, nominal_diameter_px=nominal_px)
+    segmenter = Segmenter(oracle16.engine, replace(manifest, input=sizes))
+    summary = run_volume(segmenter, mrc_file, tmp_path / "out", options=VolumeOptions(voxel_nm=voxel_nm))
+    record = json.loads((summary.folder / "run.json").read_text())
+    assert record["network"]["axes"] == axes
+    assert record["counts"]["objects"] == balls.max()
+    assert record["counts"].get("by_axis", {}) == (dict.fromkeys(axes, balls.max()) if len(axes) > 1 else {})
+
+
+def test_axes_that_disagree_are_told(mrc_file: Path, tmp_path: Path) -> None:
+    with open_volume(mrc_file, tmp_path) as volume:
+        counts = VolumeCounts(3, 79, {"z": 100, "y": 60, "x": 80}, 9)
+        assert counts.warnings(volume)[0].startswith("two axes agree on 79 objects where one alone finds 100")
+        assert not replace(counts, n_agreed=80).warnings(volume)
+        assert not VolumeCounts(0, 1, {"z": 1}, 9).warnings(volume)[1:]  # no objects, and that is all
 
 
 def test_voxels_that_are_no_cubes_are_looked_at_along_z_only(
