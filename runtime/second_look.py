@@ -79,8 +79,8 @@ def look_wider(
     """Return what a tile reports with the objects that it cuts looked at again in a tile twice as large.
 
     The larger tile shows half of the details: what does not fit into a tile is large. An object that it cuts
-    as well, or does not find, is reported as `truncated`; one whose centre turns out to lie on the ground of
-    another tile is that tile's to report.
+    as well is reported as `truncated`, one that is not found again is not reported: the end of a tile made it
+    look like an object. If its centre turns out to lie on the ground of another tile, it is that tile's.
 
     Args:
         look: finds what tiles report.
@@ -100,34 +100,29 @@ def look_wider(
     except DamagedPixelsError:  # the tile itself is whole
         return seen
     (found,) = look([replace(sampled, tile=wide, pixels=pixels, zoom=2)])
-    if not len(found):
-        return seen
-    cut = np.flatnonzero(seen.truncated)
-    share = _share_inside(seen.boxes[cut], found.boxes)  # (K, N)
-    is_covered = share.max(axis=1) >= _COVERED
-    whole = found.select(np.unique(share.argmax(axis=1)[is_covered]))
+    whole = found.select(_covering(seen.select(seen.truncated).boxes, found.boxes))
     factor = np.array([sampled.shape[1] / plan.width, sampled.shape[0] / plan.height] * 2)
     boxes = whole.boxes / factor
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     near = owns(tile, centres, margin_px=SEAM_PX) & ~whole.truncated
     reported = (owns(tile, centres) | near) & is_small_enough(boxes, max_diameter_px)
-    others = np.ones(len(seen), np.bool_)
-    others[cut[is_covered]] = False
-    joint = Instances.concatenate(seen.shape, [seen.select(others), whole.select(reported)])
+    joint = Instances.concatenate(seen.shape, [seen.select(~seen.truncated), whole.select(reported)])
     return drop_covered(replace(joint, is_saturated=seen.is_saturated))
 
 
-def _share_inside(boxes: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return which share of each of `boxes` (K, 4) lies in each of `others` (N, 4): (K, N).
+def _covering(boxes: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return which of `others` (N, 4) hold most of one of `boxes` (K, 4), and half of it at least.
 
-    >>> _share_inside(np.array([[0, 0, 4, 4]], "f4"), np.array([[0, 0, 9, 9], [2, 0, 9, 4]], "f4"))
-    array([[1. , 0.5]])
+    >>> _covering(np.array([[0, 0, 4, 4]], "f4"), np.array([[2, 0, 9, 4], [0, 0, 9, 9]], "f4"))
+    array([1])
     """
+    if not len(others):
+        return np.zeros(0, np.int64)
     low = np.maximum(boxes[:, None, :2], others[None, :, :2]).astype(np.float64)  # (K, N, 2)
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     sides = (boxes[:, 2:] - boxes[:, :2]).astype(np.float64)
-    share: NDArray[np.float64] = np.maximum(high - low, 0).prod(axis=2) / sides.prod(axis=1)[:, None]
-    return share
+    share = np.maximum(high - low, 0).prod(axis=2) / sides.prod(axis=1)[:, None]  # (K, N)
+    return np.unique(share.argmax(axis=1)[share.max(axis=1) >= _COVERED])
 
 
 def _halve(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

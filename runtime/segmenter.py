@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +23,7 @@ from darcnn.runtime.placement import is_cut, is_small_enough, lies_inside, place
 from darcnn.runtime.planning import SlidePlan, plan_slide
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
-from darcnn.runtime.sampling import SampledTile, TileSampler, measure_slide, read_ahead
+from darcnn.runtime.sampling import SampledTile, TileSampler, map_ahead, measure_slide, read_ahead
 from darcnn.runtime.seams import join_tiles
 from darcnn.runtime.second_look import look_at_quarters, look_wider
 from darcnn.runtime.tiling import SEAM_PX, Tile, owns
@@ -30,6 +32,17 @@ if TYPE_CHECKING:
     from darcnn.runtime.pipeline import Progress, RunOptions, RunSummary
 
 __all__ = ["Segmenter", "SlidePlan"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What an engine call saw on its tiles and they report: M objects, in pixels of the tiles."""
+
+    boxes: NDArray[np.float32]  # (M, 4)
+    scores: NDArray[np.float32]  # (M,)
+    masks: NDArray[np.float32]  # (M, m, m)
+    tile_index: NDArray[np.int64]  # (M,) number of the tile in its batch
+    is_full: NDArray[np.bool_]  # (B,) as many objects as the model can report
 
 
 class Segmenter(Closing):
@@ -48,6 +61,7 @@ class Segmenter(Closing):
         if (spec.tile_px, spec.channels) != (wants.tile_px, wants.channels):
             raise ShapeError(f"engine {spec} does not fit the manifest's input {wants}")
         self._engine = engine
+        self._lock = threading.Lock()
         self._manifest = manifest
         self._min_score = manifest.limits.min_score if min_score is None else min_score
 
@@ -174,7 +188,8 @@ class Segmenter(Closing):
         """Yield each tile with the objects that it reports, in the order given.
 
         An object on the seam of two tiles may come with both: `darcnn.runtime.seams.drop_twins` keeps one.
-        Three batches of tiles are held at most: while one is computed, threads read the next. What a tile
+        Four batches of tiles are held at most: threads read the next ones while one is computed in a thread
+        of its own, and what was found on the one before is put in its place by the caller's. What a tile
         yields depends on neither the batch size nor the other tiles asked for.
 
         Args:
@@ -193,9 +208,12 @@ class Segmenter(Closing):
         shape = (reader.info.height_px0, reader.info.width_px0)
         chosen = plan.tiles if tiles is None else tiles
         batches = read_ahead(sampler, chosen, batch=self._engine.spec.batch, skips_damaged=skips_damaged)
-        for batch, pixels in batches:
-            found = self.segment_batch(plan, shape, batch, pixels, sampler)
-            yield from zip(batch, found, strict=True)
+        sampled = (
+            [SampledTile(plan, shape, *pair, sampler) for pair in zip(*batch, strict=True)]
+            for batch in batches
+        )
+        for batch, seen in map_ahead(self._compute, sampled, name="darcnn-engine"):
+            yield from zip([one.tile for one in batch], self._finish(batch, seen), strict=True)
 
     def segment_batch(
         self,
@@ -226,48 +244,50 @@ class Segmenter(Closing):
         Raises:
             InputError: the slide cannot be read any more.
         """
+        return self._finish(batch, self._compute(batch))
+
+    def _finish(self, batch: Sequence[SampledTile], seen: _Seen) -> list[Instances]:
+        """Put what was seen on each tile in its place, and look again where that is called for."""
         return [
-            self._look_again(sampled, seen) for sampled, seen in zip(batch, self._look(batch), strict=True)
+            self._look_again(sampled, found)
+            for sampled, found in zip(batch, _place_all(batch, seen), strict=True)
         ]
 
-    def _look_again(self, sampled: SampledTile, seen: Instances) -> Instances:
-        if seen.is_saturated:
+    def _look_again(self, sampled: SampledTile, found: Instances) -> Instances:
+        if found.is_saturated:
             halo_px, batch = self._manifest.input.halo_px, self._engine.spec.batch
-            seen = look_at_quarters(self._look, sampled, halo_px=halo_px, batch=batch)
-        if seen.truncated.any() and sampled.sampler is not None:
+            found = look_at_quarters(self._look, sampled, halo_px=halo_px, batch=batch)
+        if found.truncated.any() and sampled.sampler is not None:
             limit_px = self._manifest.limits.max_diameter_px
-            seen = look_wider(self._look, sampled, seen, max_diameter_px=limit_px)
-        return seen
+            found = look_wider(self._look, sampled, found, max_diameter_px=limit_px)
+        return found
 
     def _look(self, batch: Sequence[SampledTile]) -> list[Instances]:
         """Return what each tile of an engine call reports, as it is seen there."""
+        return _place_all(batch, self._compute(batch))
+
+    def _compute(self, batch: Sequence[SampledTile]) -> _Seen:
+        """Run both graphs on up to `engine.spec.batch` tiles; of several threads one after another."""
         spec = self._engine.spec
         pixels = np.zeros((spec.batch, spec.tile_px, spec.tile_px, spec.channels), np.uint8)
         pixels[: len(batch)] = np.stack([sampled.pixels for sampled in batch])
-        detections = self._engine.detect(pixels)
-        slots = [self._reported(detections, n, sampled) for n, sampled in enumerate(batch)]
-        tile_index = np.repeat(np.arange(len(batch)), [len(slot) for slot in slots])
-        boxes = detections.boxes[tile_index, np.concatenate(slots)]  # (M, 4) tile px
-        scores = detections.scores[tile_index, np.concatenate(slots)]  # (M,)
+        with self._lock:  # masks are made of what the last `detect` left in the engine
+            detections = self._engine.detect(pixels)
+            slots = [self._reported(detections, n, sampled) for n, sampled in enumerate(batch)]
+            tile_index = np.repeat(np.arange(len(batch)), [len(slot) for slot in slots])
+            boxes = detections.boxes[tile_index, np.concatenate(slots)]
+            masks = np.zeros((0, spec.mask_px, spec.mask_px), np.float32)
+            if len(boxes):
+                masks = self._engine.masks(detections, boxes, tile_index)
         # the least of the slots is good enough to be reported: there may have been more
         least = detections.scores.min(axis=1)
-        is_full = (least > 0) & (least >= self._min_score)
-        masks = np.zeros((0, spec.mask_px, spec.mask_px), np.float32)
-        if len(boxes):
-            masks = self._engine.masks(detections, boxes, tile_index)
-        return [
-            place(
-                sampled.plan,
-                sampled.shape,
-                sampled.tile,
-                boxes[rows] * sampled.zoom,
-                scores[rows],
-                masks[rows],
-                is_saturated=bool(is_full[n]),
-            )
-            for n, sampled in enumerate(batch)
-            for rows in [np.flatnonzero(tile_index == n)]
-        ]
+        return _Seen(
+            boxes=boxes,
+            scores=detections.scores[tile_index, np.concatenate(slots)],
+            masks=masks,
+            tile_index=tile_index,
+            is_full=(least > 0) & (least >= self._min_score),
+        )
 
     def segment(self, reader: Reader, plan: SlidePlan, *, window: Window | None = None) -> Instances:
         """Return the objects of the whole slide as `plan` reads it; for images that fit in memory."""
@@ -303,3 +323,20 @@ class Segmenter(Closing):
     def close(self) -> None:
         """Close the engine; closing twice is allowed."""
         self._engine.close()
+
+
+def _place_all(batch: Sequence[SampledTile], seen: _Seen) -> list[Instances]:
+    """Return what each tile of a batch reports, level-0 pixels."""
+    return [
+        place(
+            sampled.plan,
+            sampled.shape,
+            sampled.tile,
+            seen.boxes[rows] * sampled.zoom,
+            seen.scores[rows],
+            seen.masks[rows],
+            is_saturated=bool(seen.is_full[n]),
+        )
+        for n, sampled in enumerate(batch)
+        for rows in [np.flatnonzero(seen.tile_index == n)]
+    ]

@@ -75,7 +75,7 @@ class Tally(StageSeconds):
             warnings.append(f"only {self.n_tiles_with_objects} of {self.n_tiles} tiles hold objects")
         if self.n_truncated:
             warnings.append(
-                f"cut where their tile ends, and not seen whole in a larger one: {self.n_truncated} of "
+                f"cut, for they reach beyond a tile twice as large: {self.n_truncated} of "
                 f"{self.n_objects} objects"
             )
         if self.n_tiles_saturated:

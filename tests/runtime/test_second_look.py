@@ -165,3 +165,14 @@ def test_quarters_part_the_core_and_show_nothing_twice():
         shown = one.pixels[: seen.height, : seen.width, 0]
         assert np.array_equal(shown, image[seen.y0 : seen.y1, seen.x0 : seen.x1])
         assert len(np.unique(one.pixels[seen.height :])) == 1
+
+
+def test_what_the_larger_tile_does_not_show_is_no_object(monkeypatch):
+    read = TileSampler.read
+
+    def read_nothing_around(self, tile):
+        pixels = read(self, tile)
+        return pixels if tile.read.width == TILE_PX else np.zeros_like(pixels)
+
+    monkeypatch.setattr(TileSampler, "read", read_nothing_around)
+    assert len(bright_segmenter()(one_object(110, 110, 166, 120))) == 0
