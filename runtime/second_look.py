@@ -88,12 +88,10 @@ def look_wider(
         seen: what it reports so far.
         max_diameter_px: network pixels; a larger object is none of the model's.
     """
-    plan, tile = sampled.plan, sampled.tile
+    plan, tile, read = sampled.plan, sampled.tile, sampled.tile.read
     assert sampled.sampler is not None  # without it there is nothing more to be seen
-    reach_x, reach_y = tile.read.width // 2, tile.read.height // 2
-    around = Region(
-        tile.read.x0 - reach_x, tile.read.y0 - reach_y, tile.read.x1 + reach_x, tile.read.y1 + reach_y
-    )
+    left, top = read.x0 - read.width // 2, read.y0 - read.height // 2
+    around = Region(left, top, left + 2 * read.width, top + 2 * read.height)
     wide = Tile(tile.index, core=around, read=around)
     try:
         pixels = _halve(sampled.sampler.read(wide))

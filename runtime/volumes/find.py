@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -12,6 +13,7 @@ import pyarrow as pa
 from darcnn.runtime.diameter import estimate_diameter
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import Window
+from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.sampling import spread_evenly
@@ -39,6 +41,8 @@ __all__ = [
 _UM_PER_NM = 1e-3
 _LOOKED_AT = 4  # planes whose objects' size is estimated
 _DEEP = 3.0  # typical objects; what is less deep shows few of them whole from its sides
+# Planes across x lie scattered over the whole file: it must fit into the memory that a system keeps files in.
+_MOST_BYTES = 2**32
 _BLOCK = 8  # planes that go to one part file: what a kill costs at most
 
 
@@ -130,9 +134,9 @@ def plan_views(
 ) -> list[View]:
     """Return how `segmenter` looks at `volume` along each of the axes that are asked for (`plan_view`).
 
-    "auto" looks along all three where a model of noisy volumes (one with a slab) meets voxels that are cubes
-    and at least three typical objects in depth each way: there, three looks find more than one and agree on
-    little else. Anything else is looked at along z.
+    "auto" looks along all three where a model of noisy volumes (one with a slab) meets voxels that are cubes,
+    at least three typical objects in depth each way and at most 4 GiB of them: there, three looks find more
+    than one and agree on little else. Anything else is looked at along z.
     """
 
     def view_along(one: Axis) -> View:
@@ -140,11 +144,22 @@ def plan_views(
 
     if axis != "auto" and axis != "all":
         return [view_along(axis)]
-    first = view_along(AXES[0])
-    model = segmenter.manifest.input
-    deep_px = _DEEP * model.nominal_diameter_px / first.plan.scale
-    serves_all = model.slab is not None and volume.info.is_cubic and min(volume.info.shape) >= deep_px
-    return [first, *(view_along(one) for one in AXES[1:])] if axis == "all" or serves_all else [first]
+    first, others = view_along(AXES[0]), AXES[1:]
+    if axis == "auto" and not _serves_all_axes(segmenter.manifest.input, first):
+        others = ()
+    return [first, *(view_along(one) for one in others)]
+
+
+def _serves_all_axes(model: ModelInput, view: View) -> bool:
+    info = view.stack.volume.info
+    deep_px = _DEEP * model.nominal_diameter_px / view.plan.scale
+    n_bytes = math.prod(info.shape) * info.dtype.itemsize
+    return (
+        model.slab is not None
+        and info.is_cubic is True
+        and min(info.shape) >= deep_px
+        and n_bytes <= _MOST_BYTES
+    )
 
 
 def estimate_in_volume(segmenter: Segmenter, volume: Volume, axis: Axis) -> float | None:

@@ -230,6 +230,19 @@ def test_three_axes_are_looked_along_where_that_serves_model_and_volume(
     assert record["counts"].get("by_axis", {}) == (dict.fromkeys(axes, balls.max()) if len(axes) > 1 else {})
 
 
+def test_a_volume_too_large_for_the_memory_is_looked_at_along_z(
+    oracle16: Segmenter, mrc_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = replace(oracle16.manifest.input, slab=Slab(0.0), nominal_diameter_px=5.0)
+    segmenter = Segmenter(oracle16.engine, replace(oracle16.manifest, input=sizes))
+    n_bytes = 20 * 70 * 60 * 2
+    with open_volume(mrc_file, tmp_path) as volume:
+        for most, n_axes in ((n_bytes, 3), (n_bytes - 1, 1)):
+            monkeypatch.setattr(find, "_MOST_BYTES", most)
+            assert len(find.plan_views(segmenter, volume, "auto")) == n_axes
+            assert len(find.plan_views(segmenter, volume, "all")) == 3
+
+
 def test_axes_that_disagree_are_told(mrc_file: Path, tmp_path: Path) -> None:
     with open_volume(mrc_file, tmp_path) as volume:
         counts = VolumeCounts(3, 79, {"z": 100, "y": 60, "x": 80}, 9)
