@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import sys
@@ -22,12 +21,9 @@ if TYPE_CHECKING:  # torch is imported inside the commands: --help is quick and 
     from darcnn.runtime.segmenter import Segmenter
     from darcnn.runtime.volumes.options import AxisOption
     from darcnn.training.decisions import Decisions
-    from darcnn.training.evaluate import Evaluation
     from darcnn.training.stages import Run
 
 __all__ = ["main", "open_model"]
-
-_FIGURES = ("aji", "pixel_f1", "object_f1", "max_iou")
 
 
 def main() -> None:
@@ -229,7 +225,12 @@ def ablation(recipe: Path, out: Path | None, data: Path | None, resume: bool, de
 )
 @click.option("--unlabelled", is_flag=True, help="FOLDER has no labels: figures that need none.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here as well.")
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write each image's figures here.")
+@click.option(
+    "--csv",
+    "csv_path",
+    type=click.Path(path_type=Path),
+    help="Write the figures of each image or volume here.",
+)
 def evaluate(
     model: str,
     folder: Path,
@@ -252,43 +253,38 @@ def evaluate(
 
     A FOLDER of volumes holds volumes/ and labels/ (TIFF stacks of the same names).
     """
-    from darcnn.training.evaluate import evaluate_folder
-
     if unlabelled:
-        from darcnn.training.unlabelled import as_table, judge_folder, write_csv
+        from darcnn.training import unlabelled as trust
 
         with open_model(model, min_score) as segmenter:
-            figures = judge_folder(folder, segmenter, mpp=mpp, diameter_px=diameter, pixels=pixels)
-        _give(as_table(figures), json_path)
+            figures = trust.judge_folder(folder, segmenter, mpp=mpp, diameter_px=diameter, pixels=pixels)
+        _give(trust.as_table(figures), json_path)
         if csv_path is not None:
-            write_csv(figures, csv_path)
+            trust.write_csv(figures, csv_path)
         return
 
     if (folder / "volumes").is_dir():
-        from darcnn.training.evaluate_volumes import as_rows, evaluate_volumes
+        from darcnn.training.evaluate_volumes import as_rows, by_volume, evaluate_volumes
 
         with open_model(model, min_score) as segmenter:
             found = evaluate_volumes(folder, segmenter, diameter_px=diameter, pixels=pixels, axis=axis)
-        table = as_rows(found)
-        _give(table, json_path)
-        _note(model, folder, table)
-        return
+        table, singly, of = as_rows(found), by_volume(found), "volume"
+    else:
+        from darcnn.training import evaluate as images
 
-    with open_model(model, min_score) as segmenter:
+        with open_model(model, min_score) as segmenter:
 
-        def segment(reader: Any) -> Any:
-            return segmenter(reader, mpp=mpp, diameter_px=diameter, pixels=pixels)
+            def segment(reader: Any) -> Any:
+                return segmenter(reader, mpp=mpp, diameter_px=diameter, pixels=pixels)
 
-        result = evaluate_folder(folder, segment)
-    table = _table(result)
+            result = images.evaluate_folder(folder, segment)
+        table, singly, of = images.as_rows(result), images.by_image(result), "image"
     _give(table, json_path)
     _note(model, folder, table)
     if csv_path is not None:
-        with csv_path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", *_FIGURES])
-            for name, one in zip(result.names, result.scores, strict=True):
-                writer.writerow([name, *(f"{getattr(one, figure):.4f}" for figure in _FIGURES)])
+        from darcnn.training.writing import write_csv
+
+        write_csv(singly, csv_path, of=of)
 
 
 def _note(model: str, folder: Path, table: dict[str, dict[str, float]]) -> None:
@@ -330,23 +326,14 @@ def open_model(model: str, min_score: float | None) -> Segmenter:
     return load(model, min_score=min_score)
 
 
-def _table(result: Evaluation) -> dict[str, dict[str, float]]:
-    """Return figures by row: all images, each kind of a mixed folder, and all pooled."""
-    from darcnn.training.evaluate import kinds
-
-    rows = {f"all {len(result.names)}, mean": result.mean}
-    for kind in kinds(result.names):
-        part = result.of_kind(kind)
-        rows[f"{len(part.names)} {kind}, mean"] = part.mean
-    rows["all, pooled"] = result.pooled
-    return {row: {figure: getattr(scores, figure) for figure in _FIGURES} for row, scores in rows.items()}
-
-
 def _give(table: dict[str, dict[str, float]], json_path: Path | None) -> None:
     """Print the table, and write it where asked."""
     click.echo(_as_text(table))
     if json_path is not None:
-        json_path.write_text(json.dumps(table, indent=1), encoding="utf-8")
+        from darcnn.training.writing import new_file
+
+        with new_file(json_path) as temporary:
+            temporary.write_text(json.dumps(table, indent=1), encoding="utf-8")
 
 
 def _as_text(table: dict[str, dict[str, float]]) -> str:

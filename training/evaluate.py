@@ -17,7 +17,17 @@ from darcnn.runtime.metrics import Scores, aggregate_scores, mean_scores, score_
 from darcnn.runtime.readers import Reader, open_source
 from darcnn.runtime.readers.open import is_readable
 
-__all__ = ["Evaluation", "evaluate_folder", "kinds", "labelled_images", "read_label_image"]
+__all__ = [
+    "Evaluation",
+    "as_rows",
+    "by_image",
+    "evaluate_folder",
+    "kinds",
+    "labelled_images",
+    "read_label_image",
+]
+
+_FIGURES = ("aji", "pixel_f1", "object_f1", "max_iou")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +99,25 @@ def kinds(names: tuple[str, ...]) -> Iterator[str]:
     prefixes = sorted({name.split("_")[0] + "_" for name in names if "_" in name})
     if len(prefixes) > 1:
         yield from prefixes
+
+
+def as_rows(result: Evaluation) -> dict[str, dict[str, float]]:
+    """Return figures by row: all images, each kind of a mixed folder, and all pooled."""
+    rows = {f"all {len(result.names)}, mean": result.mean}
+    for kind in kinds(result.names):
+        part = result.of_kind(kind)
+        rows[f"{len(part.names)} {kind}, mean"] = part.mean
+    rows["all, pooled"] = result.pooled
+    return {row: _row(scores) for row, scores in rows.items()}
+
+
+def by_image(result: Evaluation) -> dict[str, dict[str, float]]:
+    """Return the figures of each image."""
+    return {name: _row(scores) for name, scores in zip(result.names, result.scores, strict=True)}
+
+
+def _row(scores: Scores) -> dict[str, float]:
+    return {figure: getattr(scores, figure) for figure in _FIGURES}
 
 
 def read_label_image(path: Path) -> NDArray[np.int32]:

@@ -19,7 +19,7 @@ from darcnn.runtime.volumes.metrics import VolumeScores, score_volume
 from darcnn.runtime.volumes.options import AxisOption, VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
 
-__all__ = ["as_rows", "evaluate_volumes", "labelled_volumes", "read_label_volume"]
+__all__ = ["as_rows", "by_volume", "evaluate_volumes", "labelled_volumes", "read_label_volume"]
 
 
 _LABELS = "labels.ome.zarr/0"  # of a result: the labels in full
@@ -82,9 +82,14 @@ def evaluate_volumes(
 
 def as_rows(figures: Mapping[str, VolumeScores]) -> dict[str, dict[str, float]]:
     """Return the figures by row: the mean of all volumes, and each volume."""
-    rows = {name: _row(one) for name, one in figures.items()}
+    rows = by_volume(figures)
     mean = {key: float(np.mean([row[key] for row in rows.values()])) for key in next(iter(rows.values()))}
     return {f"all {len(rows)}, mean": mean, **rows}
+
+
+def by_volume(figures: Mapping[str, VolumeScores]) -> dict[str, dict[str, float]]:
+    """Return the figures of each volume."""
+    return {name: _row(one) for name, one in figures.items()}
 
 
 def _row(scores: VolumeScores) -> dict[str, float]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import csv
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from darcnn.runtime.errors import OutputError
 
-__all__ = ["disk_errors", "new_file"]
+__all__ = ["disk_errors", "new_file", "write_csv"]
 
 
 @contextlib.contextmanager
@@ -43,3 +44,17 @@ def new_file(path: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def write_csv(figures: Mapping[str, Mapping[str, float]], path: Path, *, of: str) -> None:
+    """Write one line a name, headed `of` ("image"), with its figures.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    names = list(next(iter(figures.values()), {}))
+    with new_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([of, *names])
+        for one, row in figures.items():
+            writer.writerow([one, *(f"{row[name]:.4f}" for name in names)])

@@ -289,3 +289,10 @@ def test_evaluation_without_a_model_or_a_folder_is_refused_in_one_line(
 ) -> None:
     assert_refused(call("evaluate", tmp_path / "none.darcnn", data / "evaluate"), "none.darcnn")
     assert_refused(call("evaluate", checkpoint, tmp_path / "nothing"), "no images")
+    (tmp_path / "file").touch()
+    for option in ("--json", "--csv"):
+        within = tmp_path / "file" / "figures"
+        code, _, err = call("evaluate", checkpoint, data / "evaluate", "--pixels", option, within)
+        assert code == 2
+        assert "Traceback" not in err
+        assert str(within) in err

@@ -12,7 +12,7 @@ from darcnn.runtime.engines.oracle import OracleEngine, make_oracle_manifest
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.metrics import score_volume
-from darcnn.training.evaluate_volumes import as_rows, evaluate_volumes
+from darcnn.training.evaluate_volumes import as_rows, by_volume, evaluate_volumes
 
 
 @pytest.fixture
@@ -46,6 +46,7 @@ def test_the_oracle_is_perfect_and_a_shifted_truth_is_not(folder: Path) -> None:
     assert (scores.n_true, scores.n_found) == (3, 3)
     rows = as_rows(figures)
     assert rows["all 1, mean"] == rows["a.tif"]
+    assert by_volume(figures) == {"a.tif": rows["a.tif"]}
 
 
 def test_figures_of_a_shifted_volume_are_those_worked_out_by_hand(truth: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from darcnn.training import checkpoint
 from darcnn.training.checkpoint import CheckpointInfo, load_network, save_checkpoint
 from darcnn.training.config import Recipe
 from darcnn.training.model.network import Darcnn
-from darcnn.training.writing import disk_errors, new_file
+from darcnn.training.writing import disk_errors, new_file, write_csv
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 REFUSALS = [FULL, SafetensorError("Error while serializing: No space left on device (os error 28)")]
@@ -40,6 +40,17 @@ def test_a_file_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
         assert not path.exists()
     assert path.read_text() == "all of it"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_csv_has_a_line_a_name(tmp_path: Path) -> None:
+    write_csv(
+        {"a.mrc": {"aji": 0.5, "hits": 1.0}, "b": {"hits": 0.25, "aji": 0.0}}, tmp_path / "t", of="volume"
+    )
+    assert (tmp_path / "t").read_text().split() == [
+        "volume,aji,hits",
+        "a.mrc,0.5000,1.0000",
+        "b,0.0000,0.2500",
+    ]
 
 
 def test_what_is_not_finished_leaves_the_old_file(tmp_path: Path, refuse: Callable[..., NoReturn]) -> None:
