@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,7 +100,7 @@ def bundle(
     """
     _require_export()
     from darcnn.export.pack import make_licence, make_members, make_training, options_of
-    from darcnn.export.tiles import images_of
+    from darcnn.export.tiles import images_of, measure_mpp
     from darcnn.training.checkpoint import load_network
     from darcnn.training.trust import most_trusted_round
 
@@ -114,6 +115,12 @@ def bundle(
     terms = make_licence(name, recipe.data_licence) if licence is None else _read_text(licence)
     sizes = {"proposals_per_level": proposals, "proposals": proposals, "detections": detections}
     given = {size: value for size, value in sizes.items() if value is not None}
+    target = recipe.target
+    if target.mpp is None and not target.finds_diameter:
+        target = replace(target, mpp=measure_mpp(sources, target.nominal_diameter_px))
+        if target.mpp is not None:
+            click.echo(f"the images tell the scale: {target.mpp:g} um per network pixel", err=True)
+    recipe = replace(recipe, target=target)
     manifest = _make_manifest(network, recipe, name, tile or recipe.export.tile_px, batch=batch, **given)
     click.echo(f"exporting {name}, stage {info.stage}, step {info.step}", err=True)
     members = make_members(network, options_of(manifest), make_training(info), terms)

@@ -23,7 +23,10 @@ from darcnn.runtime.volumes.find import plan_view, plane_reader
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.training.config import Recipe
 
-__all__ = ["TileSource", "images_in", "images_of", "read_tiles"]
+__all__ = ["TileSource", "images_in", "images_of", "measure_mpp", "read_tiles"]
+
+_MEASURED = 8  # images whose pixel size is read
+_ALIKE = 1.25  # ratio of the scales of images that are still of one kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +38,52 @@ class TileSource:
 
 
 def images_of(recipe: Recipe, folder: Path | None = None) -> list[TileSource]:
-    """Return the images in `folder`, by default those that the recipe adapts to.
+    """Return the images that the recipe adapts to, in `folder` or in the recipe's own.
+
+    In a folder where the recipe's patterns match nothing, all images are taken.
 
     Raises:
         UsageError: there is none.
     """
-    if folder is not None:
-        return images_in(folder)
     found = [
         TileSource(path, group.diameter_px)
         for group in recipe.target.sets
-        for path in sorted(Path(recipe.data).glob(group.images))
+        for path in sorted((Path(recipe.data) if folder is None else folder).glob(group.images))
     ]
-    if not found:
+    if found:
+        return found
+    if folder is None:
         raise _no_image(recipe.data)
-    return found
+    return images_in(folder)
+
+
+def measure_mpp(sources: Sequence[TileSource], nominal_diameter_px: float) -> float | None:
+    """Return the micrometres per network pixel at which images were learned from, by what they tell.
+
+    A model that was told the diameter of its objects in pixels knows no scale. Where the images tell how
+    large a pixel is, it follows: an image is scaled so that its objects are nominal. None where an image does
+    not tell, where no diameter was given, or where the images differ by more than a quarter.
+
+    Args:
+        sources: the images.
+        nominal_diameter_px: of a typical object, network pixels.
+    """
+    found = []
+    for source in spread_evenly(sources, _MEASURED):
+        mpp = _mpp_of(source.path)
+        if mpp is None or source.diameter_px is None:
+            return None
+        found.append(mpp * source.diameter_px / nominal_diameter_px)
+    if max(found) > _ALIKE * min(found):
+        return None
+    return float(f"{np.median(found):.4g}")
+
+
+def _mpp_of(path: Path) -> float | None:
+    planes = count_planes(path)
+    z, t = (0 if n > 1 else None for n in (planes.n_z, planes.n_t))
+    with open_source(path, z=z, t=t) as reader:
+        return None if reader.info.mpp is None else reader.info.mpp[0]
 
 
 def images_in(folder: Path, diameter_px: float | None = None) -> list[TileSource]:
