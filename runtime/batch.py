@@ -1,11 +1,12 @@
-"""Many slides, one after another: inputs become a list of files, and one failure stops no other."""
+"""Many slides: inputs become a list of files, and one failure stops no other."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from darcnn.runtime.errors import (
     EXIT_PARTIAL,
@@ -16,7 +17,7 @@ from darcnn.runtime.errors import (
     InputError,
     UsageError,
 )
-from darcnn.runtime.pipeline import RunOptions, run_slide
+from darcnn.runtime.pipeline import RunOptions, RunSummary, run_slide
 from darcnn.runtime.progress import Listener
 from darcnn.runtime.readers.base import make_slide_name
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr, is_url
@@ -32,17 +33,27 @@ from darcnn.runtime.volumes.open import is_volume
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
 
-__all__ = ["HERE", "BatchOutcome", "Finders", "list_slides", "run_batch"]
+__all__ = ["HERE", "BatchOutcome", "Finders", "SlideRunner", "list_slides", "run_batch", "run_picture"]
 
 _ONE_OF_MANY = ".dcm"  # the files of a DICOM slide lie side by side: one must be named, not the folder
+_SMALL_PX0 = 4096 * 4096  # pixels of level 0: the rows of a picture of fewer are not worth spreading
+
+# what came of slides, as they are finished: number in the sequence, and its summary or its error
+SlideRunner = Callable[
+    [Segmenter, Sequence[Location], Path, RunOptions], Iterable[tuple[int, RunSummary | DarcnnError]]
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Finders:
-    """Who finds the objects of slides and of volumes: this process, or others."""
+    """Who finds the objects of slides and of volumes: this process, or others.
+
+    `run_pictures` runs small slides, each as a whole where it is run; None: they are run as the others are.
+    """
 
     find_rows: RowRunner = find_rows_here
     find_blocks: BlockRunner = find_blocks_here
+    run_pictures: SlideRunner | None = None
 
 
 HERE = Finders()
@@ -129,23 +140,81 @@ def run_batch(
 ) -> BatchOutcome:
     """Run all `slides`; those that fail are told to `listener` and the rest goes on.
 
-    A file of several planes is run as a volume, unless `options` choose one of them. `out_dir`/summary.csv
-    has a line for each, also when the batch is interrupted.
+    A file of several planes is run as a volume, unless `options` choose one of them. Where others find, small
+    pictures come first, several at once. `out_dir`/summary.csv has a line for each slide in the order of
+    `slides`, also when the batch is interrupted.
 
     Raises:
         BundleError, DeviceError: no further slide would fare better.
         KeyboardInterrupt: at Ctrl-C; finished slides stay, the current one its finished rows of tiles.
     """
-    outcomes: list[SlideOutcome] = []
+    outcomes: dict[int, SlideOutcome] = {}
     try:
-        for number, path in enumerate(slides, start=1):
-            listener.begin(path, number, len(slides))
-            outcomes.append(_run_one(segmenter, path, out_dir, options, volume_options, listener, finders))
+        for index, outcome in _run_pictures(
+            segmenter, slides, out_dir, options, listener, finders.run_pictures
+        ):
+            outcomes[index] = outcome
+        for index, path in enumerate(slides):
+            if index not in outcomes:
+                listener.begin(path, len(outcomes) + 1, len(slides))
+                outcomes[index] = _run_one(
+                    segmenter, path, out_dir, options, volume_options, listener, finders
+                )
     finally:
-        write_summary(out_dir, outcomes)
-    done = [outcome.summary for outcome in outcomes if outcome.summary is not None]
+        write_summary(out_dir, [outcomes[index] for index in sorted(outcomes)])
+    done = [outcome.summary for outcome in outcomes.values() if outcome.summary is not None]
     n_damaged = sum(summary.n_unreadable > 0 for summary in done)
     return BatchOutcome(len(done), len(slides) - len(done), n_damaged)
+
+
+def run_picture(
+    segmenter: Segmenter, path: Location, out_dir: Path, options: RunOptions, **how: Any
+) -> RunSummary:
+    """Open a slide and run it; `how` is handed to `run_slide`.
+
+    Raises:
+        DarcnnError: it cannot be read, or its results cannot be written.
+    """
+    try:
+        with open_source(path, z=options.z, t=options.t) as reader:
+            return run_slide(segmenter, reader, out_dir, options=options, **how)
+    except OSError as err:  # what no reader and no sink foresaw
+        raise output_error(err, Path(err.filename or path)) from err
+
+
+def _run_pictures(
+    segmenter: Segmenter,
+    slides: Sequence[Location],
+    out_dir: Path,
+    options: RunOptions,
+    listener: Listener,
+    run: SlideRunner | None,
+) -> Iterator[tuple[int, SlideOutcome]]:
+    """Yield the index and the outcome of small pictures as they are finished, if there are several."""
+    small = [] if run is None else [n for n, path in enumerate(slides) if _is_small(path, options)]
+    if run is None or len(small) < 2:
+        return
+    paths = [slides[index] for index in small]
+    for n_done, (number, result) in enumerate(run(segmenter, paths, out_dir, options), start=1):
+        path = paths[number]
+        listener.begin(path, n_done, len(slides))
+        if isinstance(result, RunSummary):
+            listener.finish(result)
+            yield small[number], SlideOutcome(path, result)
+        else:
+            listener.fail(str(result))
+            yield small[number], SlideOutcome(path, error=str(result))
+
+
+def _is_small(path: Location, options: RunOptions) -> bool:
+    """Tell whether a file is a picture of a few tiles; what cannot be opened is none: running it says why."""
+    try:
+        if options.z is None and is_volume(path, t=options.t):
+            return False
+        with open_source(path, z=options.z, t=options.t) as reader:
+            return reader.info.width_px0 * reader.info.height_px0 <= _SMALL_PX0
+    except (DarcnnError, OSError):
+        return False
 
 
 def _run_one(
@@ -169,10 +238,9 @@ def _run_one(
                 find_blocks=finders.find_blocks,
             )
         else:
-            with open_source(path, z=options.z, t=options.t) as reader:
-                summary = run_slide(
-                    segmenter, reader, out_dir, options=options, progress=tell, find_rows=finders.find_rows
-                )
+            summary = run_picture(
+                segmenter, path, out_dir, options, progress=tell, find_rows=finders.find_rows
+            )
     except (BundleError, DeviceError):
         raise
     except DarcnnError as err:

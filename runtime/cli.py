@@ -268,7 +268,7 @@ def _open_finders(
     if workers is not None:  # the cores are shared out
         load_model = partial(load_model, threads=max(1, (os.cpu_count() or 1) // workers))
     with open_cluster(load_model, n_workers=workers, scheduler=scheduler, z=options.z, t=options.t) as runner:
-        yield Finders(runner.find_rows, runner.find_blocks)
+        yield Finders(runner.find_rows, runner.find_blocks, runner.run_pictures)
 
 
 def _build_engine(model: str, backend: str, terminal: Terminal | JsonLines) -> None:

@@ -1,15 +1,16 @@
-"""Rows of tiles and blocks of planes found by many processes: a local Dask cluster, or one that runs already
-(extra `cluster`).
+"""Rows of tiles, blocks of planes and small pictures done by many processes (extra `cluster`).
 
-A worker gets the path of the slide and a row's tiles, and gives back the row's part; only the process that
-was given the command writes. What a worker computes depends on nothing but the slide and the row, so the
-result is that of a single process to the byte, in whatever order rows come back. A worker that dies loses its
-row only: another does it. The same holds for a volume and its blocks.
+They are those of a local Dask cluster, or of one that runs already. A worker gets the path of the slide and
+a row's tiles, and gives back the row's part; the process that was given the command writes. A small picture
+is a worker's as a whole, with its files. What a worker computes depends on nothing but the slide and the row,
+so the result is that of a single process to the byte, in whatever order rows come back. A worker that dies
+loses its row only: another does it. The same holds for a volume and its blocks.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import uuid
@@ -19,17 +20,22 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, TypeVar, cast
 
 from distributed import Client, LocalCluster, WorkerPlugin, as_completed, get_worker
 from distributed.scheduler import KilledWorker
 
-from darcnn.runtime.errors import DarcnnError, DeviceError, UsageError
+from darcnn.runtime.batch import run_picture
+from darcnn.runtime.errors import BundleError, DarcnnError, DeviceError, UsageError
+from darcnn.runtime.pipeline import RunOptions, RunSummary
 from darcnn.runtime.readers.open import open_source
 from darcnn.runtime.readers.protocol import Location, Reader
 from darcnn.runtime.record import model_hash
 from darcnn.runtime.rows import FoundRow, Row, SlideTask, find_row
 from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.sinks.atomic import translated
 from darcnn.runtime.volumes.find import Block, FoundBlock, find_block
 
 __all__ = ["ClusterRunner", "SlideSource", "open_cluster"]
@@ -107,6 +113,20 @@ def _find_block(model: str, block: Block) -> FoundBlock:
         return find_block(segmenter, block)
 
 
+def _run_picture(
+    model: str, out_dir: Path, options: RunOptions, picture: tuple[int, Location]
+) -> tuple[int, RunSummary | DarcnnError]:
+    """Run a whole picture, in a worker."""
+    number, path = picture
+    with _own_model(model) as (_, segmenter):
+        try:
+            return number, run_picture(segmenter, path, out_dir, options)
+        except (BundleError, DeviceError):  # no other picture would fare better
+            raise
+        except DarcnnError as err:
+            return number, err
+
+
 class ClusterRunner:
     """Who finds rows and blocks in a cluster; made by `open_cluster`."""
 
@@ -157,6 +177,33 @@ class ClusterRunner:
         for found in self._spread(work, [block.for_others() for block in blocks]):
             yield found
             advance(n_planes[found.number], found.table.num_rows)
+
+    def run_pictures(
+        self, segmenter: Segmenter, pictures: Sequence[Location], out_dir: Path, options: RunOptions
+    ) -> Iterator[tuple[int, RunSummary | DarcnnError]]:
+        """Yield what came of each picture as workers finish them: a `SlideRunner`.
+
+        Nothing comes of any where workers do not see `out_dir`.
+
+        Raises:
+            OutputError: there cannot be files in `out_dir`.
+            BundleError, DeviceError: no picture would fare better, or one killed several workers.
+        """
+        with translated(out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
+            with NamedTemporaryFile(dir=out_dir, prefix=".", suffix=".seen") as probe:
+                sees = self._client.run(os.path.exists, str(Path(probe.name).resolve()))
+        if not all(sees.values()):
+            return
+        if options.roi is not None and Path(options.roi).is_file():
+            options = replace(options, roi=str(Path(options.roi).resolve()))
+        work = partial(_run_picture, model_hash(segmenter.manifest), out_dir.resolve(), options)
+        places = [path if isinstance(path, str) else path.resolve() for path in pictures]
+        for number, result in self._spread(work, list(enumerate(places))):
+            if isinstance(result, RunSummary):  # as the command was given it
+                folder = out_dir / result.folder.name
+                result = replace(result, folder=folder, overview=folder / result.overview.name)
+            yield number, result
 
     def _spread(self, work: Callable[[_Item], _Found], items: Sequence[_Item]) -> Iterator[_Found]:
         """Yield what workers make of `items`, as they finish; each has one more waiting."""

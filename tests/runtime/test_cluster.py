@@ -11,11 +11,12 @@ from PIL import Image
 
 cluster = pytest.importorskip("darcnn.runtime.cluster", reason="needs the extra cluster")
 
+from darcnn.runtime import batch  # noqa: E402
 from darcnn.runtime.cli import main  # noqa: E402
 from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_oracle_manifest  # noqa: E402
-from darcnn.runtime.errors import BundleError, DeviceError, InputError, UsageError  # noqa: E402
+from darcnn.runtime.errors import BundleError, DeviceError, InputError, OutputError, UsageError  # noqa: E402
 from darcnn.runtime.load import load  # noqa: E402
-from darcnn.runtime.pipeline import run_slide  # noqa: E402
+from darcnn.runtime.pipeline import RunOptions, run_slide  # noqa: E402
 from darcnn.runtime.readers.array import ArrayReader  # noqa: E402
 from darcnn.runtime.readers.open import open_source  # noqa: E402
 from darcnn.runtime.segmenter import Segmenter  # noqa: E402
@@ -134,6 +135,89 @@ def test_what_a_worker_cannot_read_is_told_as_here(slide, tmp_path):
             list(runner.find_rows(segmenter, reader, task, [Row(0, plan.tiles[:1])], lambda *_: None))
         with pytest.raises(UsageError, match="in memory"):
             run_slide(segmenter, in_memory, tmp_path / "out", find_rows=runner.find_rows)
+
+
+class Told:
+    """Notes what a batch tells."""
+
+    def __init__(self):
+        self.begun, self.done, self.failed = [], [], []
+
+    def begin(self, path, number, total):
+        self.begun.append((path.name, number, total))
+
+    def advance(self, done, total, /, **how_far):
+        pass
+
+    def finish(self, summary):
+        self.done.append(summary)
+
+    def fail(self, message):
+        self.failed.append(message)
+
+
+@pytest.fixture
+def pictures(slide, tmp_path):
+    """Five pictures, one of them broken."""
+    with Image.open(slide) as picture:
+        for number in range(4):
+            picture.crop((10 * number, 0, 250, 300)).save(tmp_path / f"{number}.png")
+    (tmp_path / "broken.png").write_bytes(slide.read_bytes()[:400])
+    return [tmp_path / f"{name}.png" for name in (0, "broken", 1, 2, 3)]
+
+
+def test_small_pictures_are_spread_as_wholes_and_one_that_fails_stops_no_other(
+    pictures, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    told, alone = Told(), Told()
+    with oracle()() as segmenter:
+        batch.run_batch(segmenter, pictures, Path("alone"), options=RunOptions(pixels=True), listener=alone)
+        with cluster.open_cluster(oracle(), n_workers=2) as runner:
+            finders = batch.Finders(runner.find_rows, runner.find_blocks, runner.run_pictures)
+            outcome = batch.run_batch(
+                segmenter, pictures, Path("out"),
+                options=RunOptions(pixels=True, roi="0,0,200,300"), listener=told, finders=finders,
+            )  # fmt: skip
+            assert (outcome.n_done, outcome.n_failed, outcome.exit_code) == (4, 1, 1)
+            again = batch.run_batch(
+                segmenter, pictures, Path("again"),
+                options=RunOptions(pixels=True), listener=Told(), finders=finders,
+            )  # fmt: skip
+            assert again.n_done == 4
+    for number in "0123":
+        expected = contents(Path("alone") / number)
+        assert contents(Path("again") / number) == expected
+        assert contents(Path("out") / number) != expected  # options reach the workers
+    assert len(told.failed) == 1
+    assert "broken.png" in told.failed[0]
+    assert sorted(summary.name for summary in told.done) == ["0", "1", "2", "3"]
+    assert all(summary.folder == Path("out") / summary.name for summary in told.done)
+    assert [(number, total) for _, number, total in told.begun] == [(n, 5) for n in range(1, 6)]
+    assert sorted(name for name, *_ in told.begun) == sorted(path.name for path in pictures)
+    lines = (tmp_path / "again" / "summary.csv").read_text().splitlines()
+    assert [Path(line.split(",")[0]).name for line in lines[1:]] == [path.stem for path in pictures]
+
+
+def test_pictures_are_not_spread_where_workers_do_not_see_the_folder_of_results(
+    pictures, tmp_path, monkeypatch
+):
+    with cluster.open_cluster(oracle(), n_workers=1) as runner, oracle()() as segmenter:
+        monkeypatch.setattr(runner._client, "run", lambda seen, path: {"worker": False})
+        assert list(runner.run_pictures(segmenter, pictures, tmp_path / "out", RunOptions(pixels=True))) == []
+        monkeypatch.undo()
+        (tmp_path / "file").touch()
+        with pytest.raises(OutputError, match="a file stands where a folder is needed"):
+            list(runner.run_pictures(segmenter, pictures, tmp_path / "file" / "out", RunOptions(pixels=True)))
+
+
+def test_a_picture_that_kills_every_worker_is_one_line(pictures, deadly, tmp_path):
+    with (
+        cluster.open_cluster(deadly(99), n_workers=1) as runner,
+        oracle()() as segmenter,
+        pytest.raises(DeviceError, match="workers with it"),
+    ):
+        list(runner.run_pictures(segmenter, pictures[:1], tmp_path / "out", RunOptions(pixels=True)))
 
 
 @pytest.mark.parametrize(
