@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -32,7 +32,6 @@ __all__ = [
     "SampledTile",
     "TileSampler",
     "join_samples",
-    "map_ahead",
     "measure_slide",
     "read_ahead",
     "sample_slide",
@@ -183,25 +182,6 @@ def read_ahead(
                             raise
                 if whole:
                     yield [tile for tile, _ in whole], [pixels for _, pixels in whole]
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def map_ahead(function: Callable[[T], R], items: Iterable[T], *, name: str) -> Iterator[tuple[T, R]]:
-    """Yield each item with what `function` makes of it; a thread called `name` is one item ahead.
-
-    What `function` raises is raised here, in the order of the items.
-    """
-    ahead: deque[tuple[T, Future[R]]] = deque()
-    with ThreadPoolExecutor(1, name) as pool:
-        try:
-            for item in items:
-                ahead.append((item, pool.submit(function, item)))
-                if len(ahead) > 1:
-                    done, result = ahead.popleft()
-                    yield done, result.result()
-            for done, result in ahead:
-                yield done, result.result()
         finally:
             pool.shutdown(cancel_futures=True)
 

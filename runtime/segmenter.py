@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from darcnn.runtime.ahead import map_ahead
 from darcnn.runtime.boxes import non_maximum_suppression
 from darcnn.runtime.closing import Closing
 from darcnn.runtime.diameter import choose_diameter
@@ -23,7 +24,7 @@ from darcnn.runtime.placement import is_cut, is_small_enough, lies_inside, place
 from darcnn.runtime.planning import SlidePlan, plan_slide
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
-from darcnn.runtime.sampling import SampledTile, TileSampler, map_ahead, measure_slide, read_ahead
+from darcnn.runtime.sampling import SampledTile, TileSampler, measure_slide, read_ahead
 from darcnn.runtime.seams import join_tiles
 from darcnn.runtime.second_look import look_at_quarters, look_wider
 from darcnn.runtime.tiling import SEAM_PX, Tile, owns

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import shapely
 
+from darcnn.runtime.ahead import map_ahead
 from darcnn.runtime.sinks.atomic import atomic_file
 from darcnn.runtime.sinks.parquet import read_objects
 
@@ -69,27 +71,32 @@ def write_geojson(
     ):
         out.write(b'{"type":"FeatureCollection","features":[')
         separator = b"\n"
-        for part in read_objects(objects):
-            for features in _features(part, slide_name, opening, origin_px0):
-                out.write(separator + features.encode("ascii"))
-                separator = b",\n"
+        for _, features in map_ahead(
+            lambda rows: _features(rows, slide_name, opening, origin_px0), _slices(objects), name="geojson"
+        ):  # compressing one while the next is made
+            out.write(separator + features.encode("ascii"))
+            separator = b",\n"
         out.write(b"\n]}\n")
 
 
-def _features(part: pa.Table, slide_name: str, opening: str, origin_px0: tuple[int, int]) -> Iterator[str]:
-    names = _measurement_names(part.column_names)
+def _slices(objects: Path) -> Iterator[pa.Table]:
+    for part in read_objects(objects):
+        for start in range(0, part.num_rows, _FEATURES):
+            yield part.slice(start, _FEATURES)
+
+
+def _features(rows: pa.Table, slide_name: str, opening: str, origin_px0: tuple[int, int]) -> str:
+    names = _measurement_names(rows.column_names)
     keys = [_dump(name) for name in names]
-    for start in range(0, part.num_rows, _FEATURES):
-        rows = part.slice(start, _FEATURES)
-        values = [rows[name].to_pylist() for name in names.values()]
-        measured = [_measurements(keys, row) for row in zip(*values, strict=True)]
-        rings = _rings(rows, origin_px0)
-        ids = [uuid.uuid5(_NAMESPACE, f"{slide_name}/{number}") for number in rows["id"].to_pylist()]
-        yield ",\n".join(
-            f'{{"type":"Feature","id":"{identity}","geometry":{{"type":"Polygon","coordinates":[{ring}]}},'
-            f'"properties":{opening},"measurements":{measurements}}}}}'
-            for identity, ring, measurements in zip(ids, rings, measured, strict=True)
-        )
+    values = [rows[name].to_pylist() for name in names.values()]
+    measured = [_measurements(keys, row) for row in zip(*values, strict=True)]
+    rings = _rings(rows, origin_px0)
+    ids = [uuid.uuid5(_NAMESPACE, f"{slide_name}/{number}") for number in rows["id"].to_pylist()]
+    return ",\n".join(
+        f'{{"type":"Feature","id":"{identity}","geometry":{{"type":"Polygon","coordinates":[[[{ring}]]]}},'
+        f'"properties":{opening},"measurements":{measurements}}}}}'
+        for identity, ring, measurements in zip(ids, rings, measured, strict=True)
+    )
 
 
 def _measurement_names(columns: Sequence[str]) -> dict[str, str]:
@@ -115,16 +122,20 @@ def _measurements(keys: Sequence[str], values: Sequence[float | int | bool | Non
 
 
 def _rings(rows: pa.Table, origin_px0: tuple[int, int]) -> list[str]:
+    """Return "x,y],[x,y" of each outline; Arrow writes numbers ten times as fast as json."""
     rings = shapely.get_exterior_ring(shapely.from_wkb(rows["geometry"].to_numpy()))
     points, owner = shapely.get_coordinates(rings, return_index=True)
     points = points - origin_px0
-    ends = np.searchsorted(owner, np.arange(1, len(rings)))
     rounded = points.round(2)
     # where rounding closes a narrow neck, the outline would touch itself: it keeps its digits
     polygons = shapely.polygons(shapely.linearrings(rounded, indices=owner))
     closes = np.logical_not(shapely.is_valid(polygons))
     rounded[closes[owner]] = points[closes[owner]]
-    return [_dump(ring.tolist()) for ring in np.split(rounded, ends)]
+    x, y = (pc.cast(pa.array(np.ascontiguousarray(one)), pa.string()) for one in rounded.T)
+    offsets = pa.array(np.searchsorted(owner, np.arange(len(rings) + 1)), pa.int32())
+    pairs = pa.ListArray.from_arrays(offsets, pc.binary_join_element_wise(x, y, ","))
+    joined: list[str] = pc.binary_join(pairs, "],[").to_pylist()
+    return joined
 
 
 def _dump(content: Any) -> str:

@@ -14,8 +14,9 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
+from darcnn.runtime.ahead import map_ahead
 from darcnn.runtime.geometry import Region
-from darcnn.runtime.masks import draw_polygon
+from darcnn.runtime.masks import draw_polygons
 from darcnn.runtime.sinks.atomic import atomic_folder
 from darcnn.runtime.sinks.parquet import read_objects
 
@@ -25,6 +26,7 @@ _VERSION = "0.5"
 _CHUNK_PX = 512  # what a viewer fetches
 _SHARD_PX = 2048  # what is one file, and what is in memory at once; a multiple of the chunk
 _SMALLEST_PX = 512  # the pyramid ends at this size
+_CELLS = 1 << 20  # about so many pixels of objects are drawn at once
 _COLUMNS = ("id", "geometry", "score", "bbox_y0", "bbox_y1")
 
 
@@ -146,6 +148,14 @@ class _Outlines:
 
 
 def _draw(array: zarr.Array[Any], objects: Path) -> None:
+    for (shard, _, _), labels in map_ahead(
+        lambda one: _draw_shard(*one), _hit(array, objects), name="labels"
+    ):
+        _put(array, shard, labels)
+
+
+def _hit(array: zarr.Array[Any], objects: Path) -> Iterator[tuple[Region, _Outlines, NDArray[np.int64]]]:
+    """Yield the shards that hold any of the objects, with those near them and the rows of those in them."""
     outlines, loaded = None, -1
     for shard in _shards(array):
         if shard.y0 != loaded or outlines is None:  # the shards come row by row
@@ -153,10 +163,7 @@ def _draw(array: zarr.Array[Any], objects: Path) -> None:
         x0, y0, x1, y1 = outlines.extents.T
         hits = np.flatnonzero((x0 < shard.x1) & (x1 > shard.x0) & (y0 < shard.y1) & (y1 > shard.y0))
         if hits.size:
-            labels = np.zeros((shard.height, shard.width), np.uint32)
-            for hit in hits:
-                _draw_one(labels, shard, outlines, int(hit))
-            _put(array, shard, labels)
+            yield shard, outlines, hits
 
 
 def _load(objects: Path, y0: int, y1: int) -> _Outlines:
@@ -172,14 +179,19 @@ def _load(objects: Path, y0: int, y1: int) -> _Outlines:
     return _Outlines(numbers[order], polygons, shapely.bounds(polygons).reshape(-1, 4))
 
 
-def _draw_one(labels: NDArray[np.uint32], shard: Region, outlines: _Outlines, row: int) -> None:
-    x0, y0, x1, y1 = outlines.extents[row]
-    near = Region(
-        max(int(np.floor(x0)), shard.x0),
-        max(int(np.floor(y0)), shard.y0),
-        min(int(np.ceil(x1)), shard.x1),
-        min(int(np.ceil(y1)), shard.y1),
-    )
-    mask = draw_polygon(shapely.get_coordinates(outlines.polygons[row].exterior), near)
-    top, left = near.y0 - shard.y0, near.x0 - shard.x0
-    labels[top : top + near.height, left : left + near.width][mask] = outlines.ids[row]
+def _draw_shard(shard: Region, outlines: _Outlines, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Return the labels of a shard with the objects `rows` drawn on it, later ones on top."""
+    labels = np.zeros((shard.height, shard.width), np.uint32)
+    corners = np.array([shard.x0, shard.y0, shard.x1, shard.y1])
+    low = np.maximum(np.floor(outlines.extents[rows, :2]).astype(np.int64), corners[:2])
+    high = np.minimum(np.ceil(outlines.extents[rows, 2:]).astype(np.int64), corners[2:])
+    regions = np.concatenate([low, high], axis=1)
+    rings = shapely.get_exterior_ring(outlines.polygons[rows])
+    points, owner = shapely.get_coordinates(rings, return_index=True)
+    group = np.cumsum((high - low).prod(axis=1)) // _CELLS  # (N,) ascending
+    firsts = np.flatnonzero(np.diff(group, prepend=-1))
+    for first, last in pairwise([*firsts.tolist(), len(rows)]):
+        begin, end = np.searchsorted(owner, [first, last])
+        drawn, y, x = draw_polygons(points[begin:end], owner[begin:end] - first, regions[first:last])
+        labels[y - shard.y0, x - shard.x0] = outlines.ids[rows[first:last][drawn]]
+    return labels

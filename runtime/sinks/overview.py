@@ -30,6 +30,7 @@ _ON_BLACK = (190, 255, 40)  # yellow-green stands out from grey and black
 _UNREADABLE = (255, 110, 0)  # orange stripes over tiles that are damaged
 _STRIPE_PX, _STRIPES_APART_PX = 3, 12
 _FONT_PX = 18
+_COMPRESS_LEVEL = 3  # two thirds of the time of 6, and 2 % more bytes
 _MARGIN_PX = 10
 _NICE_STEPS = (1, 2, 5)  # lengths that a scale bar may have, times a power of ten
 
@@ -83,7 +84,7 @@ def write_overview(
         words.append(f"{math.sqrt(mpp[0] * mpp[1]):.4g} um/px")  # Pillow's own font has no micro sign
     page = _add_legend(picture, "   ".join(words), None if mpp is None else mpp[0] * reduction)
     with atomic_file(path) as file:
-        page.save(file, format="PNG")
+        page.save(file, format="PNG", compress_level=_COMPRESS_LEVEL)
 
 
 def _shrink(reader: Reader, size: tuple[int, int], *, window: Window, channel: int | None) -> Image.Image:

@@ -379,7 +379,7 @@ def test_a_failed_write_leaves_nothing(objects, tmp_path, monkeypatch, write):
     def refuse(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("darcnn.runtime.sinks.ome_zarr.draw_polygon", refuse)
+    monkeypatch.setattr("darcnn.runtime.sinks.ome_zarr.draw_polygons", refuse)
     monkeypatch.setattr("darcnn.runtime.sinks.geojson._rings", refuse)
     writers = {
         "parquet": lambda: write_parquet(folder / "o.parquet", fail(), pq.read_schema(objects)),

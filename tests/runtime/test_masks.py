@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from darcnn.runtime.errors import ShapeError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.instances import Instances
-from darcnn.runtime.masks import draw_polygon, drop_covered, label_instances, outline_mask
+from darcnn.runtime.masks import draw_polygon, draw_polygons, drop_covered, label_instances, outline_mask
 
 FAST = settings(deadline=None, max_examples=100)
 
@@ -64,6 +64,28 @@ def test_drawing_holds_for_long_edges_and_crops() -> None:
     assert expected.any()
     assert np.array_equal(draw_polygon(ring, Region(5, 2, 20, 22)), expected)
     assert np.array_equal(draw_polygon(ring[::-1], Region(5, 2, 20, 22)), expected)
+
+
+def test_many_polygons_are_drawn_as_each_alone() -> None:
+    generator = np.random.default_rng(8)
+    rings, regions = [], []
+    for number in range(40):
+        angles = np.sort(generator.uniform(0, 2 * np.pi, 3 + number % 9))
+        ring = generator.uniform(0, 40, 2) + generator.uniform(0.2, 12) * np.stack(
+            [np.cos(angles), np.sin(angles)], axis=1
+        )
+        rings.append(np.concatenate([ring, ring[:1]]))
+        low, high = np.floor(ring.min(axis=0)), np.ceil(ring.max(axis=0))
+        regions.append([*(low + number % 2), *(np.maximum(high - number % 3, low + 2))])  # some are cropped
+    owner = np.repeat(np.arange(40), [len(ring) for ring in rings])
+    corners = np.array(regions, np.int64)
+    polygon, y, x = draw_polygons(np.concatenate(rings), owner, corners)
+    for number, ring in enumerate(rings):
+        x0, y0, x1, y1 = corners[number].tolist()
+        alone = np.argwhere(draw_polygon(ring, Region(x0, y0, x1, y1))) + np.array([y0, x0])
+        mine = polygon == number
+        assert np.array_equal(np.stack([y[mine], x[mine]], axis=1), alone)
+    assert len(polygon) > 1000
 
 
 def test_a_soft_disc_comes_back_at_its_size_and_place() -> None:
