@@ -37,6 +37,13 @@ __all__ = ["HERE", "BatchOutcome", "Finders", "SlideRunner", "list_slides", "run
 
 _ONE_OF_MANY = ".dcm"  # the files of a DICOM slide lie side by side: one must be named, not the folder
 _SMALL_PX0 = 4096 * 4096  # pixels of level 0: the rows of a picture of fewer are not worth spreading
+_INSTEAD = {
+    "--roi": "leave it out, or take one plane with --z",
+    "--mpp": "pass --voxel-size",
+    "--axis": "leave it out",
+    "--slab": "leave it out",
+    "--voxel-size": "pass --mpp",
+}
 
 # what came of slides, as they are finished: number in the sequence, and its summary or its error
 SlideRunner = Callable[
@@ -120,7 +127,7 @@ def _expand(text: str) -> list[Location]:
             raise InputError("holds no images", where=path, fix="name the files themselves")
         return files
     if not path.exists() and glob.has_magic(text):
-        found = glob.glob(text)  # noqa: PTH207  # the text may be absolute
+        found = glob.glob(text, recursive=True)  # noqa: PTH207  # the text may be absolute
         matches: list[Location] = sorted(Path(match) for match in found)
         if not matches:
             raise InputError("matches no file", where=text, fix="check the pattern")
@@ -151,7 +158,7 @@ def run_batch(
     outcomes: dict[int, SlideOutcome] = {}
     try:
         for index, outcome in _run_pictures(
-            segmenter, slides, out_dir, options, listener, finders.run_pictures
+            segmenter, slides, out_dir, options, volume_options, listener, finders.run_pictures
         ):
             outcomes[index] = outcome
         for index, path in enumerate(slides):
@@ -187,12 +194,15 @@ def _run_pictures(
     slides: Sequence[Location],
     out_dir: Path,
     options: RunOptions,
+    volume_options: VolumeOptions | None,
     listener: Listener,
     run: SlideRunner | None,
 ) -> Iterator[tuple[int, SlideOutcome]]:
     """Yield the index and the outcome of small pictures as they are finished, if there are several."""
-    small = [] if run is None else [n for n, path in enumerate(slides) if _is_small(path, options)]
-    if run is None or len(small) < 2:
+    if run is None or _find_foreign(options, volume_options, holds_volume=False) is not None:
+        return
+    small = [n for n, path in enumerate(slides) if _is_small(path, options)]
+    if len(small) < 2:
         return
     paths = [slides[index] for index in small]
     for n_done, (number, result) in enumerate(run(segmenter, paths, out_dir, options), start=1):
@@ -228,7 +238,12 @@ def _run_one(
 ) -> SlideOutcome:
     tell = listener.advance
     try:
-        if options.z is None and is_volume(path, t=options.t):
+        holds_volume = options.z is None and is_volume(path, t=options.t)
+        foreign = _find_foreign(options, volume_options, holds_volume=holds_volume)
+        if foreign is not None:
+            kind = "volume" if holds_volume else "picture"
+            raise UsageError(f"means nothing to {path}, a {kind}", where=foreign, fix=_INSTEAD[foreign])
+        if holds_volume:
             summary = run_volume(
                 segmenter,
                 path,
@@ -252,3 +267,22 @@ def _run_one(
         return SlideOutcome(path, summary)
     listener.fail(message)
     return SlideOutcome(path, error=message)
+
+
+def _find_foreign(
+    options: RunOptions, volume_options: VolumeOptions | None, *, holds_volume: bool
+) -> str | None:
+    """Return an option that was given and means nothing to this kind of file: no result would show it."""
+    given: dict[str, object]
+    if holds_volume:
+        given = {"--roi": options.roi, "--mpp": options.mpp}
+    elif volume_options is None:
+        given = {}
+    else:
+        axis = None if volume_options.axis == "auto" else volume_options.axis
+        given = {
+            "--axis": axis,
+            "--slab": volume_options.n_joined,
+            "--voxel-size": volume_options.voxel_nm,
+        }
+    return next((option for option, value in given.items() if value is not None), None)

@@ -21,7 +21,12 @@ from darcnn.runtime.progress import JsonLines, Terminal
 from darcnn.runtime.record import installed_version
 from darcnn.runtime.run_options import EXTRA_FORMATS
 from darcnn.runtime.segmenter import Segmenter
-from darcnn.runtime.volumes.options import LABELS_MRC, AxisOption, VolumeOptions, parse_voxel_size
+from darcnn.runtime.volumes.options import (
+    EXTRA_VOLUME_FORMATS,
+    AxisOption,
+    VolumeOptions,
+    parse_voxel_size,
+)
 
 __all__ = ["main"]
 
@@ -133,9 +138,9 @@ def _read_voxel_size(
 @click.option(
     "--also",
     multiple=True,
-    type=click.Choice((*EXTRA_FORMATS, LABELS_MRC)),
+    type=click.Choice(tuple(dict.fromkeys((*EXTRA_FORMATS, *EXTRA_VOLUME_FORMATS)))),
     help="Write this format too; repeatable. A finished slide gets it without being done again. "
-    "labels-mrc is for volumes, the others for slides.",
+    "labels-tiff is for slides, labels-mrc for volumes.",
 )
 @click.option(
     "--workers",
@@ -207,7 +212,7 @@ def main(
         t=t,
         channel=options.channel,
         row_filter=row_filter,
-        labels_mrc=LABELS_MRC in also,
+        also=tuple(one for one in dict.fromkeys(also) if one in EXTRA_VOLUME_FORMATS),
         overwrite=overwrite,
         restart=restart,
     )

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
+from darcnn.runtime.intensity import Window
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.sampling import spread_evenly
@@ -25,7 +26,9 @@ _EDGE_PX = 2.0  # a box this close to an edge is cut
 _MIN_SCORE = 1e-6  # of a slot that is not empty
 
 
-def estimate_diameter(segmenter: Segmenter, reader: Reader, *, channel: int | None = None) -> float | None:
+def estimate_diameter(
+    segmenter: Segmenter, reader: Reader, *, channel: int | None = None, window: Window | None = None
+) -> float | None:
     """Return the diameter of a typical object in level-0 pixels, or None if the model finds too little.
 
     The image is searched at half, full and double size. Each finding votes for its size with its squared
@@ -40,16 +43,17 @@ def estimate_diameter(segmenter: Segmenter, reader: Reader, *, channel: int | No
         segmenter: the model.
         reader: the open image; stays open.
         channel: which of several channels.
+        window: raw values that become black and white; None: measured at each scale.
     Raises:
         InputError: the image or its channels do not serve.
     """
     model = segmenter.manifest.input
-    seen = [_look(segmenter, reader, scale, channel) for scale in _SCALES]
+    seen = [_look(segmenter, reader, scale, channel, window) for scale in _SCALES]
     sizes, weights = (np.concatenate(parts) for parts in zip(*seen, strict=True))
     diameter = _weighted_median(sizes, weights)
     if diameter is None:
         return None
-    closer = _weighted_median(*_look(segmenter, reader, _found(model) / diameter, channel))
+    closer = _weighted_median(*_look(segmenter, reader, _found(model) / diameter, channel, window))
     return (diameter if closer is None else closer) * model.nominal_diameter_px / _found(model)
 
 
@@ -58,7 +62,8 @@ def choose_diameter(
     reader: Reader,
     *,
     diameter_px: float | Literal["auto"] | None,
-    is_scale_given: bool,
+    mpp: float | None = None,
+    pixels: bool = False,
     channel: int | None = None,
 ) -> float | None:
     """Return the diameter to plan with, level-0 pixels; None leaves the scale to the pixel size.
@@ -67,16 +72,17 @@ def choose_diameter(
         segmenter: the model.
         reader: the open image; stays open.
         diameter_px: what the user gave; "auto" asks for an estimate.
-        is_scale_given: the user gave a pixel size, or wants the pixels as they are. Otherwise a model that is
+        mpp: micrometres per pixel that the user gave.
+        pixels: the user wants the pixels as they are. Where neither tells the model its scale, one that is
             made for it estimates unasked (`finds_unasked`).
         channel: which of several channels.
     """
     if diameter_px is not None and diameter_px != "auto":
         return diameter_px
-    model, has_pixel_size = segmenter.manifest.input, reader.info.mpp is not None
-    if diameter_px == "auto" or (not is_scale_given and finds_unasked(model, has_pixel_size)):
+    model, has_pixel_size = segmenter.manifest.input, reader.info.mpp is not None or mpp is not None
+    if diameter_px == "auto" or (not pixels and finds_unasked(model, has_pixel_size)):
         found = estimate_diameter(segmenter, reader, channel=channel)
-        if found is None and model.mpp is not None and not has_pixel_size and not is_scale_given:
+        if found is None and model.mpp is not None and not has_pixel_size and not pixels:
             return model.nominal_diameter_px  # an empty picture: nothing else tells its scale
         return found
     return None
@@ -93,7 +99,7 @@ def _found(model: ModelInput) -> float:
 
 
 def _look(
-    segmenter: Segmenter, reader: Reader, scale: float, channel: int | None
+    segmenter: Segmenter, reader: Reader, scale: float, channel: int | None, window: Window | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the sizes of what is found at one scale, level-0 pixels, and the weight of each."""
     model, engine = segmenter.manifest.input, segmenter.engine
@@ -103,7 +109,8 @@ def _look(
         if scale == 1.0:
             raise
         return np.zeros(0), np.zeros(0)  # so small or large an image has no such scale
-    sampler = segmenter.sampler(reader, plan, segmenter.measure(reader, plan))
+    seen = segmenter.measure(reader, plan) if window is None else window
+    sampler = segmenter.sampler(reader, plan, seen)
     tiles = spread_evenly(plan.tiles, _TILES)
     boxes, scores = [], []
     for start in range(0, len(tiles), engine.spec.batch):

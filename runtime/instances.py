@@ -15,7 +15,7 @@ from darcnn.runtime.errors import ShapeError
 __all__ = ["Instances"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Instances:
     """N objects of one image.
 
@@ -46,6 +46,9 @@ class Instances:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        return f"<Instances: {len(self)} on {self.shape[1]} x {self.shape[0]} px>"
 
     @classmethod
     def empty(cls, shape: tuple[int, int]) -> Instances:

@@ -52,6 +52,7 @@ from darcnn.runtime.tiling import Tile
 __all__ = ["Progress", "RunOptions", "RunSummary", "run_slide"]
 
 # What the objects do not depend on, or what is told apart by something else.
+_MICROMETRES = ("_um", "_um2")  # what columns end in that need the pixel size
 _NOT_ASKED = ("overwrite", "restart", "row_filter", "also")
 
 
@@ -153,12 +154,21 @@ def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
         )
     channel = find_channel(info, chosen.channel)
     roi = None if chosen.roi is None else read_roi(chosen.roi, origin_px0=info.origin_px0)
+    if roi is not None and not roi.touches(Region(0, 0, info.width_px0, info.height_px0)):
+        raise UsageError(
+            f"lies beside {info.name}, which has {info.width_px0} x {info.height_px0} pixels",
+            where="--roi",
+            fix="give pixels of the slide in full",
+        )
     row_filter = None
     if chosen.row_filter is not None:
         row_filter = parse_filter(chosen.row_filter, object_schema(info.channel_names).names)
+        if info.mpp is None and chosen.mpp is None:
+            row_filter.require_known(_MICROMETRES, where=info.name, fix="--mpp")
     model, diameter_px = segmenter.manifest.input, chosen.diameter_px
-    is_open = diameter_px is None and not chosen.is_scale_given
-    if diameter_px == "auto" or (is_open and finds_unasked(model, info.mpp is not None)):
+    is_open = diameter_px is None and not chosen.pixels
+    has_pixel_size = info.mpp is not None or chosen.mpp is not None
+    if diameter_px == "auto" or (is_open and finds_unasked(model, has_pixel_size)):
         diameter_px = model.nominal_diameter_px
     segmenter.plan(info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel)
     options = {key: value for key, value in asdict(chosen).items() if key not in _NOT_ASKED}
@@ -238,7 +248,8 @@ def _diameter(segmenter: Segmenter, reader: Reader, wish: _Wish) -> float | None
         segmenter,
         reader,
         diameter_px=wish.options.diameter_px,
-        is_scale_given=wish.options.is_scale_given,
+        mpp=wish.options.mpp,
+        pixels=wish.options.pixels,
         channel=wish.channel,
     )
 

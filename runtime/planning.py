@@ -16,6 +16,7 @@ __all__ = ["SlidePlan", "find_channel", "plan_slide", "to_level0"]
 
 SNAP = 0.02  # a scale within 2 % of a level's own is that level's: no resampling
 MIN_SCALE, MAX_SCALE = 1 / 64, 16.0  # beyond them the pixel size is a mistake
+_NAMED = 12  # channels that a message names
 MAX_ANISOTROPY = 0.01  # pixels whose sides differ by more are not square
 
 
@@ -123,8 +124,10 @@ def _choose_channel(model: ModelInput, info: SlideInfo, channel: int | None, whe
             f"no channel {channel} in {where}", where="--channel", fix=f"choose from 0 to {n_channels - 1}"
         )
     if channel is None and n_channels > 1 and not info.is_rgb:
-        names = ", ".join(f"{index} {name}" for index, name in enumerate(info.channel_names))
-        raise InputError("several channels", where=where, fix=f"choose one with --channel: {names}")
+        names = ", ".join(f"{index} {name}" for index, name in enumerate(info.channel_names[:_NAMED]))
+        names += ", ..." if n_channels > _NAMED else ""
+        option = "channel= (they come last)" if info.path is None else "--channel"
+        raise InputError("several channels", where=where, fix=f"choose one with {option}: {names}")
     return channel
 
 
@@ -138,15 +141,17 @@ def _check_square(info: SlideInfo, where: str) -> None:
 
 
 def find_channel(info: SlideInfo, channel: int | str | None) -> int | None:
-    """Return the number of the channel that the user named.
+    """Return the number of the channel that the user named; the case of letters counts only among several.
 
     Raises:
         UsageError: there is no channel of that name, or more than one.
     """
     if not isinstance(channel, str):
         return channel
-    if info.channel_names.count(channel) == 1:
-        return info.channel_names.index(channel)
+    folded = [name.casefold() for name in info.channel_names]
+    for known, wanted in ((list(info.channel_names), channel), (folded, channel.casefold())):
+        if known.count(wanted) == 1:
+            return known.index(wanted)
     names = ", ".join(f"{index} {name}" for index, name in enumerate(info.channel_names))
     where = info.path or info.name
     raise UsageError(f"no channel {channel} in {where}", where="--channel", fix=f"choose from {names}")

@@ -42,6 +42,21 @@ class RowFilter:
     text: str
     tree: ast.expr
 
+    def require_known(self, units: tuple[str, ...], *, where: object, fix: str) -> None:
+        """Refuse a condition on columns in `units` that are not known; `fix` is the option that tells.
+
+        Raises:
+            UsageError: it names such a column.
+        """
+        names = sorted({node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)})
+        unknown = [name for name in names if name.endswith(units)]
+        if unknown:
+            raise UsageError(
+                f"{unknown[0]} is not known of {where}, which tells no pixel size",
+                where="--filter",
+                fix=f"pass {fix}, or use columns in pixels",
+            )
+
     def keep(self, table: pa.Table) -> NDArray[np.bool_]:
         """Return which rows of `table` satisfy the condition, (N,); what is not known satisfies none."""
         with np.errstate(invalid="ignore", divide="ignore"):

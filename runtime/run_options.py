@@ -26,8 +26,3 @@ class RunOptions:
     also: tuple[str, ...] = ()  # of EXTRA_FORMATS; may change without finding the objects again
     overwrite: bool = False  # replace a complete result
     restart: bool = False  # begin anew where an earlier try stopped
-
-    @property
-    def is_scale_given(self) -> bool:
-        """The user gave a pixel size, or wants the pixels as they are."""
-        return self.pixels or self.mpp is not None

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from darcnn.runtime.errors import DamagedPixelsError
+from darcnn.runtime.errors import DamagedPixelsError, InputError
 from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.intensity import (
     IntensityRule,
@@ -48,6 +48,7 @@ MAX_COARSER = 4.0  # a level up to 4 times coarser than the model's pixels still
 READERS = 2  # threads that read tiles while the engine computes; decoders work outside Python's lock
 BATCHES_AHEAD = 2
 MAX_BLOCK_PX = 4096  # the side of what is read at once, pixels of the level
+_WHITE_AT_MOST = 2.0  # of pixels from 0 to 1: resampling goes a little beyond the ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +188,23 @@ def read_ahead(
 
 
 def measure_slide(reader: Reader, plan: SlidePlan, rule: IntensityRule, *, channels: int) -> Window:
-    """Return the window of `rule` for the slide, the same for every tile; read only if the rule needs it."""
+    """Return the window of `rule` for the slide, the same for every tile; read only if the rule needs it.
+
+    Raises:
+        InputError: numbers with fractions that 0 and 1 do not bound, where the rule takes these for the ends.
+    """
     info = reader.info
     sample = np.empty((0, channels), info.dtype)
-    if rule.needs_statistics:
+    is_unbounded = rule.kind == "full_range" and info.dtype.kind == "f"
+    if rule.needs_statistics or is_unbounded:
         sample = sample_slide(reader, scale=plan.scale, channels=channels, channel=plan.channel)
+    highest = float(np.max(sample, initial=0.0, where=np.isfinite(sample))) if is_unbounded else 0.0
+    if highest > _WHITE_AT_MOST:
+        raise InputError(
+            f"its values reach {highest:.4g}, where of such numbers 0 is black and 1 is white",
+            where=info.path or info.name,
+            fix="divide them, or store whole numbers (uint8)",
+        )
     by_channel = sees_separate_channels(
         available=len(info.channel_names), is_rgb=info.is_rgb, channels=channels, channel=plan.channel
     )

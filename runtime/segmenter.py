@@ -124,7 +124,8 @@ class Segmenter(Closing):
             self,
             reader,
             diameter_px=diameter_px,
-            is_scale_given=mpp is not None or not estimates,
+            mpp=mpp,
+            pixels=not estimates,
             channel=channel,
         )
         plan = self.plan(reader.info, mpp=mpp, diameter_px=size, pixels=pixels, channel=channel)

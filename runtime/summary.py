@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +40,10 @@ class SlideOutcome:
 
 
 def write_summary(out_dir: Path, outcomes: Sequence[SlideOutcome]) -> None:
-    """Write `out_dir`/summary.csv in place of an earlier one; areas are those that were looked at.
+    """Write `out_dir`/summary.csv; areas are those that were looked at.
 
-    Nothing is written where no slide was done.
+    Lines that an earlier command wrote of other slides stay, above. Nothing is written where no slide was
+    done.
 
     Raises:
         OutputError: it cannot be written.
@@ -51,10 +52,24 @@ def write_summary(out_dir: Path, outcomes: Sequence[SlideOutcome]) -> None:
         return
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+    rows = [_row(outcome) for outcome in outcomes]
     writer.writerow(_COLUMNS)
-    writer.writerows(_row(outcome) for outcome in outcomes)
+    writer.writerows(_earlier_rows(out_dir / SUMMARY_FILE, {row[0] for row in rows}))
+    writer.writerows(rows)
     with translated(out_dir), atomic_file(out_dir / SUMMARY_FILE) as file:
         file.write(text.getvalue().encode())
+
+
+def _earlier_rows(path: Path, names: Set[str]) -> list[list[str]]:
+    """Return the lines of an earlier summary but for those of the slides `names`."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file)
+    except (OSError, ValueError, csv.Error):  # there is none, or it is not ours
+        return []
+    if tuple(header) != _COLUMNS:
+        return []
+    return [row for row in rows if len(row) == len(_COLUMNS) and row[0] not in names]
 
 
 def _row(outcome: SlideOutcome) -> list[str]:

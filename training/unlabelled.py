@@ -70,9 +70,7 @@ def judge_folder(
     found = {}
     for path in tqdm(paths, desc=folder.name, unit="image"):
         with open_source(path) as reader:
-            size = choose_diameter(
-                segmenter, reader, diameter_px=diameter_px, is_scale_given=mpp is not None or pixels
-            )
+            size = choose_diameter(segmenter, reader, diameter_px=diameter_px, mpp=mpp, pixels=pixels)
             plan = segmenter.plan(reader.info, mpp=mpp, diameter_px=size, pixels=pixels)
             nominal = segmenter.manifest.input.nominal_diameter_px
             found[path.name] = judge_image(segmenter, reader, diameter_px=nominal / plan.scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,8 @@ class ArrayReader(PlaneReader):
         is_rgb: bool | None = None,
         channel_names: Sequence[str] | None = None,
     ) -> None:
+        if isinstance(array, (str, os.PathLike)):
+            raise ShapeError(f"{os.fspath(array)!r} names a file, not an array; open it with open_source")
         values = np.asarray(array)
         if values.ndim not in (2, 3):
             raise ShapeError(f"an image is (H, W) or (H, W, C), not {values.shape}")

@@ -199,6 +199,12 @@ def open_multiscale(path: Location) -> Multiscale:
         raise InputError(
             f"cannot be fetched ({err})", where=path, fix="run pip install 'darcnn[remote]'"
         ) from err
+    except zarr.errors.ContainsArrayError as err:
+        raise InputError(
+            "is an array without the metadata of OME-Zarr",
+            where=path,
+            fix="name the folder above if that is an OME-Zarr image, or write one with ome-zarr",
+        ) from err
     except unreadable_zarr() as err:
         raise _unreadable(path, err) from err
 

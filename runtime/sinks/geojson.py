@@ -26,8 +26,9 @@ _COLOUR = (255, 200, 0)  # of the class in QuPath: seen on stained tissue and on
 _FEATURES = 2048  # so many features are handed to the compressor at once
 _LEVEL = 5  # half the time of 6, and 1 % more bytes
 
-# Column -> name in QuPath's table, with its unit; id, geometry and the place are in the feature itself.
+# Column -> name in QuPath's table, with its unit; geometry and the place are in the feature itself.
 _MEASUREMENTS = {
+    "id": "ID",  # of the table, and the value in the label image
     "score": "Score",
     "area_px": "Area px^2",
     "area_um2": "Area \u00b5m^2",
@@ -114,7 +115,7 @@ def _measurement_names(columns: Sequence[str]) -> dict[str, str]:
 def _measurements(keys: Sequence[str], values: Sequence[float | int | bool | None]) -> str:
     """Return a JSON object of numbers, `keys` in quotes; what is not known is left out."""
     known = (
-        f"{key}:{float(value):.7g}"
+        f"{key}:{value:.7g}" if isinstance(value, float) else f"{key}:{value:d}"
         for key, value in zip(keys, values, strict=True)
         if value is not None and math.isfinite(value)
     )

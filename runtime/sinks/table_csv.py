@@ -22,7 +22,8 @@ def write_csv(path: Path, objects: Path) -> None:
         OSError: the file cannot be written; nothing is left behind.
     """
     schema = pq.read_schema(objects)
-    schema = schema.remove(schema.get_field_index(_OUTLINE))
+    if _OUTLINE in schema.names:  # objects of volumes have none
+        schema = schema.remove(schema.get_field_index(_OUTLINE))
     with atomic_file(path) as file, csv.CSVWriter(file, schema) as writer:
         for part in read_objects(objects, schema.names):
             writer.write_table(part.select(schema.names).cast(schema))

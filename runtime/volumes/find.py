@@ -166,9 +166,10 @@ def estimate_in_volume(segmenter: Segmenter, volume: Volume, axis: Axis) -> floa
     """Return the diameter of a typical object in voxels, the median over four planes; None: not found."""
     found = []
     plain = Stack(volume, axis)
+    window = measure_stack(plain, segmenter.manifest.input.intensity, scale=1.0)
     for index in spread_evenly(range(len(plain)), _LOOKED_AT):
         with plane_reader(volume, axis, plain.plane(index)) as reader:
-            found.append(estimate_diameter(segmenter, reader))
+            found.append(estimate_diameter(segmenter, reader, window=window))
     known = [one for one in found if one is not None]
     return float(np.median(known)) if known else None
 

@@ -1,4 +1,4 @@
-"""The labels of a volume: an OME-Zarr 0.5 pyramid and, on request, an MRC file, drawn slab by slab."""
+"""The labels of a volume: an OME-Zarr 0.5 pyramid, drawn slab by slab."""
 
 from __future__ import annotations
 
@@ -15,20 +15,13 @@ from zarr.codecs import ZstdCodec
 from darcnn.runtime.sinks.atomic import atomic_folder
 from darcnn.runtime.sinks.ome_zarr import label_attributes
 from darcnn.runtime.volumes.solid import SolidFile
-from darcnn.runtime.volumes.volume import Volume
 
-__all__ = ["Numbered", "draw_slabs", "write_label_mrc", "write_label_volume"]
+__all__ = ["Numbered", "write_label_volume"]
 
 _CHUNK = (16, 256, 256)  # what a viewer fetches, z y x
 _SHARD_PX = 2048  # side of what is one file
 _SMALLEST_PX = 256  # the pyramid ends at this size
 _SLAB_BYTES = 64 << 20  # labels in memory at once, about
-_MAX_UINT16 = 65535
-_ANGSTROM_PER_NM = 10.0
-_GEOMETRY = (
-    *("cella", "cellb", "origin", "mapc", "mapr", "maps"),
-    *("mx", "my", "mz", "nxstart", "nystart", "nzstart", "ispg"),
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,34 +121,3 @@ def _put(array: zarr.Array[Any], labels: NDArray[np.uint32], start: int, step: i
     if len(part):
         at = (start + first) // step
         array[at : at + len(part)] = part
-
-
-def write_label_mrc(path: Path, numbered: Numbered, volume: Volume) -> None:
-    """Write the labels as MRC, with the geometry (cell, origin, start) of `volume` if that is an MRC file.
-
-    Mode 6 (uint16) holds 65,535 objects; more are written as float32 (mode 2), which counts to 16.7 million.
-
-    Raises:
-        OSError: it cannot be written; nothing is left behind.
-    """
-    import mrcfile
-
-    shape, source = volume.info.shape, volume.values_file
-    is_small = int(numbered.ids.max(initial=0)) <= _MAX_UINT16
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with mrcfile.new_mmap(temporary, shape=shape, mrc_mode=6 if is_small else 2, overwrite=True) as file:
-            if volume.info.voxel_source == "MRC cell":
-                with mrcfile.open(source, header_only=True, permissive=True) as model:
-                    for name in _GEOMETRY:
-                        file.header[name] = model.header[name]
-            elif volume.info.voxel_nm is not None:
-                file.voxel_size = tuple(one * _ANGSTROM_PER_NM for one in volume.info.voxel_nm[::-1])
-            start = 0
-            for labels in draw_slabs(numbered, shape, _slab_depth(shape)):
-                file.data[start : start + len(labels)] = labels
-                start += len(labels)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

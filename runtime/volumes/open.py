@@ -172,7 +172,7 @@ def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str |
     if not is_series:
         voxel = in_nanometres(info.mpp, read_section_um(path))
     source = None if voxel is None else info.mpp_source
-    facts = VolumeInfo(path, make_slide_name(path), shape, info.dtype, voxel, source)
+    facts = VolumeInfo(path, make_slide_name(path), shape, info.dtype, voxel, source, info.is_rgb, is_series)
     return Volume(facts, Stored(target, info.dtype), scratch=target)
 
 

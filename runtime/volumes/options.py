@@ -9,11 +9,11 @@ from typing import Literal
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.volumes.volume import AXES, Axis
 
-__all__ = ["LABELS_MRC", "AxisOption", "VolumeOptions", "parse_voxel_size"]
+__all__ = ["EXTRA_VOLUME_FORMATS", "AxisOption", "VolumeOptions", "parse_voxel_size"]
 
 AxisOption = Literal["auto", "z", "y", "x", "all"]
 
-LABELS_MRC = "labels-mrc"  # what --also calls labels.mrc
+EXTRA_VOLUME_FORMATS = ("csv", "labels-mrc")  # written when asked for
 
 _NM_PER_UNIT = {"nm": 1.0, "A": 0.1, "um": 1000.0}
 
@@ -31,7 +31,7 @@ class VolumeOptions:
     t: int | None = None  # which moment of a series of volumes
     channel: int | str | None = None  # number or name
     row_filter: str | None = None  # a condition on the measurements of the objects that are reported
-    labels_mrc: bool = False  # write labels.mrc too
+    also: tuple[str, ...] = ()  # of EXTRA_VOLUME_FORMATS; may change without finding the objects again
     overwrite: bool = False  # replace a complete result
     restart: bool = False  # begin anew where an earlier try stopped
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from darcnn.runtime.diameter import finds_unasked
 from darcnn.runtime.errors import InputError
+from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.parts import Parts
 from darcnn.runtime.pipeline import Progress, RunSummary
 from darcnn.runtime.readers.base import make_slide_name
@@ -35,7 +36,6 @@ from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 from darcnn.runtime.sinks.result_folder import (
     LABELS_FOLDER,
-    LABELS_MRC_FILE,
     OVERVIEW_FILE,
     POINTS_FILE,
     RUN_FILE,
@@ -48,6 +48,7 @@ from darcnn.runtime.sinks.result_folder import (
 )
 from darcnn.runtime.stage_seconds import StageSeconds
 from darcnn.runtime.volumes.agree import agree
+from darcnn.runtime.volumes.extras import add_formats, check_formats, write_formats
 from darcnn.runtime.volumes.find import (
     BlockRunner,
     View,
@@ -56,7 +57,7 @@ from darcnn.runtime.volumes.find import (
     plan_blocks,
     plan_views,
 )
-from darcnn.runtime.volumes.labels import Numbered, write_label_mrc, write_label_volume
+from darcnn.runtime.volumes.labels import Numbered, write_label_volume
 from darcnn.runtime.volumes.link import link_sections
 from darcnn.runtime.volumes.measure import measure_solids, solid_schema
 from darcnn.runtime.volumes.open import open_volume
@@ -70,6 +71,9 @@ from darcnn.runtime.volumes.stack import Stack
 from darcnn.runtime.volumes.volume import AXES, Volume
 
 __all__ = ["run_volume"]
+
+_COLOURS = 3  # channels of a model that sees colours
+_NANOMETRES = ("_nm", "_nm3")  # what columns end in that need the voxel size
 
 
 def run_volume(
@@ -103,11 +107,13 @@ def run_volume(
     name = make_slide_name(path)
     folder = out_dir / make_folder_name(name)
     row_filter = None
+    check_formats(chosen.also)
     if chosen.row_filter is not None:
         row_filter = parse_filter(chosen.row_filter, solid_schema().names)
     asked = _asked(segmenter, path, chosen)
-    final = {**asked, "filter": chosen.row_filter, "labels_mrc": chosen.labels_mrc}
+    final = {**asked, "filter": chosen.row_filter}
     if not chosen.overwrite and (earlier := read_record(folder / RUN_FILE, final)) is not None:
+        add_formats(folder, path, earlier["input"], chosen.also)
         return _summarize(name, folder, earlier, start, megavoxels=0.0, was_done=True)
     with claim_folder(folder, overwrite=chosen.overwrite, restart=chosen.restart) as claimed:
         parts, times = Parts(claimed.parts), StageSeconds()
@@ -117,7 +123,7 @@ def run_volume(
                 path, claimed.built, t=chosen.t, channel=chosen.channel, voxel_nm=chosen.voxel_nm
             )
         with volume:
-            _check_cubes(volume, chosen)
+            _check_volume(volume, chosen, row_filter, segmenter.manifest.input)
             with times.stage("intensity"):
                 diameter = noted["diameter_px"] if noted else _diameter(segmenter, volume, chosen)
                 views = plan_views(
@@ -132,12 +138,15 @@ def run_volume(
                 parts.note(asked, {"diameter_px": diameter})
             with times.stage("find"):
                 _find(segmenter, views, parts, folder, progress, find_blocks)
+            described = describe_volume(volume, asked)
             with translated(folder):
-                counts = _finish(claimed, views, parts, row_filter, chosen, segmenter, times)
+                counts = _finish(claimed, views, parts, row_filter, segmenter, times)
+                with times.stage("also"):
+                    write_formats(claimed.built, path, described, chosen.also)
             record = {
                 **describe_run(segmenter, final),
                 "asked_sha256": hash_of(final),
-                "input": describe_volume(volume, asked),
+                "input": described,
                 "network": describe_views(views, diameter),
                 "counts": counts.describe(),
                 "seconds": rounded_seconds(times.seconds),
@@ -174,7 +183,7 @@ def _summarize(
 
 def _asked(segmenter: Segmenter, path: Location, chosen: VolumeOptions) -> dict[str, Any]:
     """Return all that the objects depend on."""
-    others = ("overwrite", "restart", "row_filter", "labels_mrc")
+    others = ("overwrite", "restart", "row_filter", "also")
     return {
         "model": model_hash(segmenter.manifest),
         "min_score": segmenter.min_score,
@@ -195,8 +204,19 @@ def _fingerprint(path: Location) -> dict[str, Any]:
         return fingerprint(reader.info)
 
 
-def _check_cubes(volume: Volume, chosen: VolumeOptions) -> None:
+def _check_volume(
+    volume: Volume, chosen: VolumeOptions, row_filter: RowFilter | None, model: ModelInput
+) -> None:
+    """Raise what makes the volume useless for the options or the model."""
     voxel = volume.info.voxel_nm
+    if volume.info.is_rgb and model.channels == _COLOURS:
+        raise InputError(
+            "is a stack of colour pictures; of volumes the model would see the mean of their colours",
+            where=volume.info.path,
+            fix="take one with --z, or save each in a file of its own",
+        )
+    if voxel is None and row_filter is not None:
+        row_filter.require_known(_NANOMETRES, where=volume.info.path, fix="--voxel-size")
     if chosen.axis not in ("auto", "z") and voxel is not None and not volume.info.is_cubic:
         sides = " x ".join(f"{one:.4g}" for one in voxel)
         raise InputError(
@@ -210,10 +230,14 @@ def _diameter(segmenter: Segmenter, volume: Volume, chosen: VolumeOptions) -> fl
     if chosen.diameter_px is not None and chosen.diameter_px != "auto":
         return chosen.diameter_px
     axis = chosen.first_axis
-    is_unasked = finds_unasked(segmenter.manifest.input, volume.info.pixel_nm(axis) is not None)
-    if chosen.diameter_px == "auto" or (is_unasked and not chosen.pixels):
-        return estimate_in_volume(segmenter, volume, axis)
-    return None
+    model, has_pixel_size = segmenter.manifest.input, volume.info.pixel_nm(axis) is not None
+    is_unasked = finds_unasked(model, has_pixel_size) and not chosen.pixels
+    if chosen.diameter_px != "auto" and not is_unasked:
+        return None
+    found = estimate_in_volume(segmenter, volume, axis)
+    if found is None and is_unasked and model.mpp is not None:  # nothing else tells its scale
+        return model.nominal_diameter_px
+    return found
 
 
 def _find(
@@ -275,7 +299,6 @@ def _finish(
     views: Sequence[View],
     parts: Parts,
     row_filter: RowFilter | None,
-    chosen: VolumeOptions,
     segmenter: Segmenter,
     times: StageSeconds,
 ) -> VolumeCounts:
@@ -291,8 +314,6 @@ def _finish(
         write_label_volume(
             built / LABELS_FOLDER, numbered, shape=info.shape, voxel_nm=info.voxel_nm, name=info.name
         )
-        if chosen.labels_mrc:
-            write_label_mrc(built / LABELS_MRC_FILE, numbered, volume)
     with times.stage("particles"):
         write_star(built / STAR_FILE, table, name=info.name, voxel_nm=info.voxel_nm)
         write_points(built / POINTS_FILE, table)

@@ -68,6 +68,10 @@ class VolumeCounts:
                 f"two axes agree on {self.n_agreed} objects where one alone finds {most}: "
                 "the volume has much noise, or the model does not fit it"
             )
-        if volume.info.voxel_nm is None:
+        if volume.info.is_series:
+            warnings.append(
+                "a series along t: an object is what hangs together in time; --t takes one moment"
+            )
+        elif volume.info.voxel_nm is None:
             warnings.append("voxel size unknown: nanometre columns are empty")
         return tuple(warnings)

@@ -37,6 +37,8 @@ class VolumeInfo:
     dtype: np.dtype[Any]  # of what `Volume.read` returns
     voxel_nm: tuple[float, float, float] | None = None
     voxel_source: str | None = None
+    is_rgb: bool = False  # its values are means of red, green and blue
+    is_series: bool = False  # z is time
 
     @property
     def is_cubic(self) -> bool | None:

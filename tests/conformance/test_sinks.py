@@ -149,6 +149,7 @@ def test_geojson_is_what_qupath_imports_as_detections(objects, instances, tmp_pa
         assert measured["Area \u00b5m^2"] == pytest.approx(row["area_um2"], rel=1e-6)
         assert measured["DAPI: Mean"] == pytest.approx(row["mean_intensity_DAPI"], rel=1e-6)
         assert measured["Truncated"] == 0
+        assert measured["ID"] == row["id"]
 
 
 def test_geojson_is_plain_ascii_and_each_id_a_uuid_of_its_own(objects, instances, tmp_path):

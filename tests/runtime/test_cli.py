@@ -218,6 +218,42 @@ def test_a_slide_named_twice_is_run_once_and_patterns_are_expanded(loaded, slide
     assert [line.split(":")[0] for line in result.stdout.splitlines()] == ["b", "a"]
 
 
+def test_a_pattern_looks_into_folders_below(loaded, slides, tmp_path):
+    (slides / "deep" / "er").mkdir(parents=True)
+    (slides / "deep" / "er" / "c.png").write_bytes((slides / "b.png").read_bytes())
+    result = run(slides / "**" / "*.png", "--model", "oracle", "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert sorted(line.split(":")[0] for line in result.stdout.splitlines()) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--axis", "x"), ("--slab", "5"), ("--voxel-size", "1.3"), ("--roi", "900,900,950,950")],
+)
+def test_options_that_mean_nothing_to_a_picture_are_refused(loaded, slides, tmp_path, option, value):
+    result = run(slides / "b.png", "--model", "oracle", "--out", tmp_path / "out", option, value)
+    assert result.exit_code == 2
+    assert option in result.stderr
+    assert not (tmp_path / "out" / "b").exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--mpp", "0.3"), ("--roi", "0,0,9,9")])
+def test_options_that_mean_nothing_to_a_volume_are_refused(loaded, tmp_path, option, value):
+    tifffile.imwrite(tmp_path / "s.tif", np.zeros((5, 40, 50), np.uint8), photometric="minisblack")
+    result = run(tmp_path / "s.tif", "--model", "oracle", "--out", tmp_path / "out", option, value)
+    assert result.exit_code == 2
+    assert f"{option}: means nothing to" in result.stderr
+
+
+def test_a_filter_on_what_is_not_known_is_refused(loaded, slides, tmp_path):
+    ask = ("--model", "oracle", "--out", tmp_path / "out", "--filter", "area_um2 > 20 and score > 0")
+    result = run(slides / "b.png", *ask)
+    assert result.exit_code == 2
+    assert "area_um2 is not known" in result.stderr
+    assert "--mpp" in result.stderr
+    assert run(slides / "b.png", *ask, "--mpp", "0.5").exit_code == 0
+
+
 def test_nothing_to_run_is_said(loaded, tmp_path):
     for asked, message in ((tmp_path, "holds no images"), (tmp_path / "*.svs", "matches no file")):
         result = run(asked, "--model", "oracle", "--out", tmp_path / "out")

@@ -63,8 +63,8 @@ def test_an_image_without_objects_has_no_diameter(segmenter) -> None:
 
 def test_a_given_size_is_taken_as_it_is(segmenter) -> None:
     with ArrayReader(np.zeros((64, 64), np.uint8)) as reader:
-        given = choose_diameter(segmenter, reader, diameter_px=17.0, is_scale_given=False)
-        nothing = choose_diameter(segmenter, reader, diameter_px=None, is_scale_given=True)
+        given = choose_diameter(segmenter, reader, diameter_px=17.0)
+        nothing = choose_diameter(segmenter, reader, diameter_px=None, pixels=True)
     assert given == 17.0
     assert nothing is None
 
@@ -92,10 +92,21 @@ def test_an_empty_picture_of_no_pixel_size_is_taken_as_it_is(segmenter) -> None:
     nominal = model.input.nominal_diameter_px
     for mpp, asked, expected in ((None, None, nominal), (None, "auto", nominal), (0.5, "auto", None)):
         with ArrayReader(np.zeros((300, 200), np.uint8), mpp=mpp) as reader:
-            found = choose_diameter(
-                Segmenter(segmenter.engine, model), reader, diameter_px=asked, is_scale_given=False
-            )
+            found = choose_diameter(Segmenter(segmenter.engine, model), reader, diameter_px=asked)
         assert found == expected
+
+
+def test_a_given_pixel_size_tells_a_model_without_one_nothing(segmenter, picture) -> None:
+    assert segmenter.manifest.input.mpp is None
+    image = np.asarray(picture[0])
+    plain, told = segmenter(image), segmenter(image, mpp=0.7)
+    assert np.array_equal(plain.labels(), told.labels())
+    with ArrayReader(image) as reader:
+        unasked = choose_diameter(segmenter, reader, diameter_px=None)
+        assert choose_diameter(segmenter, reader, diameter_px=None, mpp=0.7) == unasked is not None
+        knowing = replace(segmenter.manifest, input=replace(segmenter.manifest.input, mpp=0.25))
+        there = Segmenter(segmenter.engine, knowing)
+        assert choose_diameter(there, reader, diameter_px=None, mpp=0.7) is None
 
 
 def test_auto_is_what_a_call_without_a_size_does_where_the_model_is_made_for_it(segmenter, picture) -> None:

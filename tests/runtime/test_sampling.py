@@ -143,6 +143,20 @@ def test_rules_without_statistics_read_nothing() -> None:
         assert measure_slide(info_only, plan, IntensityRule("range", 3, 9), channels=1) == Window(3, 9)
 
 
+def test_colours_with_fractions_end_at_one_or_are_refused() -> None:
+    image = np.random.default_rng(0).uniform(0, 1.05, (40, 50, 3)).astype(np.float32)
+    image[3, 4] = np.nan
+    rule = IntensityRule("full_range")
+    for factor in (1.0, 255.0):
+        with ArrayReader(image * np.float32(factor), is_rgb=True) as reader:
+            plan = make_plan(reader.info.levels[0], 50, 40)
+            if factor == 1.0:
+                assert measure_slide(reader, plan, rule, channels=3) == Window(0.0, 1.0)
+            else:
+                with pytest.raises(InputError, match=r"reach 26\d.*0 is black and 1 is white"):
+                    measure_slide(reader, plan, rule, channels=3)
+
+
 def test_separate_channels_are_measured_one_by_one_and_colours_together() -> None:
     image = noise(40, 30, 3).astype(np.uint16) * np.array([1, 20, 200], np.uint16)
     rule = IntensityRule("percentile", 0, 100)

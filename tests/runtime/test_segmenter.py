@@ -16,6 +16,7 @@ from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.manifest import Manifest
 from darcnn.runtime.masks import draw_polygon
+from darcnn.runtime.planning import find_channel
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.protocol import SlideInfo
 from darcnn.runtime.segmenter import Segmenter
@@ -131,7 +132,7 @@ def test_pixels_as_they_are_need_no_size() -> None:
         (slide(mpp=(0.25, 0.3)), {}, "not square: 0.25 x 0.3 um"),
         (slide(mpp=(0.001, 0.001)), {}, "scaled by 0.002"),
         (slide(mpp=(50.0, 50.0)), {}, "scaled by 100"),
-        (slide(mpp=(0.5, 0.5), channels=2), {}, "several channels; choose one with --channel: 0 c0, 1 c1"),
+        (slide(mpp=(0.5, 0.5), channels=2), {}, r"choose one with channel= \(they come last\): 0 c0, 1 c1"),
     ],
 )
 def test_a_slide_that_does_not_fit_is_refused(info: SlideInfo, options: Any, message: str) -> None:
@@ -266,6 +267,30 @@ def test_the_window_is_that_of_the_whole_slide() -> None:
     assert set(np.unique(engine.tiles[-1])) == {255}
 
 
+def test_what_is_found_is_told_in_a_line() -> None:
+    assert repr(segmenter()(np.zeros((40, 50), np.uint8))) == "<Instances: 0 on 50 x 40 px>"
+
+
+def test_the_name_of_a_file_is_no_array() -> None:
+    name: Any = "a.png"
+    with pytest.raises(ShapeError, match=r"'a.png' names a file.*open_source"):
+        segmenter()(name)
+
+
+def test_channels_are_named_whatever_the_case_unless_that_tells_them_apart() -> None:
+    info = replace(slide(channels=3), channel_names=("DAPI", "gfp", "GFP"))
+    assert [find_channel(info, name) for name in ("dapi", "DAPI", "gfp", "GFP", 2, None)] == [
+        0,
+        0,
+        1,
+        2,
+        2,
+        None,
+    ]
+    with pytest.raises(UsageError, match="no channel Gfp"):
+        find_channel(info, "Gfp")
+
+
 def test_a_channel_can_be_chosen() -> None:
     image = np.zeros((40, 40, 2), np.uint8)
     image[10:20, 12:24, 1] = 255
@@ -297,7 +322,7 @@ def test_a_model_of_three_channels_takes_three_but_does_not_choose_among_more() 
     three = Segmenter(engine, make_oracle_manifest(engine, halo_px=HALO_PX))
     assert three.plan(slide(channels=3)).channel is None
     for channels in (2, 4):
-        with pytest.raises(InputError, match="several channels; choose one with --channel"):
+        with pytest.raises(InputError, match="several channels; choose one with channel="):
             three.plan(slide(channels=channels))
 
 

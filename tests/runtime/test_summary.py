@@ -98,3 +98,20 @@ def test_a_measured_size_is_told_so_that_a_wrong_one_is_noticed(tmp_path, capsys
     assert "30 objects (taken to be 19 px across), " in measured
     assert "30 objects, " in given
     assert json.loads(event)["measured_diameter_px"] == 18.6
+
+
+def test_lines_of_other_slides_stay_and_those_of_the_same_are_replaced(tmp_path):
+    write_summary(tmp_path, [SlideOutcome(tmp_path / f"{n}.svs", summary(tmp_path, name=n)) for n in "ab"])
+    again = [SlideOutcome(tmp_path / f"{n}.svs", summary(tmp_path, name=n, n_objects=7)) for n in "bc"]
+    write_summary(tmp_path, again)
+    with (tmp_path / "summary.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["slide"] for row in rows] == ["a", "b", "c"]
+    assert [row["objects"] for row in rows][1:] == ["7", "7"]
+    assert rows[0]["objects"] != "7"
+
+
+def test_a_file_of_that_name_that_is_no_summary_is_replaced(tmp_path):
+    (tmp_path / "summary.csv").write_bytes(b"\xff\xfe,something else\n")
+    write_summary(tmp_path, [SlideOutcome(tmp_path / "a.svs", summary(tmp_path, name="a"))])
+    assert len((tmp_path / "summary.csv").read_text().splitlines()) == 2

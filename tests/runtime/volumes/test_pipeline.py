@@ -18,6 +18,7 @@ import zarr
 from PIL import Image
 
 import darcnn.runtime
+from darcnn.runtime.engines.oracle import OracleEngine, make_oracle_manifest
 from darcnn.runtime.errors import InputError, OutputError, UsageError
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.segmenter import Segmenter
@@ -32,6 +33,7 @@ pytest.importorskip("mrcfile", reason="volumes need the extra volumes")
 starfile = pytest.importorskip("starfile", reason="volumes need the extra volumes")
 
 _FIELD = Path(__file__).parents[2] / "data/target/u2os_2abc40c118.png"
+_TISSUE = next((Path(__file__).parents[2] / "data/tissue").glob("*.png"))
 
 
 @pytest.fixture
@@ -178,11 +180,70 @@ def test_labels_in_mrc_have_the_geometry_of_the_volume(
 ) -> None:
     import mrcfile
 
-    folder = run_volume(oracle16, mrc_file, tmp_path / "out", options=VolumeOptions(labels_mrc=True)).folder
+    folder = run_volume(
+        oracle16, mrc_file, tmp_path / "out", options=VolumeOptions(also=("labels-mrc",))
+    ).folder
     with mrcfile.open(folder / "labels.mrc") as file:
         assert same_objects(np.asarray(file.data), balls)
         assert float(file.voxel_size.x) == pytest.approx(12.0)
     assert mrcfile.validate(folder / "labels.mrc")
+
+
+def test_formats_are_added_to_a_finished_result(oracle16: Segmenter, mrc_file: Path, tmp_path: Path) -> None:
+    folder = run_volume(oracle16, mrc_file, tmp_path / "out").folder
+    both = VolumeOptions(also=("csv", "labels-mrc"))
+    whole = run_volume(oracle16, mrc_file, tmp_path / "whole", options=both)
+    assert run_volume(oracle16, mrc_file, tmp_path / "out", options=both).was_done
+    for name in ("objects.csv", "labels.mrc"):
+        assert (folder / name).stat().st_size == (whole.folder / name).stat().st_size
+    assert (folder / "objects.csv").read_bytes() == (whole.folder / "objects.csv").read_bytes()
+    lines = (folder / "objects.csv").read_text().splitlines()
+    assert len(lines) == whole.n_objects + 1
+    assert "sphericity" in lines[0]
+    with pytest.raises(UsageError, match="no format labels-tiff"):
+        run_volume(oracle16, mrc_file, tmp_path / "out", options=VolumeOptions(also=("labels-tiff",)))
+
+
+def test_a_filter_on_nanometres_needs_a_voxel_size(
+    oracle16: Segmenter, balls: np.ndarray, tmp_path: Path
+) -> None:
+    tifffile.imwrite(tmp_path / "s.tif", balls.astype(np.uint16), metadata={"axes": "ZYX"})
+    options = VolumeOptions(row_filter="diameter_nm > 3")
+    with pytest.raises(UsageError, match=r"diameter_nm is not known.*--voxel-size"):
+        run_volume(oracle16, tmp_path / "s.tif", tmp_path / "out", options=options)
+    told = replace(options, voxel_nm=(1.0, 1.0, 1.0))
+    assert run_volume(oracle16, tmp_path / "s.tif", tmp_path / "told", options=told).n_objects
+
+
+def test_a_stack_of_colours_is_none_for_a_model_that_sees_them(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "s.tif", np.zeros((4, 40, 50, 3), np.uint8), photometric="rgb")
+    for channels, told in ((3, False), (1, True)):
+        engine = OracleEngine(tile_px=64, channels=channels)
+        with Segmenter(engine, make_oracle_manifest(engine, halo_px=16)) as segmenter:
+            if told:
+                assert not run_volume(segmenter, tmp_path / "s.tif", tmp_path / "out").n_objects
+            else:
+                with pytest.raises(InputError, match="stack of colour pictures"):
+                    run_volume(segmenter, tmp_path / "s.tif", tmp_path / "out")
+
+
+def test_a_series_is_told_to_be_one(oracle16: Segmenter, balls: np.ndarray, tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "s.tif", balls.astype(np.uint16), metadata={"axes": "TYX"})
+    summary = run_volume(oracle16, tmp_path / "s.tif", tmp_path / "out")
+    assert any("a series along t" in warning for warning in summary.warnings)
+
+
+@pytest.mark.slow
+def test_a_stack_of_tissue_without_a_voxel_size_is_measured_first(tmp_path: Path) -> None:
+    with Image.open(_TISSUE) as picture:
+        grey = np.asarray(picture.convert("L"))[:256, :256]
+    tifffile.imwrite(tmp_path / "stack.tif", np.stack([grey] * 2), metadata={"axes": "ZYX"})
+    tifffile.imwrite(tmp_path / "white.tif", np.full((2, 90, 90), 250, np.uint8), metadata={"axes": "ZYX"})
+    with darcnn.runtime.load("nuclei-he") as segmenter:
+        found = run_volume(segmenter, tmp_path / "stack.tif", tmp_path / "out")
+        assert not run_volume(segmenter, tmp_path / "white.tif", tmp_path / "out").n_objects
+    assert found.n_objects > 3
+    assert found.measured_px is not None
 
 
 def test_a_filter_leaves_out_objects_and_numbers_the_others_anew(
