@@ -45,7 +45,7 @@ EXTRAS_OF_RUNTIME: dict[str, set[str]] = {
     "runtime/readers/mrc_header.py": {"mrcfile"},
     "runtime/readers/ome_zarr.py": {"aiohttp"},
     "runtime/readers/nifti.py": {"nibabel"},
-    "runtime/volumes/labels.py": {"mrcfile"},
+    "runtime/volumes/extras.py": {"mrcfile"},
     "runtime/volumes/particles.py": {"pandas", "starfile"},
 }
 # What an importable name is called in the registry, where the two differ.

@@ -85,7 +85,7 @@ def run_source(run: Run) -> Darcnn:
     with torch.random.fork_rng(devices=[]):  # heads start at random, in every process the same
         torch.manual_seed(recipe.seed)
         network = Darcnn.from_name(recipe.preset, recipe.weights)
-    if not run.is_done(folder):
+    if stage.steps == 0 or not run.is_done(folder):  # else they come from the checkpoint
         load_weights(network, recipe.weights, run.data)
     network.to(run.device)
     targets = TargetImages(run.data, recipe.target, recipe.seed)

@@ -98,8 +98,23 @@ def test_without_photographs_the_images_alone_lead_to_a_model(
     assert json.loads((tmp_path / "decisions.json").read_text())["n_objects"] == decisions.n_objects > 0
     with Image.open(tmp_path / "decisions.png") as picture:
         assert picture.format == "PNG"
+    weights = [tmp_path / name / "checkpoint.safetensors" for name in ("source", "adapt", "refine")]
+    before = [path.read_bytes() for path in weights]
     run_all(replace(run, resume=True), is_right)
     assert len(shown) == 1  # nobody is asked twice
+    assert [path.read_bytes() for path in weights] == before
+
+
+def test_a_run_that_goes_on_starts_from_the_package_s_network_again(
+    bare: Recipe, data: Path, tmp_path: Path
+) -> None:
+    run = Run(bare, data, tmp_path)
+    run_source(run)
+    before = (tmp_path / "source" / "checkpoint.safetensors").read_bytes()
+    network = run_source(replace(run, resume=True))
+    assert (tmp_path / "source" / "checkpoint.safetensors").read_bytes() == before
+    known = load_network(tmp_path / "source")[0].state_dict()
+    assert all(torch.equal(tensor, known[name]) for name, tensor in network.state_dict().items())
 
 
 def test_decisions_that_are_not_right_stop_the_run_before_it_learns(
