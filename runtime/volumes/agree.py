@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import shapely
-from numpy.typing import NDArray
 
 from darcnn.runtime.volumes.solid import Solid, SolidFile
 
@@ -46,7 +45,7 @@ def _overlapping(one: SolidFile, other: SolidFile) -> Iterator[tuple[int, int, f
     """Yield (number, number, IoU) of all pairs that overlap enough."""
     if not len(one) or not len(other):
         return
-    first, second = shapely.STRtree(_footprints(one)).query(_footprints(other), predicate="intersects")[::-1]
+    first, second = shapely.STRtree(one.footprints()).query(other.footprints(), predicate="intersects")[::-1]
     for i, j in sorted(zip(first.tolist(), second.tolist(), strict=True)):
         if one.boxes[i, 0] < other.boxes[j, 3] and other.boxes[j, 0] < one.boxes[i, 3]:
             a, b = one[i], other[j]
@@ -54,12 +53,6 @@ def _overlapping(one: SolidFile, other: SolidFile) -> Iterator[tuple[int, int, f
             iou = shared / (np.count_nonzero(a.mask) + np.count_nonzero(b.mask) - shared)
             if iou >= _MIN_IOU:
                 yield i, j, float(iou)
-
-
-def _footprints(solids: SolidFile) -> NDArray[np.object_]:
-    _, y0, x0, _, y1, x1 = solids.boxes.T
-    boxes: NDArray[np.object_] = shapely.box(x0, y0, x1, y1)
-    return boxes
 
 
 def shared_voxels(one: Solid, other: Solid) -> int:

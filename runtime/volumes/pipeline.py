@@ -62,6 +62,7 @@ from darcnn.runtime.volumes.link import link_sections
 from darcnn.runtime.volumes.measure import measure_solids, solid_schema
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import VolumeOptions
+from darcnn.runtime.volumes.overlaps import cut_overlaps
 from darcnn.runtime.volumes.overview import write_overview, write_scroll
 from darcnn.runtime.volumes.particles import write_points, write_star
 from darcnn.runtime.volumes.record import VolumeCounts, describe_views, describe_volume
@@ -287,10 +288,13 @@ def _link(views: Sequence[View], parts: Parts, folder: Path) -> tuple[SolidFile,
         write_solids(path, (solid_of(chain, axis=stack.axis, n_planes=len(stack)) for chain in chains))
         found[stack.axis] = SolidFile(path)
     by_axis = {axis: len(solids) for axis, solids in found.items()}
-    if len(found) == 1:
-        return next(iter(found.values())), by_axis
+    (first, *others) = found.values()
+    if others:
+        path = folder / "agreed.arrow"
+        write_solids(path, agree([first, *others]))
+        first = SolidFile(path)
     path = folder / "solids.arrow"
-    write_solids(path, agree(list(found.values())))
+    write_solids(path, cut_overlaps(first))
     return SolidFile(path), by_axis
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import shapely
 from numpy.typing import NDArray
 
 from darcnn.runtime.sinks.atomic import atomic_file
@@ -147,6 +148,12 @@ class SolidFile:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def footprints(self) -> NDArray[np.object_]:
+        """Return the boxes as seen along z, (N,) polygons."""
+        _, y0, x0, _, y1, x1 = self.boxes.T
+        boxes: NDArray[np.object_] = shapely.box(x0, y0, x1, y1)
+        return boxes
 
     def __getitem__(self, number: int) -> Solid:
         """Return solid `number`."""
