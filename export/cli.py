@@ -25,6 +25,7 @@ from darcnn.runtime.errors import (
     OutputError,
     UsageError,
 )
+from darcnn.runtime.load import find_bundle
 from darcnn.runtime.manifest import Manifest
 from darcnn.runtime.options import BACKENDS
 
@@ -208,7 +209,6 @@ def engine(
     out: Path | None,
 ) -> None:
     """Compile the graphs of MODEL, a bundle or the name of a shipped one, into a TensorRT engine."""
-    from darcnn.runtime.load import find_bundle
 
     def show(phase: str, done: int, total: int) -> None:
         if sys.stderr.isatty():
@@ -245,7 +245,6 @@ def quantise(
     _require_export()
     from darcnn.export.pack import write_quantised
     from darcnn.export.tiles import images_in, read_tiles
-    from darcnn.runtime.load import find_bundle
 
     _refuse_existing(out, overwrite)
     opened = find_bundle(model)
@@ -264,7 +263,6 @@ def triton(model: str, out: Path, engine: Path | None, overwrite: bool) -> None:
     """Write a repository from which Triton Inference Server serves MODEL: NAME_detect and NAME_mask."""
     from darcnn.export.triton import plan_repository, write_repository
     from darcnn.runtime.engines.engine_cache import read_engine
-    from darcnn.runtime.load import find_bundle
 
     opened = find_bundle(model)
     graphs = plan_repository(opened, None if engine is None else read_engine(engine, opened))
@@ -273,10 +271,10 @@ def triton(model: str, out: Path, engine: Path | None, overwrite: bool) -> None:
 
 
 @cli.command()
-@click.argument("bundle", type=_file)
-def info(bundle: Path) -> None:
-    """Say what BUNDLE is: manifest, sizes, hashes, and the figures of its training."""
-    click.echo("\n".join(describe_bundle(open_bundle(bundle))))
+@click.argument("model")
+def info(model: str) -> None:
+    """Say what MODEL, a bundle or the name of a shipped one, is: sizes, hashes, figures of its training."""
+    click.echo("\n".join(describe_bundle(find_bundle(model))))
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:

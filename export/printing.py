@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from darcnn.runtime.bundle import Bundle
+from darcnn.runtime.slab import Slab
 
 if TYPE_CHECKING:
     from darcnn.export.parity import Parity
@@ -23,6 +24,12 @@ def parity_table(parity: Parity) -> str:
     return "\n".join([*lines, verdict])
 
 
+def _describe_slab(slab: Slab | None) -> list[str]:
+    if slab is None:
+        return []
+    return [f"slab       {slab.depth:g} diameters averaged, smoothed by {slab.smoothing:g}"]
+
+
 def describe_bundle(bundle: Bundle) -> list[str]:
     """Return what `bundle` is, line by line: manifest, sizes, hashes, figures of its training."""
     manifest = bundle.manifest
@@ -30,13 +37,15 @@ def describe_bundle(bundle: Bundle) -> list[str]:
     window = "" if rule.kind == "full_range" else f" {rule.low:g} to {rule.high:g}"
     training: dict[str, Any] = json.loads(bundle.read("training.json"))
     lines = [
-        f"{manifest.name}: {manifest.preset}, format {manifest.format}",
+        f"{manifest.name}: {manifest.preset}, {manifest.precision}, format {manifest.format}",
         f"file       {bundle.path.stat().st_size / 1e6:.1f} MB, sha256 {bundle.sha256}",
         f"input      {sizes.batch} x {sizes.tile_px} x {sizes.tile_px} x {sizes.channels}, "
         f"halo {sizes.halo_px} px",
         f"intensity  {rule.kind}{window}",
         f"scale      objects of {sizes.nominal_diameter_px:g} px, "
-        + ("no pixel size" if sizes.mpp is None else f"{sizes.mpp:g} um per pixel"),
+        + ("no pixel size" if sizes.mpp is None else f"{sizes.mpp:g} um per pixel")
+        + (", measured in each image" if sizes.finds_diameter else ""),
+        *_describe_slab(sizes.slab),
         f"limits     {limits.proposals} proposals, {limits.detections} objects a tile, "
         f"score {limits.min_score:g} (graph {limits.score_threshold:g}), NMS {limits.nms_threshold:g}",
         f"training   stage {training.get('stage')}, step {training.get('step')}",

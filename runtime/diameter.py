@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -16,7 +17,15 @@ from darcnn.runtime.sampling import spread_evenly
 if TYPE_CHECKING:
     from darcnn.runtime.segmenter import Segmenter
 
-__all__ = ["choose_diameter", "estimate_diameter", "finds_unasked"]
+Look = Callable[[float], tuple[NDArray[np.float64], NDArray[np.float64]]]
+
+__all__ = [
+    "choose_diameter",
+    "estimate_diameter",
+    "finds_unasked",
+    "look_for_sizes",
+    "settle_diameter",
+]
 
 _SCALES = (0.5, 1.0, 2.0)  # network pixels per pixel of the image in the first look
 _TILES = 2  # looked at per scale, spread over the image
@@ -26,9 +35,7 @@ _EDGE_PX = 2.0  # a box this close to an edge is cut
 _MIN_SCORE = 1e-6  # of a slot that is not empty
 
 
-def estimate_diameter(
-    segmenter: Segmenter, reader: Reader, *, channel: int | None = None, window: Window | None = None
-) -> float | None:
+def estimate_diameter(segmenter: Segmenter, reader: Reader, *, channel: int | None = None) -> float | None:
     """Return the diameter of a typical object in level-0 pixels, or None if the model finds too little.
 
     The image is searched at half, full and double size. Each finding votes for its size with its squared
@@ -43,17 +50,26 @@ def estimate_diameter(
         segmenter: the model.
         reader: the open image; stays open.
         channel: which of several channels.
-        window: raw values that become black and white; None: measured at each scale.
     Raises:
         InputError: the image or its channels do not serve.
     """
     model = segmenter.manifest.input
-    seen = [_look(segmenter, reader, scale, channel, window) for scale in _SCALES]
+    return settle_diameter(model, lambda scale: look_for_sizes(segmenter, reader, scale, channel=channel))
+
+
+def settle_diameter(model: ModelInput, look: Look) -> float | None:
+    """Return the diameter that looks at several scales tell, level-0 pixels, or None if they tell too little.
+
+    Args:
+        model: what is looked with.
+        look: network pixels per level-0 pixel -> sizes of what is found, level-0 pixels, and their weights.
+    """
+    seen = [look(scale) for scale in _SCALES]
     sizes, weights = (np.concatenate(parts) for parts in zip(*seen, strict=True))
     diameter = _weighted_median(sizes, weights)
     if diameter is None:
         return None
-    closer = _weighted_median(*_look(segmenter, reader, _found(model) / diameter, channel, window))
+    closer = _weighted_median(*look(_found(model) / diameter))
     return (diameter if closer is None else closer) * model.nominal_diameter_px / _found(model)
 
 
@@ -98,10 +114,23 @@ def _found(model: ModelInput) -> float:
     return model.nominal_diameter_px if model.found_diameter_px is None else model.found_diameter_px
 
 
-def _look(
-    segmenter: Segmenter, reader: Reader, scale: float, channel: int | None, window: Window | None
+def look_for_sizes(
+    segmenter: Segmenter,
+    reader: Reader,
+    scale: float,
+    *,
+    channel: int | None = None,
+    window: Window | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the sizes of what is found at one scale, level-0 pixels, and the weight of each."""
+    """Return the sizes of what is found at one scale, level-0 pixels, and the weight of each.
+
+    Args:
+        segmenter: the model.
+        reader: the open image; stays open.
+        scale: network pixels per level-0 pixel.
+        channel: which of several channels.
+        window: raw values that become black and white; None: those of the image.
+    """
     model, engine = segmenter.manifest.input, segmenter.engine
     try:
         plan = segmenter.plan(reader.info, diameter_px=model.nominal_diameter_px / scale, channel=channel)

@@ -71,7 +71,7 @@ def plan_slide(
         raise InputError(
             f"its pixels would have to be scaled by {scale:.4g} to fit the model",
             where=where,
-            fix="check the pixel size, or pass the right --mpp or --diameter",
+            fix="check the pixel size, or pass the right one (--mpp, of volumes --voxel-size) or --diameter",
         )
     level = choose_level(info.levels, 1 / scale)
     if abs(scale * level.downsample - 1) < SNAP:

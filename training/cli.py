@@ -47,7 +47,7 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-@click.group()
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="darcnn")
 def commands() -> None:
     """Learn objects from labelled photographs and adapt them to unlabelled images."""

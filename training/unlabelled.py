@@ -6,6 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,8 @@ from darcnn.runtime.readers import Reader, open_source
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.open import is_readable
 from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.volumes.find import find_diameter, plan_view, plane_reader
+from darcnn.runtime.volumes.open import is_volume, open_volume
 from darcnn.training.writing import new_file
 
 __all__ = ["Trust", "as_table", "judge_folder", "judge_image", "mean_trust", "separation_of", "write_csv"]
@@ -60,6 +63,8 @@ def judge_folder(
 ) -> dict[str, Trust]:
     """Return the figures of each image of `folder` (or of `folder`/images), by file name.
 
+    Of a volume the middle plane is judged, as the model sees it.
+
     Raises:
         InputError: there is no image, or one does not serve.
     """
@@ -69,12 +74,26 @@ def judge_folder(
         raise InputError("no images", where=place, fix="give a folder with images")
     found = {}
     for path in tqdm(paths, desc=folder.name, unit="image"):
+        if is_volume(path):
+            found[path.name] = _judge_volume(segmenter, path, diameter_px, pixels=pixels)
+            continue
         with open_source(path) as reader:
             size = choose_diameter(segmenter, reader, diameter_px=diameter_px, mpp=mpp, pixels=pixels)
             plan = segmenter.plan(reader.info, mpp=mpp, diameter_px=size, pixels=pixels)
             nominal = segmenter.manifest.input.nominal_diameter_px
             found[path.name] = judge_image(segmenter, reader, diameter_px=nominal / plan.scale)
     return found
+
+
+def _judge_volume(
+    segmenter: Segmenter, path: Path, diameter_px: float | Literal["auto"] | None, *, pixels: bool
+) -> Trust:
+    with TemporaryDirectory() as scratch, open_volume(path, Path(scratch)) as volume:
+        size = find_diameter(segmenter, volume, "z", diameter_px=diameter_px, pixels=pixels)
+        view = plan_view(segmenter, volume, "z", diameter_px=size, pixels=pixels)
+        nominal = segmenter.manifest.input.nominal_diameter_px
+        with plane_reader(volume, "z", view.stack.plane(len(view.stack) // 2)) as reader:
+            return judge_image(segmenter, reader, diameter_px=nominal / view.plan.scale)
 
 
 def judge_image(segmenter: Segmenter, reader: Reader, *, diameter_px: float) -> Trust:

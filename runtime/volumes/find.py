@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from darcnn.runtime.diameter import estimate_diameter
-from darcnn.runtime.errors import UsageError
+from darcnn.runtime.diameter import finds_unasked, look_for_sizes, settle_diameter
+from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.planning import SlidePlan
@@ -31,6 +32,7 @@ __all__ = [
     "estimate_in_volume",
     "find_block",
     "find_blocks_here",
+    "find_diameter",
     "find_sections",
     "plan_blocks",
     "plan_view",
@@ -115,6 +117,13 @@ def plan_view(
         raise UsageError(
             f"a slab of {n_joined} planes has none in its middle", where="--slab", fix="give an odd number"
         )
+    has_scale = diameter_px is not None or pixels or volume.info.pixel_nm(axis) is not None
+    if model.mpp is not None and not has_scale:
+        raise InputError(
+            "no voxel size in the file",
+            where=volume.info.path,
+            fix="pass --voxel-size (13.5A, say), --diameter, or --pixels to take the voxels as they are",
+        )
     with plane_reader(volume, axis, np.zeros(volume.info.plane_shape(axis), np.float32)) as reader:
         plan = segmenter.plan(reader.info, diameter_px=diameter_px, pixels=pixels)
     stack = Stack.of(volume, axis, model.slab, model.nominal_diameter_px / plan.scale)
@@ -162,16 +171,55 @@ def _serves_all_axes(model: ModelInput, view: View) -> bool:
     )
 
 
+def find_diameter(
+    segmenter: Segmenter,
+    volume: Volume,
+    axis: Axis,
+    *,
+    diameter_px: float | Literal["auto"] | None,
+    pixels: bool,
+) -> float | None:
+    """Return the diameter to plan with, voxels; None leaves the scale to the voxel size.
+
+    Args:
+        segmenter: the model.
+        volume: open; stays open.
+        axis: whose planes are looked at.
+        diameter_px: what the user gave; "auto" asks for an estimate, and a model that is made for it
+            estimates unasked (`darcnn.runtime.diameter.choose_diameter`).
+        pixels: take the voxels as they are.
+    """
+    model, has_pixel_size = segmenter.manifest.input, volume.info.pixel_nm(axis) is not None
+    is_unasked = finds_unasked(model, has_pixel_size) and not pixels
+    if diameter_px is not None and diameter_px != "auto":
+        return diameter_px
+    if diameter_px is None and not is_unasked:
+        return None
+    found = estimate_in_volume(segmenter, volume, axis)
+    if found is None and is_unasked and model.mpp is not None:  # nothing else tells its scale
+        return model.nominal_diameter_px
+    return found
+
+
 def estimate_in_volume(segmenter: Segmenter, volume: Volume, axis: Axis) -> float | None:
-    """Return the diameter of a typical object in voxels, the median over four planes; None: not found."""
-    found = []
-    plain = Stack(volume, axis)
-    window = measure_stack(plain, segmenter.manifest.input.intensity, scale=1.0)
-    for index in spread_evenly(range(len(plain)), _LOOKED_AT):
-        with plane_reader(volume, axis, plain.plane(index)) as reader:
-            found.append(estimate_diameter(segmenter, reader, window=window))
-    known = [one for one in found if one is not None]
-    return float(np.median(known)) if known else None
+    """Return the diameter of a typical object in voxels, as four planes tell it; None: not found.
+
+    `darcnn.runtime.diameter.estimate_diameter` says how. A model that sees slabs sees those for the size
+    that is looked for.
+    """
+    model = segmenter.manifest.input
+
+    def look(scale: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        stack = Stack.of(volume, axis, model.slab, model.nominal_diameter_px / scale)
+        window = measure_stack(stack, model.intensity, scale=scale)
+        seen = []
+        for index in spread_evenly(range(len(stack)), _LOOKED_AT):
+            with plane_reader(volume, axis, stack.plane(index)) as reader:
+                seen.append(look_for_sizes(segmenter, reader, scale, window=window))
+        sizes, weights = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+        return sizes, weights
+
+    return settle_diameter(model, look)
 
 
 def plan_blocks(views: Sequence[View]) -> tuple[Block, ...]:
@@ -211,7 +259,7 @@ def find_sections(segmenter: Segmenter, view: View, start: int, stop: int) -> It
             yield sections_of(segmenter.segment(reader, view.plan, window=view.window), index, plane)
 
 
-def plane_reader(volume: Volume, axis: Axis, plane: np.typing.NDArray[np.float32]) -> ArrayReader:
+def plane_reader(volume: Volume, axis: Axis, plane: NDArray[np.float32]) -> ArrayReader:
     """Return a plane as a source of pixels, with the size of its voxels where they are square."""
     pixel_nm = volume.info.pixel_nm(axis)
     mpp = None if pixel_nm is None else pixel_nm * _UM_PER_NM

@@ -54,7 +54,9 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
     z = image.steps_um().get("z")
     section = plausible_mpp(z, z)
     voxel = in_nanometres(info.mpp, None if section is None else section[0])
-    facts = VolumeInfo(path, info.name, shape, info.dtype, voxel, None if voxel is None else info.mpp_source)
+    source = None if voxel is None else info.mpp_source
+    is_known = section is not None
+    facts = VolumeInfo(path, info.name, shape, info.dtype, voxel, source, is_depth_known=is_known)
     return Volume(facts, Stored(target, info.dtype), scratch=target)
 
 

@@ -77,7 +77,8 @@ def open_volume(
     else:
         volume = _unpack_stack(path, scratch, t, channel)
     if voxel_nm is not None:
-        volume.info = replace(volume.info, voxel_nm=voxel_nm, voxel_source="--voxel-size")
+        told = replace(volume.info, voxel_nm=voxel_nm, voxel_source="--voxel-size", is_depth_known=True)
+        volume.info = told
     return volume
 
 
@@ -104,7 +105,13 @@ def _open_mrc(path: Path, scratch: Path, *, is_packed: bool) -> Volume:
         raise
     voxel = in_nanometres(header.mpp, header.section_um)
     info = VolumeInfo(
-        path, make_slide_name(path), header.shape, header.dtype, voxel, None if voxel is None else "MRC cell"
+        path,
+        make_slide_name(path),
+        header.shape,
+        header.dtype,
+        voxel,
+        None if voxel is None else "MRC cell",
+        is_depth_known=header.section_um is not None,
     )
     return Volume(info, Stored(place, header.dtype, header.offset), scratch=unpacked)
 
@@ -128,7 +135,8 @@ def _open_nifti(path: Path, scratch: Path, t: int | None) -> Volume:
         raise InputError("is truncated", where=path, fix="copy the file again or export it anew")
     kind = np.dtype(np.float32) if is_scaled else dtype
     source = None if voxel is None else "NIfTI pixdim"
-    info = VolumeInfo(path, make_slide_name(path), shape, kind, voxel, source)
+    is_known = section_um is not None
+    info = VolumeInfo(path, make_slide_name(path), shape, kind, voxel, source, is_depth_known=is_known)
     return Volume(info, Stored(place, dtype, offset, slope, intercept), scratch=unpacked)
 
 
@@ -168,11 +176,20 @@ def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str |
     except BaseException:
         target.unlink(missing_ok=True)
         raise
-    voxel = None
-    if not is_series:
-        voxel = in_nanometres(info.mpp, read_section_um(path))
+    section_um = read_section_um(path)
+    voxel = None if is_series else in_nanometres(info.mpp, section_um)
     source = None if voxel is None else info.mpp_source
-    facts = VolumeInfo(path, make_slide_name(path), shape, info.dtype, voxel, source, info.is_rgb, is_series)
+    facts = VolumeInfo(
+        path,
+        make_slide_name(path),
+        shape,
+        info.dtype,
+        voxel,
+        source,
+        is_rgb=info.is_rgb,
+        is_series=is_series,
+        is_depth_known=section_um is not None,
+    )
     return Volume(facts, Stored(target, info.dtype), scratch=target)
 
 

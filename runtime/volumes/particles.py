@@ -16,18 +16,25 @@ _ANGSTROM_PER_NM = 10.0
 
 
 def write_star(
-    path: Path, table: pa.Table, *, name: str, voxel_nm: tuple[float, float, float] | None
+    path: Path,
+    table: pa.Table,
+    *,
+    name: str,
+    shape: tuple[int, int, int],
+    voxel_nm: tuple[float, float, float] | None,
 ) -> None:
     """Write the centroids as a STAR file of RELION 3.1 and later: tables `optics` and `particles`.
 
-    Coordinates are voxels of the tomogram, of which the first has its centre at 0. The score is the figure
-    of merit. Angles are not known: 0.
+    Coordinates are voxels of the tomogram, of which the first has its centre at 0. Where the voxel size is
+    known they are given in Angstrom from the tomogram's centre (size / 2) as well, as RELION 5 has them: so
+    they hold for other binnings. The score is the figure of merit. Angles are not known: 0.
 
     Args:
         path: file to write.
         table: objects of the volume (`solid_schema`).
         name: of the tomogram.
-        voxel_nm: nanometres per voxel z, y, x; None: unknown, the column of the pixel size is left out.
+        shape: of the tomogram, z y x.
+        voxel_nm: nanometres per voxel z, y, x; None: unknown, columns that need it are left out.
     Raises:
         InputError: the package starfile is not installed.
         OSError: it cannot be written; nothing is left behind.
@@ -38,13 +45,18 @@ def write_star(
     except ModuleNotFoundError as err:
         raise needs_package("starfile", path) from err
     optics: dict[str, list[object]] = {"rlnOpticsGroup": [1], "rlnOpticsGroupName": ["opticsGroup1"]}
+    n, centred = table.num_rows, {}
+    indices = {axis: table[axis].to_numpy() - 0.5 for axis in "xyz"}
     if voxel_nm is not None:
         optics["rlnTomoTiltSeriesPixelSize"] = [round(voxel_nm[2] * _ANGSTROM_PER_NM, 6)]
-    n = table.num_rows
+        for axis, side, voxel in zip("zyx", shape, voxel_nm, strict=True):
+            from_centre = (indices[axis] - side / 2) * voxel * _ANGSTROM_PER_NM
+            centred[f"rlnCenteredCoordinate{axis.upper()}Angst"] = np.round(from_centre, 2)
     particles = {
         "rlnTomoName": [name] * n,
         "rlnTomoParticleId": table["id"].to_numpy(),
-        **{f"rlnCoordinate{axis.upper()}": np.round(table[axis].to_numpy() - 0.5, 3) for axis in "xyz"},
+        **{f"rlnCoordinate{axis.upper()}": np.round(indices[axis], 3) for axis in "xyz"},
+        **dict(sorted(centred.items())),
         **{f"rlnAngle{angle}": np.zeros(n) for angle in ("Rot", "Tilt", "Psi")},
         "rlnAutopickFigureOfMerit": np.round(table["score"].to_numpy().astype(np.float64), 4),
         "rlnOpticsGroup": np.ones(n, np.int64),

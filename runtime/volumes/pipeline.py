@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from darcnn.runtime.diameter import finds_unasked
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.parts import Parts
@@ -52,8 +51,8 @@ from darcnn.runtime.volumes.extras import add_formats, check_formats, write_form
 from darcnn.runtime.volumes.find import (
     BlockRunner,
     View,
-    estimate_in_volume,
     find_blocks_here,
+    find_diameter,
     plan_blocks,
     plan_views,
 )
@@ -126,7 +125,17 @@ def run_volume(
         with volume:
             _check_volume(volume, chosen, row_filter, segmenter.manifest.input)
             with times.stage("intensity"):
-                diameter = noted["diameter_px"] if noted else _diameter(segmenter, volume, chosen)
+                diameter = (
+                    noted["diameter_px"]
+                    if noted
+                    else find_diameter(
+                        segmenter,
+                        volume,
+                        chosen.first_axis,
+                        diameter_px=chosen.diameter_px,
+                        pixels=chosen.pixels,
+                    )
+                )
                 views = plan_views(
                     segmenter,
                     volume,
@@ -227,20 +236,6 @@ def _check_volume(
         )
 
 
-def _diameter(segmenter: Segmenter, volume: Volume, chosen: VolumeOptions) -> float | None:
-    if chosen.diameter_px is not None and chosen.diameter_px != "auto":
-        return chosen.diameter_px
-    axis = chosen.first_axis
-    model, has_pixel_size = segmenter.manifest.input, volume.info.pixel_nm(axis) is not None
-    is_unasked = finds_unasked(model, has_pixel_size) and not chosen.pixels
-    if chosen.diameter_px != "auto" and not is_unasked:
-        return None
-    found = estimate_in_volume(segmenter, volume, axis)
-    if found is None and is_unasked and model.mpp is not None:  # nothing else tells its scale
-        return model.nominal_diameter_px
-    return found
-
-
 def _find(
     segmenter: Segmenter,
     views: Sequence[View],
@@ -319,7 +314,7 @@ def _finish(
             built / LABELS_FOLDER, numbered, shape=info.shape, voxel_nm=info.voxel_nm, name=info.name
         )
     with times.stage("particles"):
-        write_star(built / STAR_FILE, table, name=info.name, voxel_nm=info.voxel_nm)
+        write_star(built / STAR_FILE, table, name=info.name, shape=info.shape, voxel_nm=info.voxel_nm)
         write_points(built / POINTS_FILE, table)
     with times.stage("overview"):
         first = views[0].stack

@@ -24,6 +24,7 @@ def describe_volume(volume: Volume, asked: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": str(info.dtype),
         "voxel_nm_zyx": None if info.voxel_nm is None else list(info.voxel_nm),
         "voxel_source": info.voxel_source,
+        "voxel_depth_is_known": info.voxel_nm is not None and info.is_depth_known,
     }
 
 
@@ -74,4 +75,9 @@ class VolumeCounts:
             )
         elif volume.info.voxel_nm is None:
             warnings.append("voxel size unknown: nanometre columns are empty")
+        elif not volume.info.is_depth_known:
+            warnings.append(
+                "the file does not tell how far apart its planes are: as far as pixels, it was assumed; "
+                "--voxel-size Z,Y,X tells it"
+            )
         return tuple(warnings)

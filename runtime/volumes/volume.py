@@ -39,6 +39,7 @@ class VolumeInfo:
     voxel_source: str | None = None
     is_rgb: bool = False  # its values are means of red, green and blue
     is_series: bool = False  # z is time
+    is_depth_known: bool = True  # else planes are taken to lie as far apart as pixels
 
     @property
     def is_cubic(self) -> bool | None:

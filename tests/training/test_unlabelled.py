@@ -12,12 +12,14 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.load import load
 from darcnn.runtime.readers import open_source
 from darcnn.training.unlabelled import Trust, as_table, judge_folder, judge_image, separation_of, write_csv
 
+NUCLEI = Path(__file__).parents[1] / "data/target/u2os_2abc40c118.png"
 FAST = settings(deadline=None, max_examples=50)
 
 
@@ -99,6 +101,18 @@ def test_the_benchmark_compares_rankings(data: Path, root: Path, tmp_path: Path)
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     with load("nuclei-fluorescence") as segmenter, pytest.raises(InputError, match="no images"):
         judge_folder(tmp_path, segmenter)
+
+
+def test_a_volume_is_judged_by_its_middle_plane(tmp_path: Path) -> None:
+    mrcfile = pytest.importorskip("mrcfile", reason="volumes need the extra volumes")
+    picture = np.asarray(Image.open(NUCLEI).convert("L"))[:200, :200]
+    with mrcfile.new(tmp_path / "a.mrc") as file:
+        file.set_data(np.stack([np.zeros_like(picture), picture, np.zeros_like(picture)]).astype(np.float32))
+    Image.fromarray(picture).save(tmp_path / "b.png")
+    with load("nuclei-fluorescence") as segmenter:
+        found = judge_folder(tmp_path, segmenter, diameter_px=25.0)
+    assert found["a.mrc"].n_objects == found["b.png"].n_objects > 3
+    assert found["a.mrc"].trust == pytest.approx(found["b.png"].trust, abs=0.05)
 
 
 def test_table_and_csv_say_the_same(tmp_path: Path) -> None:

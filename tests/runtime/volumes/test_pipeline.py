@@ -164,6 +164,9 @@ def test_coordinates_are_read_back_by_starfile_and_as_points(
     folder = run_volume(oracle16, mrc_file, tmp_path / "out").folder
     tables = starfile.read(folder / "particles.star")
     particles = tables["particles"]
+    for axis, side in zip("ZYX", balls.shape, strict=True):  # Angstrom from the centre, as RELION 5 has them
+        centred = (particles[f"rlnCoordinate{axis}"] - side / 2) * 12.0
+        assert np.allclose(particles[f"rlnCenteredCoordinate{axis}Angst"], centred, atol=0.02)
     assert tables["optics"]["rlnTomoTiltSeriesPixelSize"].iloc[0] == pytest.approx(12.0)
     points = np.loadtxt(folder / "particles.txt")
     assert len(particles) == len(points) == balls.max()
@@ -225,6 +228,46 @@ def test_a_stack_of_colours_is_none_for_a_model_that_sees_them(tmp_path: Path) -
             else:
                 with pytest.raises(InputError, match="stack of colour pictures"):
                     run_volume(segmenter, tmp_path / "s.tif", tmp_path / "out")
+
+
+def test_planes_of_unknown_distance_are_told_to_be_assumed(
+    oracle16: Segmenter, balls: np.ndarray, tmp_path: Path
+) -> None:
+    for name, sizes in (("told", {"PhysicalSizeZ": 0.5}), ("not", {})):
+        metadata = {"axes": "ZYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, **sizes}
+        tifffile.imwrite(tmp_path / f"{name}.ome.tif", balls.astype(np.uint16), metadata=metadata)
+        summary = run_volume(oracle16, tmp_path / f"{name}.ome.tif", tmp_path / "out")
+        assert any("how far apart" in warning for warning in summary.warnings) == (name == "not")
+        record = json.loads((summary.folder / "run.json").read_text())
+        assert record["input"]["voxel_depth_is_known"] == (name == "told")
+
+
+def test_a_model_that_knows_its_scale_asks_for_the_voxel_size(tmp_path: Path, balls: np.ndarray) -> None:
+    tifffile.imwrite(tmp_path / "s.tif", balls, metadata={"axes": "ZYX"})
+    engine = OracleEngine(tile_px=64, channels=1)
+    manifest = make_oracle_manifest(engine, halo_px=16)
+    manifest = replace(manifest, input=replace(manifest.input, mpp=0.001))
+    with Segmenter(engine, manifest) as segmenter:
+        with pytest.raises(InputError, match=r"no voxel size.*--voxel-size"):
+            run_volume(segmenter, tmp_path / "s.tif", tmp_path / "out")
+        options = VolumeOptions(voxel_nm=(1.0, 1.0, 1.0))
+        assert run_volume(segmenter, tmp_path / "s.tif", tmp_path / "told", options=options).n_objects
+
+
+def test_table_and_labels_count_the_same_voxels(tmp_path: Path) -> None:
+    field = np.asarray(Image.open(_FIELD).convert("L"))[:256, :256]
+    shifted = [np.roll(field, 3 * k, axis=1) for k in range(4)]  # chains that run into each other
+    tifffile.imwrite(tmp_path / "s.tif", np.stack(shifted), metadata={"axes": "ZYX"})
+    with darcnn.runtime.load("nuclei-fluorescence", min_score=0.3) as segmenter:
+        folder = run_volume(
+            segmenter, tmp_path / "s.tif", tmp_path / "out", options=VolumeOptions(diameter_px=25.0)
+        ).folder
+    table = pq.read_table(folder / "objects.parquet").to_pandas()
+    labels = np.asarray(zarr.open_array(folder / "labels.ome.zarr/0", mode="r")[:])
+    assert len(table) > 3
+    assert np.array_equal(np.bincount(labels.ravel(), minlength=len(table) + 1)[1:], table.volume_voxels)
+    at = np.argwhere(labels == 1)
+    assert np.allclose(table.loc[0, ["z", "y", "x"]].astype(float), at.mean(axis=0) + 0.5, atol=1e-3)
 
 
 def test_a_series_is_told_to_be_one(oracle16: Segmenter, balls: np.ndarray, tmp_path: Path) -> None:
