@@ -103,13 +103,13 @@ def bundle(
     from darcnn.export.pack import make_licence, make_members, make_training, options_of
     from darcnn.export.tiles import images_of, measure_mpp
     from darcnn.training.checkpoint import load_network
-    from darcnn.training.trust import most_trusted_round
+    from darcnn.training.trust import checkpoint_in
 
     _refuse_existing(out, overwrite)
-    if not (checkpoint / "checkpoint.json").is_file() and (checkpoint / "refine").is_dir():
-        checkpoint = most_trusted_round(checkpoint)
-        click.echo(f"taking the most trusted round, {checkpoint.name}", err=True)
-    network, info = load_network(checkpoint)
+    chosen = checkpoint_in(checkpoint)
+    if chosen != checkpoint:
+        click.echo(f"taking the most trusted round, {chosen.name}", err=True)
+    network, info = load_network(chosen)
     recipe = info.recipe
     name = name or recipe.name
     sources = images_of(recipe, data)
@@ -159,9 +159,10 @@ def verify(
     _require_export()
     from darcnn.export.tiles import images_of
     from darcnn.training.checkpoint import load_network
+    from darcnn.training.trust import checkpoint_in
 
     opened = _in_precision(open_bundle(bundle), precision)
-    network, info = load_network(checkpoint)
+    network, info = load_network(checkpoint_in(checkpoint))
     if opened.precision == "int8":
         raise UsageError(
             "is in int8, which finds other boxes than PyTorch",

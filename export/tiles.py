@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.bundle import Bundle
+from darcnn.runtime.diameter import choose_diameter
 from darcnn.runtime.engines.choose import open_engine
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import sees_separate_channels
@@ -122,12 +123,9 @@ def read_tiles(
             with ExitStack() as stack:
                 reader = _open_middle(source, segmenter, stack)
                 facts = reader.info
-                plan = segmenter.plan(
-                    facts,
-                    diameter_px=source.diameter_px,
-                    pixels=facts.mpp is None,
-                    channel=_channel_for(bundle.manifest.input.channels, facts),
-                )
+                channel = _channel_for(bundle.manifest.input.channels, facts)
+                size = choose_diameter(segmenter, reader, diameter_px=source.diameter_px, channel=channel)
+                plan = segmenter.plan(facts, diameter_px=size, pixels=facts.mpp is None, channel=channel)
                 sampler = segmenter.sampler(reader, plan, segmenter.measure(reader, plan))
                 for tile in spread_evenly(plan.tiles, max(1, limit // len(chosen))):
                     tiles[f"{facts.name} {tile.index}"] = sampler.read(tile)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -33,6 +33,7 @@ __all__ = [
 T = TypeVar("T")
 
 _FULL_RANGE = IntensityRule("full_range")
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +276,8 @@ def _value(hint: Any, value: Any, where: str, name: str) -> Any:
             return tuple(
                 _value(k, v, where, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
             )
-        raise UsageError(f"{name} = {value!r} is not such a list", where=where, fix=f"expected {hint}")
+        wanted = f"give a list of {len(inner)}" if inner[-1] is not Ellipsis else "give a list"
+        raise UsageError(f"{name} = {value!r} is not such a list", where=where, fix=wanted)
     options = get_args(hint) or (hint,)
     if value in [o for o in options if isinstance(o, str)]:
         return value
@@ -286,5 +288,15 @@ def _value(hint: Any, value: Any, where: str, name: str) -> Any:
     else:
         fits = any(isinstance(option, type) and isinstance(value, option) for option in options)
     if not fits:
-        raise UsageError(f"{name} = {value!r} has the wrong type", where=where, fix=f"expected {hint}")
+        raise UsageError(f"{name} = {value!r} is not of its kind", where=where, fix=_wanted(options))
     return value
+
+
+def _wanted(options: Sequence[Any]) -> str:
+    """Return what a user is to write, of the types and words that a key takes.
+
+    >>> _wanted((int, type(None))), _wanted(("any", "one"))
+    ('give a whole number', 'give "any" or "one"')
+    """
+    known = [_KINDS[option] for option in options if option in _KINDS]
+    return "give " + " or ".join([*known, *(f'"{option}"' for option in options if isinstance(option, str))])

@@ -18,7 +18,7 @@ from darcnn.training.parallel import is_first
 from darcnn.training.unlabelled import Trust, judge_image, mean_trust
 from darcnn.training.writing import new_file
 
-__all__ = ["TRUST_FILE", "most_trusted_round", "note_trust", "read_trust", "round_folders"]
+__all__ = ["TRUST_FILE", "checkpoint_in", "most_trusted_round", "note_trust", "read_trust", "round_folders"]
 
 TRUST_FILE = "trust.json"
 _IMAGES = 8  # looked at, evenly spread over the targets and always the same
@@ -60,6 +60,12 @@ def round_folders(out: Path) -> list[Path]:
     """Return the folders of the rounds of stage 2 in the run `out`, in the order in which they ran."""
     earlier = sorted(out.glob("refine-[0-9]*"), key=lambda folder: int(folder.name.split("-")[1]))
     return [*earlier, out / "refine"]
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """Return the folder of the checkpoint in `folder`: itself, or of a whole run the most trusted round."""
+    is_run = not (folder / "checkpoint.json").is_file() and (folder / "refine").is_dir()
+    return most_trusted_round(folder) if is_run else folder
 
 
 def most_trusted_round(out: Path) -> Path:

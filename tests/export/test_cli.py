@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -203,3 +204,9 @@ def test_of_a_whole_run_the_most_trusted_round_is_exported(run, checkpoint, tmp_
     code, _, error = run("bundle", tmp_path / "run", "--out", tmp_path / "a.darcnn", "--data", pictures)
     assert code == 0
     assert "taking the most trusted round, refine-1" in error
+
+
+def test_verify_takes_the_folder_of_a_whole_run(run, bundle_path, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "run" / "refine")
+    code, out, _ = run("verify", bundle_path, "--checkpoint", tmp_path / "run", "--backend", "onnxruntime")
+    assert (code, "they agree" in out) == (0, True)

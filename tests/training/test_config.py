@@ -181,7 +181,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(table: dict[str, Any], pat
         ("source.synthetic_fraction", 2, "from 0 to 1"),
         ("source.diameter_px", [80.0, 8.0], "in order"),
         ("source.diameter_px", [0.0, 8.0], "above 0"),
-        ("source.invert", "yes", "bool"),
+        ("source.invert", "yes", "give true or false"),
     ],
 )
 def test_a_value_out_of_range_is_refused(table: dict[str, Any], path: str, value: Any, hint: str) -> None:
