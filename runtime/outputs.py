@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,28 +62,35 @@ def write_outputs(
     info, table = reader.info, folder / TABLE_FILE
     with tally.stage("table"):
         write_parquet(table, rows, object_schema(info.channel_names))
-    with tally.stage("geojson"):
-        write_geojson(
-            folder / GEOJSON_FILE,
-            table,
-            slide_name=info.name,
-            class_name=model_name,
-            origin_px0=info.origin_px0,
-        )
-    with tally.stage("labels"):
-        shape = (info.height_px0, info.width_px0)
-        write_label_pyramid(folder / LABELS_FOLDER, table, shape=shape, mpp=task.mpp, name=info.name)
-    with tally.stage("overview"):
-        write_overview(
-            folder / OVERVIEW_FILE,
-            table,
-            reader,
-            window=task.window,
-            channel=task.plan.channel,
-            model_name=model_name,
-            mpp=task.mpp,
-            unreadable=tuple(tally.unreadable.values()),
-        )
+
+    def draw_overview() -> None:
+        with tally.stage("overview"):
+            write_overview(
+                folder / OVERVIEW_FILE,
+                table,
+                reader,
+                window=task.window,
+                channel=task.plan.channel,
+                model_name=model_name,
+                mpp=task.mpp,
+                unreadable=tuple(tally.unreadable.values()),
+            )
+
+    # the picture is mostly decoding and packing, which leave the interpreter to the others
+    with ThreadPoolExecutor(1, "darcnn-overview") as pool:
+        overview = pool.submit(draw_overview)
+        with tally.stage("geojson"):
+            write_geojson(
+                folder / GEOJSON_FILE,
+                table,
+                slide_name=info.name,
+                class_name=model_name,
+                origin_px0=info.origin_px0,
+            )
+        with tally.stage("labels"):
+            shape = (info.height_px0, info.width_px0)
+            write_label_pyramid(folder / LABELS_FOLDER, table, shape=shape, mpp=task.mpp, name=info.name)
+        overview.result()
     with tally.stage("also"):
         for extra in also:
             _write_extra(extra, folder, mpp=task.mpp, name=info.name)
