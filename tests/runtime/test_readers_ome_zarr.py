@@ -112,7 +112,7 @@ def test_what_is_no_image_is_one_line(tmp_path):
     for path, message in (
         (tmp_path / "plate.zarr", "is a plate"),
         (tmp_path / "group.zarr", "is no OME-Zarr image"),
-        (tmp_path / "array.zarr", "cannot be read"),
+        (tmp_path / "array.zarr", "is an array without the metadata"),
         (complex_, "cannot be read"),
         (six, "has axes q y x"),
     ):
