@@ -84,6 +84,12 @@ def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
     return {stage: round(value, _DIGITS) for stage, value in seconds.items()}
 
 
+def _unread(info: SlideInfo) -> list[str]:
+    if not info.n_unread:
+        return []
+    return [f"the file holds {info.n_unread + 1} images, of which the first was read; save each in a file"]
+
+
 def make_record(
     segmenter: Segmenter,
     info: SlideInfo,
@@ -126,7 +132,7 @@ def make_record(
             for tile, core in tally.unreadable.items()
         ],
         "seconds": rounded_seconds(tally.seconds),
-        "warnings": list(tally.warnings(has_pixel_size=mpp is not None)),
+        "warnings": [*_unread(info), *tally.warnings(has_pixel_size=mpp is not None)],
     }
 
 

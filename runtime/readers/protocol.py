@@ -39,6 +39,7 @@ class SlideInfo:
     mpp_source: str | None = None
     origin_px0: tuple[int, int] = (0, 0)
     digest: str | None = None  # sha256 of the metadata of a source that is not one file
+    n_unread: int = 0  # further images of the file (scenes), not much smaller than this one
 
     @property
     def width_px0(self) -> int:

@@ -40,6 +40,8 @@ from darcnn.runtime.readers.tiff_pages import UNREADABLE, PageFiles, PageSource,
 
 __all__ = ["TiffReader", "is_tiff", "read_section_um"]
 
+_LESSER = 0.25  # values of an image by those of the first: labels and thumbnails have fewer
+
 _PHOTOMETRIC = tifffile.PHOTOMETRIC
 _JPEG = (6, 7, 33007, 34892)  # tifffile turns YCbCr into RGB in these compressions only
 _ALPHA = ((1,), (2,))  # ExtraSamples: alpha, associated or not
@@ -149,6 +151,7 @@ def _describe(
         is_rgb=stored.is_rgb,
         mpp=found,
         mpp_source=source,
+        n_unread=sum(one.size > _LESSER * series.size for one in tiff.series) - 1,
     )
     return info, stored
 

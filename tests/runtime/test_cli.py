@@ -254,6 +254,15 @@ def test_a_filter_on_what_is_not_known_is_refused(loaded, slides, tmp_path):
     assert run(slides / "b.png", *ask, "--mpp", "0.5").exit_code == 0
 
 
+def test_scenes_that_are_not_read_are_told(loaded, tmp_path):
+    with tifffile.TiffWriter(tmp_path / "two.ome.tif") as file:
+        for _ in range(2):
+            file.write(np.zeros((60, 70, 3), np.uint8), photometric="rgb", metadata={"axes": "YXS"})
+    result = run(tmp_path / "two.ome.tif", "--model", "oracle", "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "holds 2 images, of which the first was read" in result.stderr
+
+
 def test_nothing_to_run_is_said(loaded, tmp_path):
     for asked, message in ((tmp_path, "holds no images"), (tmp_path / "*.svs", "matches no file")):
         result = run(asked, "--model", "oracle", "--out", tmp_path / "out")

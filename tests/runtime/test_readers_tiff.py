@@ -406,3 +406,14 @@ def test_a_part_of_a_split_ome_tiff_that_is_missing_is_told(tmp_path: Path) -> N
     np.testing.assert_array_equal(read(moved, z=0)[:, :, 0], values[0])
     with pytest.raises(InputError, match="lies in another file"):
         TiffReader(moved, z=1)
+
+
+def test_further_scenes_are_counted_and_thumbnails_are_not(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
+        for side in (100, 90, 20):  # two scenes and a thumbnail
+            file.write(np.full((side, 120), side, np.uint8), metadata={"axes": "YX"})
+    with open_source(tmp_path / "a.ome.tif") as reader:
+        assert (reader.info.n_unread, reader.info.height_px0) == (1, 100)
+    tifffile.imwrite(tmp_path / "b.tif", np.zeros((40, 50), np.uint8))
+    with open_source(tmp_path / "b.tif") as reader:
+        assert reader.info.n_unread == 0
