@@ -412,8 +412,8 @@ def test_further_scenes_are_counted_and_thumbnails_are_not(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
         for side in (100, 90, 20):  # two scenes and a thumbnail
             file.write(np.full((side, 120), side, np.uint8), metadata={"axes": "YX"})
-    with open_source(tmp_path / "a.ome.tif") as reader:
+    with TiffReader(tmp_path / "a.ome.tif") as reader:
         assert (reader.info.n_unread, reader.info.height_px0) == (1, 100)
     tifffile.imwrite(tmp_path / "b.tif", np.zeros((40, 50), np.uint8))
-    with open_source(tmp_path / "b.tif") as reader:
+    with TiffReader(tmp_path / "b.tif") as reader:
         assert reader.info.n_unread == 0
