@@ -38,6 +38,8 @@ def write_overview(
 ) -> None:
     """Write the middle planes along z, y and x with outlines, and the objects that score best, as PNG.
 
+    Planes across y and x are stretched along z as the voxels are.
+
     Args:
         path: PNG to write.
         stacks: of the volume, along z, y and x.
@@ -51,6 +53,7 @@ def write_overview(
     factor = max(1, _SIDE_PX // max(stacks[0].volume.info.shape))
     planes = [_plane_with_outlines(stack, len(stack) // 2, window, numbered, factor) for stack in stacks]
     z, y, x = (_shrunk(plane, _SIDE_PX) for plane in planes)
+    y, x = (_stretched(plane, stacks[0].plane_px) for plane in (y, x))
     crops = _best_crops(stacks[0], window, numbered)
     width = max(z.width + _GAP_PX + x.height, len(crops[:12]) * (_CROP_PX + _GAP_PX), 480)
     rows = math.ceil(len(crops) / max(1, (width + _GAP_PX) // (_CROP_PX + _GAP_PX)))
@@ -70,6 +73,12 @@ def write_overview(
     draw.text((_GAP_PX, page.height - _LINE_PX // 2), words, fill="black", font=font, anchor="lm")
     with atomic_file(path) as file:
         page.save(file, format="PNG")
+
+
+def _stretched(plane: Image.Image, factor: float) -> Image.Image:
+    """Return the picture with its rows `factor` times as far apart, at most `_SIDE_PX` high."""
+    height = max(1, min(_SIDE_PX, round(plane.height * factor)))
+    return plane if height == plane.height else plane.resize((plane.width, height))
 
 
 def write_scroll(path: Path, stack: Stack, window: Window, numbered: Numbered) -> None:

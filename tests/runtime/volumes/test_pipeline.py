@@ -242,6 +242,21 @@ def test_planes_of_unknown_distance_are_told_to_be_assumed(
         assert record["input"]["voxel_depth_is_known"] == (name == "told")
 
 
+def test_the_overview_shows_voxels_as_deep_as_they_are(
+    oracle16: Segmenter, balls: np.ndarray, tmp_path: Path
+) -> None:
+    sizes = {}
+    for depth in (1.0, 3.0):
+        tifffile.imwrite(tmp_path / "s.tif", balls.astype(np.uint16), metadata={"axes": "ZYX"})
+        options = VolumeOptions(voxel_nm=(depth, 1.0, 1.0), overwrite=True)
+        folder = run_volume(oracle16, tmp_path / "s.tif", tmp_path / "out", options=options).folder
+        with Image.open(folder / "overview.png") as picture:
+            sizes[depth] = picture.size
+    # 60 x 70 voxels across z, 20 deep, 14 times enlarged; the width of the other is that of the best objects
+    assert sizes[3.0][0] == 60 * 14 + 8 + 3 * 20 * 14
+    assert sizes[3.0][0] > sizes[1.0][0]
+
+
 def test_a_model_that_knows_its_scale_asks_for_the_voxel_size(tmp_path: Path, balls: np.ndarray) -> None:
     tifffile.imwrite(tmp_path / "s.tif", balls, metadata={"axes": "ZYX"})
     engine = OracleEngine(tile_px=64, channels=1)
