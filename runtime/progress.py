@@ -95,7 +95,7 @@ class Terminal:
         else:
             speed = summary.megapixels / max(summary.seconds, 1e-9)
             pace = f"{summary.seconds:.1f} s, {speed:.1f} Mpx/s"
-        if summary.measured_px is not None:
+        if summary.measured_px is not None and summary.n_objects:  # else it was not measured but assumed
             objects += f" (taken to be {summary.measured_px:.0f} px across)"
         click.echo(f"{summary.name}: {objects}, {pace}, {summary.overview}")
         for warning in summary.warnings:
