@@ -80,7 +80,7 @@ def cli() -> None:
 @click.option("--batch", type=int, default=1, show_default=True, help="Tiles per call.")
 @click.option("--proposals", type=int, help="Candidates a level, and proposals of a tile; 400 by default.")
 @click.option("--detections", type=int, help="Most objects of a tile; 256 by default.")
-@click.option("--data", type=_folder, help="Images to verify on; the recipe's by default.")
+@click.option("--data", type=_folder, help="Images to verify on; the recipe's by default, or in their place.")
 @click.option("--licence", type=_file, help="Text of the model's licence.")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle if it exists.")
 def bundle(
@@ -101,7 +101,7 @@ def bundle(
     """
     _require_export()
     from darcnn.export.pack import make_licence, make_members, make_training, options_of
-    from darcnn.export.tiles import images_of, measure_mpp
+    from darcnn.export.tiles import images_of, learned_images, measure_mpp
     from darcnn.training.checkpoint import load_network
     from darcnn.training.trust import checkpoint_in
 
@@ -118,7 +118,7 @@ def bundle(
     given = {size: value for size, value in sizes.items() if value is not None}
     target = recipe.target
     if target.mpp is None and not target.finds_diameter:
-        target = replace(target, mpp=measure_mpp(sources, target.nominal_diameter_px))
+        target = replace(target, mpp=measure_mpp(learned_images(recipe, data), target.nominal_diameter_px))
         if target.mpp is not None:
             click.echo(f"the images tell the scale: {target.mpp:g} um per network pixel", err=True)
     recipe = replace(recipe, target=target)

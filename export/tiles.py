@@ -24,7 +24,7 @@ from darcnn.runtime.volumes.find import plan_view, plane_reader
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.training.config import Recipe
 
-__all__ = ["TileSource", "images_in", "images_of", "measure_mpp", "read_tiles"]
+__all__ = ["TileSource", "images_in", "images_of", "learned_images", "measure_mpp", "read_tiles"]
 
 _MEASURED = 8  # images whose pixel size is read
 _ALIKE = 1.25  # ratio of the scales of images that are still of one kind
@@ -46,16 +46,25 @@ def images_of(recipe: Recipe, folder: Path | None = None) -> list[TileSource]:
     Raises:
         UsageError: there is none.
     """
-    found = [
-        TileSource(path, group.diameter_px)
-        for group in recipe.target.sets
-        for path in sorted((Path(recipe.data) if folder is None else folder).glob(group.images))
-    ]
+    found = _named_in(recipe, Path(recipe.data) if folder is None else folder)
     if found:
         return found
     if folder is None:
         raise _no_image(recipe.data)
     return images_in(folder)
+
+
+def _named_in(recipe: Recipe, folder: Path) -> list[TileSource]:
+    return [
+        TileSource(path, group.diameter_px)
+        for group in recipe.target.sets
+        for path in sorted(folder.glob(group.images))
+    ]
+
+
+def learned_images(recipe: Recipe, folder: Path | None = None) -> list[TileSource]:
+    """Return the images that were learned from: the recipe's own, or what has their names in `folder`."""
+    return _named_in(recipe, Path(recipe.data)) or ([] if folder is None else _named_in(recipe, folder))
 
 
 def measure_mpp(sources: Sequence[TileSource], nominal_diameter_px: float) -> float | None:
@@ -75,7 +84,7 @@ def measure_mpp(sources: Sequence[TileSource], nominal_diameter_px: float) -> fl
         if mpp is None or source.diameter_px is None:
             return None
         found.append(mpp * source.diameter_px / nominal_diameter_px)
-    if max(found) > _ALIKE * min(found):
+    if not found or max(found) > _ALIKE * min(found):
         return None
     return float(f"{np.median(found):.4g}")
 

@@ -22,6 +22,7 @@ from darcnn.runtime.progress import Listener
 from darcnn.runtime.readers.base import make_slide_name
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr, is_url
 from darcnn.runtime.readers.open import is_readable, open_source
+from darcnn.runtime.readers.picture import read_size
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.rows import RowRunner, find_rows_here
 from darcnn.runtime.segmenter import Segmenter
@@ -219,6 +220,8 @@ def _run_pictures(
 def _is_small(path: Location, options: RunOptions) -> bool:
     """Tell whether a file is a picture of a few tiles; what cannot be opened is none: running it says why."""
     try:
+        if isinstance(path, Path) and (size := read_size(path)) is not None:  # it need not be decoded
+            return size[0] * size[1] <= _SMALL_PX0
         if options.z is None and is_volume(path, t=options.t):
             return False
         with open_source(path, z=options.z, t=options.t) as reader:

@@ -16,7 +16,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -73,9 +73,11 @@ class _Model(WorkerPlugin):
         self.lock = threading.Lock()
 
     def teardown(self, worker: Any) -> None:
-        self._close_slide()
-        if self.segmenter is not None:
-            self.segmenter.close()
+        # a worker of our own ends with its process; another's goes on, after what it has begun
+        with nullcontext() if self._is_ours or self.lock is None else self.lock:
+            self._close_slide()
+            if self.segmenter is not None:
+                self.segmenter.close()
 
     def open(self, source: SlideSource) -> Reader:
         if self._opened is None or self._opened[0] != source:
@@ -191,14 +193,16 @@ class ClusterRunner:
         """
         with translated(out_dir):
             out_dir.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=out_dir, prefix=".", suffix=".seen") as probe:
-                sees = self._client.run(os.path.exists, str(Path(probe.name).resolve()))
+            probe = NamedTemporaryFile(dir=out_dir, prefix=".", suffix=".seen")  # noqa: SIM115  # see below
+        with probe:
+            sees = self._client.run(os.path.exists, str(Path(probe.name).resolve()))
         if not all(sees.values()):
             return
         if options.roi is not None and Path(options.roi).is_file():
             options = replace(options, roi=str(Path(options.roi).resolve()))
         work = partial(_run_picture, model_hash(segmenter.manifest), out_dir.resolve(), options)
-        places = [path if isinstance(path, str) else path.resolve() for path in pictures]
+        # not resolved: a link's own name is that of its result
+        places = [path if isinstance(path, str) else path.absolute() for path in pictures]
         for number, result in self._spread(work, list(enumerate(places))):
             if isinstance(result, RunSummary):  # as the command was given it
                 folder = out_dir / result.folder.name

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from darcnn.runtime.closing import Closing
+from darcnn.runtime.geometry import Region
 from darcnn.runtime.measure import object_schema
-from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.readers.protocol import Pixels, Reader, SlideInfo
 from darcnn.runtime.rows import SlideTask
 from darcnn.runtime.sinks.atomic import translated
 from darcnn.runtime.sinks.geojson import write_geojson
@@ -62,13 +65,14 @@ def write_outputs(
     info, table = reader.info, folder / TABLE_FILE
     with tally.stage("table"):
         write_parquet(table, rows, object_schema(info.channel_names))
+    stop = threading.Event()
 
     def draw_overview() -> None:
         with tally.stage("overview"):
             write_overview(
                 folder / OVERVIEW_FILE,
                 table,
-                reader,
+                _UntilStopped(reader, stop),
                 window=task.window,
                 channel=task.plan.channel,
                 model_name=model_name,
@@ -79,21 +83,43 @@ def write_outputs(
     # the picture is mostly decoding and packing, which leave the interpreter to the others
     with ThreadPoolExecutor(1, "darcnn-overview") as pool:
         overview = pool.submit(draw_overview)
-        with tally.stage("geojson"):
-            write_geojson(
-                folder / GEOJSON_FILE,
-                table,
-                slide_name=info.name,
-                class_name=model_name,
-                origin_px0=info.origin_px0,
-            )
-        with tally.stage("labels"):
-            shape = (info.height_px0, info.width_px0)
-            write_label_pyramid(folder / LABELS_FOLDER, table, shape=shape, mpp=task.mpp, name=info.name)
-        overview.result()
+        try:
+            with tally.stage("geojson"):
+                write_geojson(
+                    folder / GEOJSON_FILE,
+                    table,
+                    slide_name=info.name,
+                    class_name=model_name,
+                    origin_px0=info.origin_px0,
+                )
+            with tally.stage("labels"):
+                shape = (info.height_px0, info.width_px0)
+                write_label_pyramid(folder / LABELS_FOLDER, table, shape=shape, mpp=task.mpp, name=info.name)
+            overview.result()
+        finally:
+            stop.set()  # an error or Ctrl-C does not wait for the rest of the picture
     with tally.stage("also"):
         for extra in also:
             _write_extra(extra, folder, mpp=task.mpp, name=info.name)
+
+
+class _UntilStopped(Closing):
+    """Another reader's pixels, until the event says that nobody wants them any more."""
+
+    def __init__(self, reader: Reader, stop: threading.Event) -> None:
+        self._reader, self._stop = reader, stop
+
+    @property
+    def info(self) -> SlideInfo:
+        return self._reader.info
+
+    def read(self, region: Region, *, level: int) -> Pixels:
+        if self._stop.is_set():
+            raise CancelledError
+        return self._reader.read(region, level=level)
+
+    def close(self) -> None:
+        self._reader.close()
 
 
 def add_formats(folder: Path, record: dict[str, Any], also: Sequence[str]) -> None:

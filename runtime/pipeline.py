@@ -51,8 +51,8 @@ from darcnn.runtime.tiling import Tile
 
 __all__ = ["Progress", "RunOptions", "RunSummary", "run_slide"]
 
-# What the objects do not depend on, or what is told apart by something else.
 _MICROMETRES = ("_um", "_um2")  # what columns end in that need the pixel size
+# What the objects do not depend on, or what is told apart by something else.
 _NOT_ASKED = ("overwrite", "restart", "row_filter", "also")
 
 

@@ -84,10 +84,11 @@ def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
     return {stage: round(value, _DIGITS) for stage, value in seconds.items()}
 
 
-def _unread(info: SlideInfo) -> list[str]:
-    if not info.n_unread:
+def warn_of_unread(n_unread: int) -> list[str]:
+    """Return the warning that so many further images of a file were not read, if there are any."""
+    if not n_unread:
         return []
-    return [f"the file holds {info.n_unread + 1} images, of which the first was read; save each in a file"]
+    return [f"the file holds {n_unread + 1} images, of which the first was read; save each in a file"]
 
 
 def make_record(
@@ -132,7 +133,7 @@ def make_record(
             for tile, core in tally.unreadable.items()
         ],
         "seconds": rounded_seconds(tally.seconds),
-        "warnings": [*_unread(info), *tally.warnings(has_pixel_size=mpp is not None)],
+        "warnings": [*warn_of_unread(info.n_unread), *tally.warnings(has_pixel_size=mpp is not None)],
     }
 
 

@@ -39,7 +39,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 MIN_SAMPLE_PX = 1 << 18  # 0.25 Mpx say enough of the brightness of a slide
 MAX_SAMPLE_PX = 1 << 24  # 16 Mpx at most are held to measure it
@@ -48,7 +47,8 @@ MAX_COARSER = 4.0  # a level up to 4 times coarser than the model's pixels still
 READERS = 2  # threads that read tiles while the engine computes; decoders work outside Python's lock
 BATCHES_AHEAD = 2
 MAX_BLOCK_PX = 4096  # the side of what is read at once, pixels of the level
-_WHITE_AT_MOST = 2.0  # of pixels from 0 to 1: resampling goes a little beyond the ends
+_WHITE_AT_MOST = 2.0  # of pixels from 0 to 1: sharpening goes a little beyond the ends,
+_WHITEST = 99.9  # per cent, and a hot pixel says nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +198,13 @@ def measure_slide(reader: Reader, plan: SlidePlan, rule: IntensityRule, *, chann
     is_unbounded = rule.kind == "full_range" and info.dtype.kind == "f"
     if rule.needs_statistics or is_unbounded:
         sample = sample_slide(reader, scale=plan.scale, channels=channels, channel=plan.channel)
-    highest = float(np.max(sample, initial=0.0, where=np.isfinite(sample))) if is_unbounded else 0.0
+    finite = sample[np.isfinite(sample)] if is_unbounded else sample[:0]
+    highest = float(np.percentile(finite, _WHITEST)) if finite.size else 0.0
     if highest > _WHITE_AT_MOST:
         raise InputError(
             f"its values reach {highest:.4g}, where of such numbers 0 is black and 1 is white",
             where=info.path or info.name,
-            fix="divide them, or store whole numbers (uint8)",
+            fix="divide them, or store them as uint8 or uint16",
         )
     by_channel = sees_separate_channels(
         available=len(info.channel_names), is_rgb=info.is_rgb, channels=channels, channel=plan.channel

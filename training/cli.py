@@ -266,6 +266,9 @@ def evaluate(
     if (folder / "volumes").is_dir():
         from darcnn.training.evaluate_volumes import as_rows, by_volume, evaluate_volumes
 
+        if mpp is not None:
+            raise UsageError("means nothing to volumes", where="--mpp", fix="pass --diameter, in voxels")
+
         with open_model(model, min_score) as segmenter:
             found = evaluate_volumes(folder, segmenter, diameter_px=diameter, pixels=pixels, axis=axis)
         table, singly, of = as_rows(found), by_volume(found), "volume"

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from darcnn.runtime.diameter import choose_diameter
-from darcnn.runtime.errors import InputError
+from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.geometry import Region
+from darcnn.runtime.intensity import Window
 from darcnn.runtime.metrics import score_labels
 from darcnn.runtime.readers import Reader, open_source
 from darcnn.runtime.readers.array import ArrayReader
@@ -75,6 +76,8 @@ def judge_folder(
     found = {}
     for path in tqdm(paths, desc=folder.name, unit="image"):
         if is_volume(path):
+            if mpp is not None:
+                raise UsageError(f"means nothing to {path}, a volume", where="--mpp", fix="pass --diameter")
             found[path.name] = _judge_volume(segmenter, path, diameter_px, pixels=pixels)
             continue
         with open_source(path) as reader:
@@ -93,17 +96,23 @@ def _judge_volume(
         view = plan_view(segmenter, volume, "z", diameter_px=size, pixels=pixels)
         nominal = segmenter.manifest.input.nominal_diameter_px
         with plane_reader(volume, "z", view.stack.plane(len(view.stack) // 2)) as reader:
-            return judge_image(segmenter, reader, diameter_px=nominal / view.plan.scale)
+            return judge_image(segmenter, reader, diameter_px=nominal / view.plan.scale, window=view.window)
 
 
-def judge_image(segmenter: Segmenter, reader: Reader, *, diameter_px: float) -> Trust:
-    """Return the figures of one image, whose objects are about `diameter_px` level-0 pixels wide."""
+def judge_image(
+    segmenter: Segmenter, reader: Reader, *, diameter_px: float, window: Window | None = None
+) -> Trust:
+    """Return the figures of one image, whose objects are about `diameter_px` level-0 pixels wide.
+
+    `window` holds the raw values that become black and white; None: those of the part that is looked at.
+    """
     image = _middle(reader, diameter_px, segmenter.manifest.input.nominal_diameter_px)
     is_rgb = reader.info.is_rgb
 
     def labels_of(values: NDArray[Any], size: float) -> NDArray[np.int32]:
         with ArrayReader(values, is_rgb=is_rgb) as source:
-            return segmenter(source, diameter_px=size).labels()
+            plan = segmenter.plan(source.info, diameter_px=size)
+            return segmenter.segment(source, plan, window=window).labels()
 
     labels = labels_of(image, diameter_px)
     # axes swapped: mirrored at the diagonal, which is a quarter turn of a mirror image

@@ -163,9 +163,9 @@ class _Canvas:
         size = self._grid.pixel_size_um
         with ArrayReader(field, mpp=size) as first:
             calibration = calibrator.settle(segmenter, first, field.dtype, renew=False)
-        reader = MosaicReader(self._grid, field)
-        plan = calibrator.plan(segmenter, reader, calibration)
-        window = calibration.window or segmenter.measure(reader, plan)
+            reader = MosaicReader(self._grid, field)
+            plan = calibrator.plan(segmenter, reader, calibration)
+            window = calibration.window or segmenter.measure(first, plan)  # nothing else is there yet
         sampler = segmenter.sampler(reader, plan, window)
         self._looked_at = {tile.index: self._grid.covering(sampler.source(tile)) for tile in plan.tiles}
         self._ready = [tile for tile in plan.tiles if not self._looked_at[tile.index]]  # in a gap

@@ -26,7 +26,7 @@ from darcnn.runtime.readers.base import (
 )
 from darcnn.runtime.readers.protocol import Pixels, SlideInfo
 
-__all__ = ["PictureReader", "is_picture"]
+__all__ = ["PictureReader", "is_picture", "read_size"]
 
 # The formats by their first bytes. Their classes are called directly: Image.open would refuse pictures
 # beyond 179 megapixels, as bombs, unless a global of Pillow were changed for the whole process.
@@ -62,6 +62,21 @@ _WIDE_MODES = {"I": "I", "F": "F"}  # 32-bit grey: float32 in the end
 def is_picture(head: bytes) -> bool:
     """Tell whether a file that begins with `head` (8 bytes or more) is a PNG, JPEG or BMP."""
     return any(head.startswith(magic) for magic in _FORMATS)
+
+
+def read_size(path: Path) -> tuple[int, int] | None:
+    """Return the width and height that a picture's head tells, None where it is no picture that is read."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(_HEAD_BYTES)
+            stream.seek(0)
+            for magic, kind in _FORMATS.items():
+                if head.startswith(magic):
+                    with kind(stream) as picture:
+                        return int(picture.width), int(picture.height)
+    except _DAMAGED:
+        pass  # running it says why
+    return None
 
 
 class PictureReader(PlaneReader):

@@ -189,6 +189,7 @@ def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str |
         is_rgb=info.is_rgb,
         is_series=is_series,
         is_depth_known=section_um is not None,
+        n_unread=info.n_unread,
     )
     return Volume(facts, Stored(target, info.dtype), scratch=target)
 

@@ -70,4 +70,6 @@ def _cropped(solid: Solid, mask: NDArray[np.bool_]) -> Solid:
     high = [int(one.max()) + 1 for one in filled]
     z, y, x = (start + first for start, first in zip(solid.origin, low, strict=True))
     inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    return replace(solid, origin=(z, y, x), mask=np.ascontiguousarray(mask[inside]))
+    cropped = np.ascontiguousarray(mask[inside])
+    n_planes = min(solid.n_planes, max(cropped.shape))
+    return replace(solid, origin=(z, y, x), mask=cropped, n_planes=n_planes)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from darcnn.runtime.record import warn_of_unread
 from darcnn.runtime.volumes.find import View
 from darcnn.runtime.volumes.volume import Volume
 
@@ -60,7 +61,7 @@ class VolumeCounts:
 
     def warnings(self, volume: Volume) -> tuple[str, ...]:
         """Return one line for each thing that a user should look at."""
-        warnings = []
+        warnings = list(warn_of_unread(volume.info.n_unread))
         if not self.n_objects:
             warnings.append("no objects found")
         most = max(self.by_axis.values())

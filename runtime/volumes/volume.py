@@ -40,6 +40,7 @@ class VolumeInfo:
     is_rgb: bool = False  # its values are means of red, green and blue
     is_series: bool = False  # z is time
     is_depth_known: bool = True  # else planes are taken to lie as far apart as pixels
+    n_unread: int = 0  # further images of the file (scenes)
 
     @property
     def is_cubic(self) -> bool | None:
@@ -129,11 +130,6 @@ class Volume(Closing):
         self.info = info
         self._stored = stored
         self._scratch = scratch
-
-    @property
-    def values_file(self) -> Path:
-        """Where the numbers lie: the file itself, or what it was unpacked to."""
-        return self._stored.path
 
     def read(self, axis: Axis, index: int) -> NDArray[Any]:
         """Return plane number `index` across `axis`, (rows, columns), a new array.

@@ -9,7 +9,7 @@ import pytest
 import tifffile
 
 from darcnn.export import cli
-from darcnn.export.tiles import TileSource, images_of, measure_mpp
+from darcnn.export.tiles import TileSource, images_of, learned_images, measure_mpp
 from darcnn.runtime.bundle import open_bundle
 from darcnn.training.checkpoint import CheckpointInfo, load_network, save_checkpoint
 from darcnn.training.config import TargetSet
@@ -78,3 +78,20 @@ def test_the_bundle_holds_the_scale_that_its_images_tell(write, checkpoint, tmp_
     assert done.value.code == 0
     assert "0.25 um per network pixel" in capsys.readouterr().err
     assert open_bundle(tmp_path / "a.darcnn").manifest.input.mpp == 0.25
+
+
+def test_images_to_verify_on_do_not_tell_the_scale_where_those_learned_from_are_at_hand(
+    write, checkpoint, tmp_path
+):
+    recipe = load_network(checkpoint)[1].recipe
+    own = write("a.tif", 0.5)
+    others = tmp_path / "others"
+    others.mkdir()
+    write("b.tif", 2.0).rename(others / "b.tif")
+    recipe = replace(
+        recipe, data=str(own.parent), target=replace(recipe.target, sets=(TargetSet("*.tif", 8.0),))
+    )
+    assert images_of(recipe, others) == [TileSource(others / "b.tif", 8.0)]
+    assert learned_images(recipe, others) == [TileSource(own, 8.0)]
+    assert learned_images(replace(recipe, data="nowhere"), others) == [TileSource(others / "b.tif", 8.0)]
+    assert measure_mpp(learned_images(replace(recipe, data="nowhere"), tmp_path), 16.0) is None

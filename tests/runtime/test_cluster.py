@@ -199,6 +199,16 @@ def test_small_pictures_are_spread_as_wholes_and_one_that_fails_stops_no_other(
     assert [Path(line.split(",")[0]).name for line in lines[1:]] == [path.stem for path in pictures]
 
 
+def test_a_link_has_its_own_name(pictures, tmp_path):
+    for name, target in (("a", pictures[0]), ("b", pictures[2])):
+        (tmp_path / f"link-{name}.png").symlink_to(target)
+    links = [tmp_path / f"link-{name}.png" for name in "ab"]
+    with cluster.open_cluster(oracle(), n_workers=1) as runner, oracle()() as segmenter:
+        found = dict(runner.run_pictures(segmenter, links, tmp_path / "out", RunOptions(pixels=True)))
+    assert [found[number].name for number in (0, 1)] == ["link-a", "link-b"]
+    assert all((tmp_path / "out" / name / "run.json").is_file() for name in ("link-a", "link-b"))
+
+
 def test_pictures_are_not_spread_where_workers_do_not_see_the_folder_of_results(
     pictures, tmp_path, monkeypatch
 ):

@@ -3,6 +3,8 @@
 import csv
 import gzip
 import json
+import threading
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,6 +16,7 @@ from filelock import FileLock
 
 from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_oracle_manifest
 from darcnn.runtime.errors import OutputError, UsageError
+from darcnn.runtime.geometry import Region
 from darcnn.runtime.pipeline import RunOptions, run_slide
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.segmenter import Segmenter
@@ -101,3 +104,39 @@ def test_outlines_for_qupath_count_from_where_it_begins(segmenter, reader, tmp_p
     assert record["input"]["origin_px"] == [300, 40]
     assert np.allclose(plain - moved, [300, 40, 300, 40])
     assert table["geometry"] == same_table["geometry"]
+
+
+def test_what_goes_wrong_at_the_outlines_does_not_wait_for_the_picture(
+    segmenter, reader, tmp_path, monkeypatch
+):
+    began, strips = threading.Event(), []
+
+    def read_slowly(reader, size):
+        for top in range(100):
+            began.set()
+            time.sleep(0.05)
+            reader.read(Region(0, 0, 9, 9), level=0)
+            strips.append(top)
+        yield from ()
+
+    def fail(*_, **__):
+        assert began.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("darcnn.runtime.sinks.overview.read_strips", read_slowly)
+    monkeypatch.setattr("darcnn.runtime.outputs.write_geojson", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run_slide(segmenter, reader, tmp_path)
+    assert len(strips) < 90
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("darcnn-overview")]
+    monkeypatch.undo()
+    assert run_slide(segmenter, reader, tmp_path).n_objects == 3  # goes on
+
+
+def test_a_picture_that_cannot_be_drawn_is_told(segmenter, reader, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("darcnn.runtime.outputs.write_overview", fail)
+    with pytest.raises(OutputError, match="no space left"):
+        run_slide(segmenter, reader, tmp_path)

@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from darcnn.runtime.errors import InputError
+from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.load import load
 from darcnn.runtime.readers import open_source
 from darcnn.training.unlabelled import Trust, as_table, judge_folder, judge_image, separation_of, write_csv
 
 NUCLEI = Path(__file__).parents[1] / "data/target/u2os_2abc40c118.png"
+TISSUE = next((Path(__file__).parents[1] / "data/tissue").glob("*.png"))
 FAST = settings(deadline=None, max_examples=50)
 
 
@@ -113,6 +114,17 @@ def test_a_volume_is_judged_by_its_middle_plane(tmp_path: Path) -> None:
         found = judge_folder(tmp_path, segmenter, diameter_px=25.0)
     assert found["a.mrc"].n_objects == found["b.png"].n_objects > 3
     assert found["a.mrc"].trust == pytest.approx(found["b.png"].trust, abs=0.05)
+
+
+def test_a_stack_of_bytes_is_judged_by_models_of_whole_ranges(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    with Image.open(TISSUE) as picture:
+        grey = np.asarray(picture.convert("L"))[:200, :200]
+    tifffile.imwrite(tmp_path / "s.tif", np.stack([grey] * 5), photometric="minisblack")
+    with load("nuclei-he") as segmenter:
+        assert judge_folder(tmp_path, segmenter, diameter_px=20.0)["s.tif"].n_objects > 3
+        with pytest.raises(UsageError, match="--mpp"):
+            judge_folder(tmp_path, segmenter, mpp=0.3)
 
 
 def test_table_and_csv_say_the_same(tmp_path: Path) -> None:
