@@ -206,6 +206,7 @@ def _run_pictures(
     if len(small) < 2:
         return
     paths = [slides[index] for index in small]
+    listener.tell(f"{len(paths)} small pictures, several at once")
     for n_done, (number, result) in enumerate(run(segmenter, paths, out_dir, options), start=1):
         path = paths[number]
         listener.begin(path, n_done, len(slides))

@@ -23,8 +23,12 @@ _NAME_WIDTH = 24  # so that the progress line fits a terminal
 class Listener(Protocol):
     """Who is told how a batch goes on."""
 
+    def tell(self, words: str) -> None:
+        """Something that a person may want to know."""
+        ...
+
     def begin(self, path: Location, number: int, total: int) -> None:
-        """Slide `number` (from 1) of `total` begins."""
+        """Slide `number` (from 1) of `total` begins; of several done at once, each as it is finished."""
         ...
 
     def advance(self, done: int, total: int, /, *, n_objects: int = 0, megapixels: float = 0.0) -> None:

@@ -141,7 +141,10 @@ class Told:
     """Notes what a batch tells."""
 
     def __init__(self):
-        self.begun, self.done, self.failed = [], [], []
+        self.begun, self.done, self.failed, self.told = [], [], [], []
+
+    def tell(self, words):
+        self.told.append(words)
 
     def begin(self, path, number, total):
         self.begun.append((path.name, number, total))
@@ -189,6 +192,7 @@ def test_small_pictures_are_spread_as_wholes_and_one_that_fails_stops_no_other(
         expected = contents(Path("alone") / number)
         assert contents(Path("again") / number) == expected
         assert contents(Path("out") / number) != expected  # options reach the workers
+    assert (told.told, alone.told) == (["5 small pictures, several at once"], [])
     assert len(told.failed) == 1
     assert "broken.png" in told.failed[0]
     assert sorted(summary.name for summary in told.done) == ["0", "1", "2", "3"]
