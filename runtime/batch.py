@@ -208,14 +208,8 @@ def _run_pictures(
     paths = [slides[index] for index in small]
     listener.tell(f"{len(paths)} small pictures, several at once")
     for n_done, (number, result) in enumerate(run(segmenter, paths, out_dir, options), start=1):
-        path = paths[number]
-        listener.begin(path, n_done, len(slides))
-        if isinstance(result, RunSummary):
-            listener.finish(result)
-            yield small[number], SlideOutcome(path, result)
-        else:
-            listener.fail(str(result))
-            yield small[number], SlideOutcome(path, error=str(result))
+        listener.begin(paths[number], n_done, len(slides))
+        yield small[number], _conclude(paths[number], result, listener)
 
 
 def _is_small(path: Location, options: RunOptions) -> bool:
@@ -241,6 +235,7 @@ def _run_one(
     finders: Finders,
 ) -> SlideOutcome:
     tell = listener.advance
+    result: RunSummary | DarcnnError
     try:
         holds_volume = options.z is None and is_volume(path, t=options.t)
         foreign = _find_foreign(options, volume_options, holds_volume=holds_volume)
@@ -248,7 +243,7 @@ def _run_one(
             kind = "volume" if holds_volume else "picture"
             raise UsageError(f"means nothing to {path}, a {kind}", where=foreign, fix=_INSTEAD[foreign])
         if holds_volume:
-            summary = run_volume(
+            result = run_volume(
                 segmenter,
                 path,
                 out_dir,
@@ -257,20 +252,25 @@ def _run_one(
                 find_blocks=finders.find_blocks,
             )
         else:
-            summary = run_picture(
+            result = run_picture(
                 segmenter, path, out_dir, options, progress=tell, find_rows=finders.find_rows
             )
     except (BundleError, DeviceError):
         raise
     except DarcnnError as err:
-        message = str(err)
+        result = err
     except OSError as err:  # what no reader and no sink foresaw
-        message = str(output_error(err, Path(err.filename or path)))
-    else:
-        listener.finish(summary)
-        return SlideOutcome(path, summary)
-    listener.fail(message)
-    return SlideOutcome(path, error=message)
+        result = output_error(err, Path(err.filename or path))
+    return _conclude(path, result, listener)
+
+
+def _conclude(path: Location, result: RunSummary | DarcnnError, listener: Listener) -> SlideOutcome:
+    """Tell what came of a slide, and return it."""
+    if isinstance(result, RunSummary):
+        listener.finish(result)
+        return SlideOutcome(path, result)
+    listener.fail(str(result))
+    return SlideOutcome(path, error=str(result))
 
 
 def _find_foreign(

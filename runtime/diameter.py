@@ -138,8 +138,8 @@ def look_for_sizes(
         if scale == 1.0:
             raise
         return np.zeros(0), np.zeros(0)  # so small or large an image has no such scale
-    seen = segmenter.measure(reader, plan) if window is None else window
-    sampler = segmenter.sampler(reader, plan, seen)
+    window = segmenter.measure(reader, plan) if window is None else window
+    sampler = segmenter.sampler(reader, plan, window)
     tiles = spread_evenly(plan.tiles, _TILES)
     boxes, scores = [], []
     for start in range(0, len(tiles), engine.spec.batch):

@@ -36,7 +36,7 @@ from darcnn.runtime.record import (
 from darcnn.runtime.roi import Roi, read_roi
 from darcnn.runtime.row_filter import RowFilter, parse_filter
 from darcnn.runtime.rows import Row, RowRunner, SlideTask, find_rows_here, plan_rows
-from darcnn.runtime.run_options import EXTRA_FORMATS, RunOptions
+from darcnn.runtime.run_options import EXTRA_FORMATS, RunOptions, check_formats
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import translated
 from darcnn.runtime.sinks.result_folder import (
@@ -147,11 +147,7 @@ def run_slide(
 def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
     """Raise what is wrong with the options or the slide before anything is made or looked at."""
     info = reader.info
-    unknown = sorted(set(chosen.also) - set(EXTRA_FORMATS))
-    if unknown:
-        raise UsageError(
-            f"no format {unknown[0]}", where="--also", fix=f"choose from {', '.join(EXTRA_FORMATS)}"
-        )
+    check_formats(chosen.also, EXTRA_FORMATS)
     channel = find_channel(info, chosen.channel)
     roi = None if chosen.roi is None else read_roi(chosen.roi, origin_px0=info.origin_px0)
     if roi is not None and not roi.touches(Region(0, 0, info.width_px0, info.height_px0)):

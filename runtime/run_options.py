@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["EXTRA_FORMATS", "RunOptions"]
+from darcnn.runtime.errors import UsageError
+
+__all__ = ["EXTRA_FORMATS", "RunOptions", "check_formats"]
 
 EXTRA_FORMATS = ("csv", "labels-tiff")  # written when asked for
 
@@ -26,3 +29,14 @@ class RunOptions:
     also: tuple[str, ...] = ()  # of EXTRA_FORMATS; may change without finding the objects again
     overwrite: bool = False  # replace a complete result
     restart: bool = False  # begin anew where an earlier try stopped
+
+
+def check_formats(also: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse formats that are none of those `known`.
+
+    Raises:
+        UsageError: one of them is not.
+    """
+    unknown = sorted(set(also) - set(known))
+    if unknown:
+        raise UsageError(f"no format {unknown[0]}", where="--also", fix=f"choose from {', '.join(known)}")

@@ -25,7 +25,7 @@ from darcnn.runtime.intensity import (
     select_channels,
 )
 from darcnn.runtime.planning import SlidePlan
-from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.tiling import Tile
 
 __all__ = [
@@ -198,7 +198,17 @@ def measure_slide(reader: Reader, plan: SlidePlan, rule: IntensityRule, *, chann
     is_unbounded = rule.kind == "full_range" and info.dtype.kind == "f"
     if rule.needs_statistics or is_unbounded:
         sample = sample_slide(reader, scale=plan.scale, channels=channels, channel=plan.channel)
-    finite = sample[np.isfinite(sample)] if is_unbounded else sample[:0]
+    if is_unbounded:
+        _check_white(sample, info)
+    by_channel = sees_separate_channels(
+        available=len(info.channel_names), is_rgb=info.is_rgb, channels=channels, channel=plan.channel
+    )
+    return measure_window(rule, sample, by_channel=by_channel)
+
+
+def _check_white(sample: NDArray[Any], info: SlideInfo) -> None:
+    """Raise if 1 is not white in `sample`, which has fractions."""
+    finite = sample[np.isfinite(sample)]
     highest = float(np.percentile(finite, _WHITEST)) if finite.size else 0.0
     if highest > _WHITE_AT_MOST:
         raise InputError(
@@ -206,10 +216,6 @@ def measure_slide(reader: Reader, plan: SlidePlan, rule: IntensityRule, *, chann
             where=info.path or info.name,
             fix="divide them, or store them as uint8 or uint16",
         )
-    by_channel = sees_separate_channels(
-        available=len(info.channel_names), is_rgb=info.is_rgb, channels=channels, channel=plan.channel
-    )
-    return measure_window(rule, sample, by_channel=by_channel)
 
 
 def sample_slide(reader: Reader, *, scale: float, channels: int, channel: int | None = None) -> NDArray[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from darcnn.runtime.readers.open import is_readable
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.find import find_diameter, plan_view, plane_reader
 from darcnn.runtime.volumes.open import is_volume, open_volume
-from darcnn.training.writing import new_file
+from darcnn.training import writing
 
 __all__ = ["Trust", "as_table", "judge_folder", "judge_image", "mean_trust", "separation_of", "write_csv"]
 
@@ -151,12 +150,16 @@ def write_csv(figures: Mapping[str, Trust], path: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    with new_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "trust", "agreement", "separation", "objects"])
-        for name, one in figures.items():
-            values = (one.trust, one.agreement, one.separation)
-            writer.writerow([name, *(f"{value:.4f}" for value in values), one.n_objects])
+    rows = {
+        name: {
+            "trust": one.trust,
+            "agreement": one.agreement,
+            "separation": one.separation,
+            "objects": one.n_objects,
+        }
+        for name, one in figures.items()
+    }
+    writing.write_csv(rows, path, of="image")
 
 
 def separation_of(image: NDArray[Any], is_object: NDArray[np.bool_]) -> float:

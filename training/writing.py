@@ -47,7 +47,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_csv(figures: Mapping[str, Mapping[str, float]], path: Path, *, of: str) -> None:
-    """Write one line a name, headed `of` ("image"), with its figures.
+    """Write one line a name, headed `of` ("image"), with its figures; whole numbers as they are.
 
     Raises:
         OutputError: the file cannot be written.
@@ -57,4 +57,5 @@ def write_csv(figures: Mapping[str, Mapping[str, float]], path: Path, *, of: str
         writer = csv.writer(file)
         writer.writerow([of, *names])
         for one, row in figures.items():
-            writer.writerow([one, *(f"{row[name]:.4f}" for name in names)])
+            values = (row[name] for name in names)
+            writer.writerow([one, *(v if isinstance(v, int) else f"{v:.4f}" for v in values)])

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import shapely
 
-from darcnn.runtime.volumes.solid import Solid, SolidFile
+from darcnn.runtime.volumes.solid import Solid, SolidFile, common_box, cropped, touching
 
 __all__ = ["agree", "shared_voxels"]
 
@@ -43,29 +42,19 @@ def agree(views: Sequence[SolidFile]) -> Iterator[Solid]:
 
 def _overlapping(one: SolidFile, other: SolidFile) -> Iterator[tuple[int, int, float]]:
     """Yield (number, number, IoU) of all pairs that overlap enough."""
-    if not len(one) or not len(other):
-        return
-    first, second = shapely.STRtree(one.footprints()).query(other.footprints(), predicate="intersects")[::-1]
+    first, second = touching(one, other)
     for i, j in sorted(zip(first.tolist(), second.tolist(), strict=True)):
-        if one.boxes[i, 0] < other.boxes[j, 3] and other.boxes[j, 0] < one.boxes[i, 3]:
-            a, b = one[i], other[j]
-            shared = shared_voxels(a, b)
-            iou = shared / (np.count_nonzero(a.mask) + np.count_nonzero(b.mask) - shared)
-            if iou >= _MIN_IOU:
-                yield i, j, float(iou)
+        a, b = one[i], other[j]
+        shared = shared_voxels(a, b)
+        iou = shared / (np.count_nonzero(a.mask) + np.count_nonzero(b.mask) - shared)
+        if iou >= _MIN_IOU:
+            yield i, j, float(iou)
 
 
 def shared_voxels(one: Solid, other: Solid) -> int:
     """Return how many voxels both have."""
-    low = np.maximum(one.origin, other.origin)
-    high = np.minimum(one.stop, other.stop)
-    if (high <= low).any():
-        return 0
-    parts = [
-        solid.mask[tuple(slice(a, b) for a, b in zip(low - solid.origin, high - solid.origin, strict=True))]
-        for solid in (one, other)
-    ]
-    return int(np.count_nonzero(parts[0] & parts[1]))
+    parts = common_box(one, other)
+    return 0 if parts is None else int(np.count_nonzero(parts[0] & parts[1]))
 
 
 def _vote(members: list[Solid]) -> Solid | None:
@@ -78,14 +67,9 @@ def _vote(members: list[Solid]) -> Solid | None:
     mask = votes >= _VOTES
     if not mask.any():
         return None
-    spans = []
-    for axis in range(3):
-        filled = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
-        spans.append((int(filled[0]), int(filled[-1]) + 1))
-    origin = [int(start + span[0]) for start, span in zip(low, spans, strict=True)]
+    z, y, x = (int(start) for start in low)
     return Solid(
-        (origin[0], origin[1], origin[2]),
-        np.ascontiguousarray(mask[tuple(slice(*span) for span in spans)]),
+        *cropped((z, y, x), mask),
         score=float(np.mean([one.score for one in members])),
         mean=float(np.mean([one.mean for one in members])),
         truncated=any(one.truncated for one in members),

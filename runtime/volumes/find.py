@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, Protocol
 
 import numpy as np
@@ -209,10 +210,13 @@ def estimate_in_volume(segmenter: Segmenter, volume: Volume, axis: Axis) -> floa
     """
     model = segmenter.manifest.input
 
+    @cache  # without slabs it is the same stack at every scale
+    def window_of(stack: Stack) -> Window:
+        return measure_stack(stack, model.intensity, scale=1.0)  # planes have one level, whatever the scale
+
     def look(scale: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         stack = Stack.of(volume, axis, model.slab, model.nominal_diameter_px / scale)
-        window = measure_stack(stack, model.intensity, scale=scale)
-        seen = []
+        window, seen = window_of(stack), []
         for index in spread_evenly(range(len(stack)), _LOOKED_AT):
             with plane_reader(volume, axis, stack.plane(index)) as reader:
                 seen.append(look_for_sizes(segmenter, reader, scale, window=window))

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-import shapely
 from numpy.typing import NDArray
 
-from darcnn.runtime.volumes.solid import Solid, SolidFile
+from darcnn.runtime.volumes.solid import Solid, SolidFile, common_box, cropped, touching
 
 __all__ = ["cut_overlaps"]
 
@@ -30,46 +29,22 @@ def cut_overlaps(solids: SolidFile) -> Iterator[Solid]:
     is_kept = np.ones(len(order), np.bool_)
     for number in order.tolist():
         solid = solids[number]
-        mask = solid.mask.copy()
+        rest = replace(solid, mask=solid.mask.copy())
         for other in better.get(number, []):
-            if is_kept[other]:
-                _take_away(mask, solid, solids[other])
-        is_kept[number] = np.count_nonzero(mask) >= (1 - _MAX_COVERED) * np.count_nonzero(solid.mask)
+            if is_kept[other] and (parts := common_box(rest, solids[other])) is not None:
+                parts[0][parts[1]] = False
+        n_left, n_voxels = np.count_nonzero(rest.mask), np.count_nonzero(solid.mask)
+        is_kept[number] = n_left >= (1 - _MAX_COVERED) * n_voxels
         if is_kept[number]:
-            yield _cropped(solid, mask)
+            origin, mask = cropped(solid.origin, rest.mask)
+            n_planes = min(solid.n_planes, max(mask.shape))
+            yield replace(solid, origin=origin, mask=mask, n_planes=n_planes)
 
 
 def _better_neighbours(solids: SolidFile, rank: NDArray[np.int64]) -> dict[int, list[int]]:
     """Return of each object the better ones whose boxes touch its own."""
     better: dict[int, list[int]] = {}
-    if len(solids):
-        footprints = solids.footprints()
-        ours, theirs = shapely.STRtree(footprints).query(footprints, predicate="intersects")
-        z0, z1 = solids.boxes[:, 0], solids.boxes[:, 3]
-        near = (rank[theirs] < rank[ours]) & (z0[ours] < z1[theirs]) & (z0[theirs] < z1[ours])
-        for one, other in zip(ours[near].tolist(), theirs[near].tolist(), strict=True):
-            better.setdefault(one, []).append(other)
+    for one, other in zip(*touching(solids, solids), strict=True):
+        if rank[other] < rank[one]:
+            better.setdefault(int(one), []).append(int(other))
     return better
-
-
-def _take_away(mask: NDArray[np.bool_], solid: Solid, other: Solid) -> None:
-    """Remove from `mask`, of the box of `solid`, the voxels of `other`."""
-    low = np.maximum(solid.origin, other.origin)
-    high = np.minimum(solid.stop, other.stop)
-    if (high > low).all():
-        here, there = (
-            tuple(slice(a, b) for a, b in zip(low - one.origin, high - one.origin, strict=True))
-            for one in (solid, other)
-        )
-        mask[here] &= ~other.mask[there]
-
-
-def _cropped(solid: Solid, mask: NDArray[np.bool_]) -> Solid:
-    filled = np.nonzero(mask)
-    low = [int(one.min()) for one in filled]
-    high = [int(one.max()) + 1 for one in filled]
-    z, y, x = (start + first for start, first in zip(solid.origin, low, strict=True))
-    inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    cropped = np.ascontiguousarray(mask[inside])
-    n_planes = min(solid.n_planes, max(cropped.shape))
-    return replace(solid, origin=(z, y, x), mask=cropped, n_planes=n_planes)

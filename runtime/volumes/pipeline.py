@@ -31,6 +31,7 @@ from darcnn.runtime.record import (
     write_record,
 )
 from darcnn.runtime.row_filter import RowFilter, parse_filter
+from darcnn.runtime.run_options import check_formats
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 from darcnn.runtime.sinks.result_folder import (
@@ -47,7 +48,7 @@ from darcnn.runtime.sinks.result_folder import (
 )
 from darcnn.runtime.stage_seconds import StageSeconds
 from darcnn.runtime.volumes.agree import agree
-from darcnn.runtime.volumes.extras import add_formats, check_formats, write_formats
+from darcnn.runtime.volumes.extras import add_formats, write_formats
 from darcnn.runtime.volumes.find import (
     BlockRunner,
     View,
@@ -60,7 +61,7 @@ from darcnn.runtime.volumes.labels import Numbered, write_label_volume
 from darcnn.runtime.volumes.link import link_sections
 from darcnn.runtime.volumes.measure import measure_solids, solid_schema
 from darcnn.runtime.volumes.open import open_volume
-from darcnn.runtime.volumes.options import VolumeOptions
+from darcnn.runtime.volumes.options import EXTRA_VOLUME_FORMATS, VolumeOptions
 from darcnn.runtime.volumes.overlaps import cut_overlaps
 from darcnn.runtime.volumes.overview import write_overview, write_scroll
 from darcnn.runtime.volumes.particles import write_points, write_star
@@ -107,7 +108,7 @@ def run_volume(
     name = make_slide_name(path)
     folder = out_dir / make_folder_name(name)
     row_filter = None
-    check_formats(chosen.also)
+    check_formats(chosen.also, EXTRA_VOLUME_FORMATS)
     if chosen.row_filter is not None:
         row_filter = parse_filter(chosen.row_filter, solid_schema().names)
     asked = _asked(segmenter, path, chosen)

@@ -16,7 +16,7 @@ from darcnn.runtime.volumes.link import Chain
 from darcnn.runtime.volumes.sections import Section, common_pixels, pack_mask, unpack_mask
 from darcnn.runtime.volumes.volume import AXES, Axis
 
-__all__ = ["Solid", "SolidFile", "solid_of", "write_solids"]
+__all__ = ["Solid", "SolidFile", "common_box", "cropped", "solid_of", "touching", "write_solids"]
 
 _SCHEMA = pa.schema(
     [
@@ -52,6 +52,41 @@ class Solid:
         """The first z y x beyond the box."""
         z, y, x = (low + n for low, n in zip(self.origin, self.mask.shape, strict=True))
         return z, y, x
+
+
+def common_box(one: Solid, other: Solid) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:
+    """Return the parts of both masks in the box that the solids share, as views; None: they share none."""
+    low = np.maximum(one.origin, other.origin)
+    high = np.minimum(one.stop, other.stop)
+    if (high <= low).any():
+        return None
+    here, there = (
+        solid.mask[tuple(slice(a, b) for a, b in zip(low - solid.origin, high - solid.origin, strict=True))]
+        for solid in (one, other)
+    )
+    return here, there
+
+
+def cropped(
+    origin: tuple[int, int, int], mask: NDArray[np.bool_]
+) -> tuple[tuple[int, int, int], NDArray[np.bool_]]:
+    """Return origin and mask without the empty planes round what is in the mask, which is not empty."""
+    spans = []
+    for axis in range(3):
+        filled = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        spans.append((int(filled[0]), int(filled[-1]) + 1))
+    z, y, x = (start + span[0] for start, span in zip(origin, spans, strict=True))
+    return (z, y, x), np.ascontiguousarray(mask[tuple(slice(*span) for span in spans)])
+
+
+def touching(one: SolidFile, other: SolidFile) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the numbers (P,) of the solids of both files whose boxes share more than a face along z."""
+    if not len(one) or not len(other):
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    theirs, ours = shapely.STRtree(one._footprints()).query(other._footprints(), predicate="intersects")
+    a, b = one.boxes[ours], other.boxes[theirs]
+    near = (a[:, 0] < b[:, 3]) & (b[:, 0] < a[:, 3])
+    return ours[near], theirs[near]
 
 
 def solid_of(chain: Chain, *, axis: Axis, n_planes: int) -> Solid:
@@ -149,7 +184,7 @@ class SolidFile:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def footprints(self) -> NDArray[np.object_]:
+    def _footprints(self) -> NDArray[np.object_]:
         """Return the boxes as seen along z, (N,) polygons."""
         _, y0, x0, _, y1, x1 = self.boxes.T
         boxes: NDArray[np.object_] = shapely.box(x0, y0, x1, y1)
