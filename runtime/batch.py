@@ -1,8 +1,7 @@
-"""Many slides: inputs become a list of files, and one failure stops no other."""
+"""Many slides: one failure stops no other."""
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,29 +13,25 @@ from darcnn.runtime.errors import (
     BundleError,
     DarcnnError,
     DeviceError,
-    InputError,
     UsageError,
 )
 from darcnn.runtime.pipeline import RunOptions, RunSummary, run_slide
 from darcnn.runtime.progress import Listener
-from darcnn.runtime.readers.base import make_slide_name
-from darcnn.runtime.readers.ome_zarr import is_ome_zarr, is_url
-from darcnn.runtime.readers.open import is_readable, open_source
+from darcnn.runtime.readers.open import open_source
 from darcnn.runtime.readers.picture import read_size
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.rows import RowRunner, find_rows_here
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import output_error
-from darcnn.runtime.sinks.result_folder import make_folder_name
+from darcnn.runtime.slide_list import place_results
 from darcnn.runtime.summary import SlideOutcome, write_summary
 from darcnn.runtime.volumes.find import BlockRunner, find_blocks_here
 from darcnn.runtime.volumes.open import is_volume
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
 
-__all__ = ["HERE", "BatchOutcome", "Finders", "SlideRunner", "list_slides", "run_batch", "run_picture"]
+__all__ = ["HERE", "BatchOutcome", "Finders", "SlideRunner", "run_batch", "run_picture"]
 
-_ONE_OF_MANY = ".dcm"  # the files of a DICOM slide lie side by side: one must be named, not the folder
 _SMALL_PX0 = 4096 * 4096  # pixels of level 0: the rows of a picture of fewer are not worth spreading
 _INSTEAD = {
     "--roi": "leave it out, or take one plane with --z",
@@ -46,9 +41,11 @@ _INSTEAD = {
     "--voxel-size": "pass --mpp",
 }
 
-# what came of slides, as they are finished: number in the sequence, and its summary or its error
+# Slides, each with the folder below the one for all that its own lies in; and what came of them, as they are
+# finished: number in the sequence, and its summary or its error.
 SlideRunner = Callable[
-    [Segmenter, Sequence[Location], Path, RunOptions], Iterable[tuple[int, RunSummary | DarcnnError]]
+    [Segmenter, Sequence[tuple[Location, Path]], Path, RunOptions],
+    Iterable[tuple[int, RunSummary | DarcnnError]],
 ]
 
 
@@ -83,59 +80,6 @@ class BatchOutcome:
         return EXIT_PARTIAL if self.n_done else EXIT_UNUSABLE
 
 
-def list_slides(inputs: Sequence[str]) -> tuple[Location, ...]:
-    """Return the files that `inputs` name, in order, each once.
-
-    A URL is an OME-Zarr image. A folder stands for the images directly in it, sorted; a pattern with * or ?
-    for what it matches (some shells leave that to the program). A file that does not exist is named all the
-    same: opening it says so.
-
-    Raises:
-        InputError: a folder without images, or a pattern without matches.
-        UsageError: two files would be written to the same folder.
-    """
-    slides: dict[Location, Location] = {}
-    for text in inputs:
-        for path in _expand(text):
-            slides.setdefault(path if isinstance(path, str) else path.resolve(), path)
-    folders: dict[str, Location] = {}
-    for slide in slides.values():
-        name = make_folder_name(make_slide_name(slide))
-        other = folders.setdefault(name.casefold(), slide)  # some disks ignore the case of names
-        if other != slide:
-            raise UsageError(
-                f"{other} and {slide} would both be written there",
-                where=name,
-                fix="run them with different --out",
-            )
-    return tuple(slides.values())
-
-
-def _expand(text: str) -> list[Location]:
-    if is_url(text):
-        return [text]
-    path = Path(text)
-    if path.is_dir() and not is_ome_zarr(path):
-        files: list[Location] = sorted(
-            entry
-            for entry in path.iterdir()
-            if is_readable(entry)
-            and entry.suffix.lower() != _ONE_OF_MANY
-            and not entry.name.startswith(".")
-            and (entry.is_file() or is_ome_zarr(entry))
-        )
-        if not files:
-            raise InputError("holds no images", where=path, fix="name the files themselves")
-        return files
-    if not path.exists() and glob.has_magic(text):
-        found = glob.glob(text, recursive=True)  # noqa: PTH207  # the text may be absolute
-        matches: list[Location] = sorted(Path(match) for match in found)
-        if not matches:
-            raise InputError("matches no file", where=text, fix="check the pattern")
-        return matches
-    return [path]
-
-
 def run_batch(
     segmenter: Segmenter,
     slides: Sequence[Location],
@@ -153,21 +97,24 @@ def run_batch(
     `slides`, also when the batch is interrupted.
 
     Raises:
+        UsageError: two slides would be written to the same folder.
         BundleError, DeviceError: no further slide would fare better.
         KeyboardInterrupt: at Ctrl-C; finished slides stay, the current one its finished rows of tiles.
     """
+    places = list(zip(slides, place_results(slides), strict=True))
     outcomes: dict[int, SlideOutcome] = {}
     try:
-        for index, outcome in _run_pictures(
-            segmenter, slides, out_dir, options, volume_options, listener, finders.run_pictures
+        for index, result in _run_pictures(
+            segmenter, places, out_dir, options, volume_options, listener, finders.run_pictures
         ):
-            outcomes[index] = outcome
-        for index, path in enumerate(slides):
+            outcomes[index] = _conclude(*places[index], result, listener)
+        for index, (path, below) in enumerate(places):
             if index not in outcomes:
                 listener.begin(path, len(outcomes) + 1, len(slides))
-                outcomes[index] = _run_one(
-                    segmenter, path, out_dir, options, volume_options, listener, finders
+                result = _run_one(
+                    segmenter, path, out_dir / below, options, volume_options, listener, finders
                 )
+                outcomes[index] = _conclude(path, below, result, listener)
     finally:
         write_summary(out_dir, [outcomes[index] for index in sorted(outcomes)])
     done = [outcome.summary for outcome in outcomes.values() if outcome.summary is not None]
@@ -192,24 +139,24 @@ def run_picture(
 
 def _run_pictures(
     segmenter: Segmenter,
-    slides: Sequence[Location],
+    places: Sequence[tuple[Location, Path]],
     out_dir: Path,
     options: RunOptions,
     volume_options: VolumeOptions | None,
     listener: Listener,
     run: SlideRunner | None,
-) -> Iterator[tuple[int, SlideOutcome]]:
-    """Yield the index and the outcome of small pictures as they are finished, if there are several."""
+) -> Iterator[tuple[int, RunSummary | DarcnnError]]:
+    """Yield the index of small pictures and what came of them as they are finished, if there are several."""
     if run is None or _find_foreign(options, volume_options, holds_volume=False) is not None:
         return
-    small = [n for n, path in enumerate(slides) if _is_small(path, options)]
+    small = [n for n, (path, _) in enumerate(places) if _is_small(path, options)]
     if len(small) < 2:
         return
-    paths = [slides[index] for index in small]
-    listener.tell(f"{len(paths)} small pictures, several at once")
-    for n_done, (number, result) in enumerate(run(segmenter, paths, out_dir, options), start=1):
-        listener.begin(paths[number], n_done, len(slides))
-        yield small[number], _conclude(paths[number], result, listener)
+    pictures = [places[index] for index in small]
+    listener.tell(f"{len(pictures)} small pictures, several at once")
+    for n_done, (number, result) in enumerate(run(segmenter, pictures, out_dir, options), start=1):
+        listener.begin(pictures[number][0], n_done, len(places))
+        yield small[number], result
 
 
 def _is_small(path: Location, options: RunOptions) -> bool:
@@ -233,9 +180,8 @@ def _run_one(
     volume_options: VolumeOptions | None,
     listener: Listener,
     finders: Finders,
-) -> SlideOutcome:
+) -> RunSummary | DarcnnError:
     tell = listener.advance
-    result: RunSummary | DarcnnError
     try:
         holds_volume = options.z is None and is_volume(path, t=options.t)
         foreign = _find_foreign(options, volume_options, holds_volume=holds_volume)
@@ -243,7 +189,7 @@ def _run_one(
             kind = "volume" if holds_volume else "picture"
             raise UsageError(f"means nothing to {path}, a {kind}", where=foreign, fix=_INSTEAD[foreign])
         if holds_volume:
-            result = run_volume(
+            return run_volume(
                 segmenter,
                 path,
                 out_dir,
@@ -251,26 +197,24 @@ def _run_one(
                 progress=tell,
                 find_blocks=finders.find_blocks,
             )
-        else:
-            result = run_picture(
-                segmenter, path, out_dir, options, progress=tell, find_rows=finders.find_rows
-            )
+        return run_picture(segmenter, path, out_dir, options, progress=tell, find_rows=finders.find_rows)
     except (BundleError, DeviceError):
         raise
     except DarcnnError as err:
-        result = err
+        return err
     except OSError as err:  # what no reader and no sink foresaw
-        result = output_error(err, Path(err.filename or path))
-    return _conclude(path, result, listener)
+        return output_error(err, Path(err.filename or path))
 
 
-def _conclude(path: Location, result: RunSummary | DarcnnError, listener: Listener) -> SlideOutcome:
+def _conclude(
+    path: Location, below: Path, result: RunSummary | DarcnnError, listener: Listener
+) -> SlideOutcome:
     """Tell what came of a slide, and return it."""
     if isinstance(result, RunSummary):
         listener.finish(result)
-        return SlideOutcome(path, result)
+        return SlideOutcome(path, result, below=below)
     listener.fail(str(result))
-    return SlideOutcome(path, error=str(result))
+    return SlideOutcome(path, error=str(result), below=below)
 
 
 def _find_foreign(

@@ -13,7 +13,7 @@ from typing import Literal
 
 import click
 
-from darcnn.runtime.batch import HERE, Finders, list_slides, run_batch
+from darcnn.runtime.batch import HERE, Finders, run_batch
 from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
 from darcnn.runtime.options import BACKENDS, read_diameter
 from darcnn.runtime.pipeline import RunOptions
@@ -21,6 +21,7 @@ from darcnn.runtime.progress import JsonLines, Terminal
 from darcnn.runtime.record import installed_version
 from darcnn.runtime.run_options import EXTRA_FORMATS
 from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.slide_list import list_slides
 from darcnn.runtime.volumes.options import (
     EXTRA_VOLUME_FORMATS,
     AxisOption,

@@ -116,13 +116,13 @@ def _find_block(model: str, block: Block) -> FoundBlock:
 
 
 def _run_picture(
-    model: str, out_dir: Path, options: RunOptions, picture: tuple[int, Location]
+    model: str, out_dir: Path, options: RunOptions, picture: tuple[int, tuple[Location, Path]]
 ) -> tuple[int, RunSummary | DarcnnError]:
     """Run a whole picture, in a worker."""
-    number, path = picture
+    number, (path, below) = picture
     with _own_model(model) as (_, segmenter):
         try:
-            return number, run_picture(segmenter, path, out_dir, options)
+            return number, run_picture(segmenter, path, out_dir / below, options)
         except (BundleError, DeviceError):  # no other picture would fare better
             raise
         except DarcnnError as err:
@@ -181,7 +181,11 @@ class ClusterRunner:
             advance(n_planes[found.number], found.table.num_rows)
 
     def run_pictures(
-        self, segmenter: Segmenter, pictures: Sequence[Location], out_dir: Path, options: RunOptions
+        self,
+        segmenter: Segmenter,
+        pictures: Sequence[tuple[Location, Path]],
+        out_dir: Path,
+        options: RunOptions,
     ) -> Iterator[tuple[int, RunSummary | DarcnnError]]:
         """Yield what came of each picture as workers finish them: a `SlideRunner`.
 
@@ -202,10 +206,10 @@ class ClusterRunner:
             options = replace(options, roi=str(Path(options.roi).resolve()))
         work = partial(_run_picture, model_hash(segmenter.manifest), out_dir.resolve(), options)
         # not resolved: a link's own name is that of its result
-        places = [path if isinstance(path, str) else path.absolute() for path in pictures]
+        places = [(path if isinstance(path, str) else path.absolute(), below) for path, below in pictures]
         for number, result in self._spread(work, list(enumerate(places))):
             if isinstance(result, RunSummary):  # as the command was given it
-                folder = out_dir / result.folder.name
+                folder = out_dir / pictures[number][1] / result.folder.name
                 result = replace(result, folder=folder, overview=folder / result.overview.name)
             yield number, result
 

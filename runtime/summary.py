@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from filelock import FileLock, Timeout
+
+from darcnn.runtime.errors import OutputError
 from darcnn.runtime.pipeline import RunSummary
 from darcnn.runtime.readers.base import make_slide_name, without_secrets
 from darcnn.runtime.readers.protocol import Location
@@ -16,6 +20,8 @@ from darcnn.runtime.sinks.atomic import atomic_file, translated
 __all__ = ["SUMMARY_FILE", "SlideOutcome", "write_summary"]
 
 SUMMARY_FILE = "summary.csv"
+_LOCK = ".summary.lock"
+_WAIT_SECONDS = 30
 _COLUMNS = (
     "slide",
     "file",
@@ -37,12 +43,13 @@ class SlideOutcome:
     path: Location
     summary: RunSummary | None = None
     error: str = ""
+    below: Path = Path()  # the folder below that of all slides that the slide's own lies in
 
 
 def write_summary(out_dir: Path, outcomes: Sequence[SlideOutcome]) -> None:
     """Write `out_dir`/summary.csv; areas are those that were looked at.
 
-    Lines that an earlier command wrote of other slides stay, above. Nothing is written where no slide was
+    Lines that another command wrote of other slides stay, above. Nothing is written where no slide was
     done.
 
     Raises:
@@ -50,14 +57,38 @@ def write_summary(out_dir: Path, outcomes: Sequence[SlideOutcome]) -> None:
     """
     if all(outcome.summary is None for outcome in outcomes):
         return
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     rows = [_row(outcome) for outcome in outcomes]
-    writer.writerow(_COLUMNS)
-    writer.writerows(_earlier_rows(out_dir / SUMMARY_FILE, {row[0] for row in rows}))
-    writer.writerows(rows)
-    with translated(out_dir), atomic_file(out_dir / SUMMARY_FILE) as file:
-        file.write(text.getvalue().encode())
+    with translated(out_dir), _alone(out_dir):
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        writer.writerows(_earlier_rows(out_dir / SUMMARY_FILE, {row[0] for row in rows}))
+        writer.writerows(rows)
+        with atomic_file(out_dir / SUMMARY_FILE) as file:
+            file.write(text.getvalue().encode())
+
+
+@contextmanager
+def _alone(out_dir: Path) -> Iterator[None]:
+    """Let other commands wait that write the summary of the same folder: none loses the other's lines."""
+    lock = FileLock(out_dir / _LOCK, timeout=_WAIT_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout as err:
+        raise OutputError(
+            f"another run has been writing its {SUMMARY_FILE} for {_WAIT_SECONDS} s",
+            where=out_dir,
+            fix=f"end it; the slides are done, and running the command again writes {SUMMARY_FILE}",
+        ) from err
+    except NotImplementedError:  # some network disks have no locks; results need them, a table can do without
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):  # someone else has it now
+            (out_dir / _LOCK).unlink(missing_ok=True)
 
 
 def _earlier_rows(path: Path, names: Set[str]) -> list[list[str]]:
@@ -76,14 +107,14 @@ def _row(outcome: SlideOutcome) -> list[str]:
     found = outcome.summary
     if found is None:
         return [
-            make_slide_name(outcome.path),
+            _name(outcome, make_slide_name(outcome.path)),
             without_secrets(outcome.path),
             "failed",
             *[""] * (len(_COLUMNS) - 4),
             outcome.error,
         ]
     return [
-        found.name,
+        _name(outcome, found.name),
         without_secrets(outcome.path),
         "done before" if found.was_done else "done",
         str(found.n_objects),
@@ -94,6 +125,10 @@ def _row(outcome: SlideOutcome) -> list[str]:
         "; ".join(found.warnings),
         "",
     ]
+
+
+def _name(outcome: SlideOutcome, name: str) -> str:
+    return (PurePosixPath(outcome.below.as_posix()) / name).as_posix()
 
 
 def _number(value: float | None, digits: int) -> str:

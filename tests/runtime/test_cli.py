@@ -212,6 +212,20 @@ def test_slides_of_one_name_are_refused_before_any_work(loaded, slides, tmp_path
     assert loaded == []
 
 
+def test_slides_of_one_name_in_several_folders_keep_their_folders(loaded, slides, tmp_path):
+    for well in ("A1", "A2"):
+        (slides / well).mkdir()
+        (slides / well / "field.png").write_bytes((slides / "b.png").read_bytes())
+    (slides / "A2" / "field.png").write_bytes(b"broken")
+    out = tmp_path / "out"
+    result = run(slides / "*" / "field.png", slides / "a.png", "--model", "oracle", "--out", out)
+    assert result.exit_code == 1
+    assert (out / "A1" / "field" / "run.json").is_file()
+    assert (out / "a" / "run.json").is_file()
+    lines = (out / "summary.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["slide", "A1/field", "A2/field", "a"]
+
+
 def test_a_slide_named_twice_is_run_once_and_patterns_are_expanded(loaded, slides, tmp_path):
     result = run(slides / "b.png", slides / "*.png", slides, "--model", "oracle", "--out", tmp_path / "out")
     assert result.exit_code == 0

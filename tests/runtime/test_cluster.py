@@ -169,6 +169,10 @@ def pictures(slide, tmp_path):
     return [tmp_path / f"{name}.png" for name in (0, "broken", 1, 2, 3)]
 
 
+def here(pictures):
+    return [(path, Path()) for path in pictures]
+
+
 def test_small_pictures_are_spread_as_wholes_and_one_that_fails_stops_no_other(
     pictures, tmp_path, monkeypatch
 ):
@@ -203,12 +207,28 @@ def test_small_pictures_are_spread_as_wholes_and_one_that_fails_stops_no_other(
     assert [Path(line.split(",")[0]).name for line in lines[1:]] == [path.stem for path in pictures]
 
 
+def test_pictures_of_one_name_are_spread_into_the_folders_that_they_came_from(pictures, tmp_path):
+    wells = [tmp_path / "plate" / well / "field.png" for well in ("A1", "A2")]
+    for path, picture in zip(wells, (pictures[0], pictures[2]), strict=True):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(picture.read_bytes())
+    told = Told()
+    with oracle()() as segmenter, cluster.open_cluster(oracle(), n_workers=1) as runner:
+        finders = batch.Finders(runner.find_rows, runner.find_blocks, runner.run_pictures)
+        options = RunOptions(pixels=True)
+        batch.run_batch(segmenter, wells, tmp_path / "out", options=options, listener=told, finders=finders)
+    assert sorted(summary.folder for summary in told.done) == [
+        tmp_path / "out" / well / "field" for well in ("A1", "A2")
+    ]
+    assert all(summary.overview.is_file() for summary in told.done)
+
+
 def test_a_link_has_its_own_name(pictures, tmp_path):
     for name, target in (("a", pictures[0]), ("b", pictures[2])):
         (tmp_path / f"link-{name}.png").symlink_to(target)
     links = [tmp_path / f"link-{name}.png" for name in "ab"]
     with cluster.open_cluster(oracle(), n_workers=1) as runner, oracle()() as segmenter:
-        found = dict(runner.run_pictures(segmenter, links, tmp_path / "out", RunOptions(pixels=True)))
+        found = dict(runner.run_pictures(segmenter, here(links), tmp_path / "out", RunOptions(pixels=True)))
     assert [found[number].name for number in (0, 1)] == ["link-a", "link-b"]
     assert all((tmp_path / "out" / name / "run.json").is_file() for name in ("link-a", "link-b"))
 
@@ -218,11 +238,18 @@ def test_pictures_are_not_spread_where_workers_do_not_see_the_folder_of_results(
 ):
     with cluster.open_cluster(oracle(), n_workers=1) as runner, oracle()() as segmenter:
         monkeypatch.setattr(runner._client, "run", lambda seen, path: {"worker": False})
-        assert list(runner.run_pictures(segmenter, pictures, tmp_path / "out", RunOptions(pixels=True))) == []
+        assert (
+            list(runner.run_pictures(segmenter, here(pictures), tmp_path / "out", RunOptions(pixels=True)))
+            == []
+        )
         monkeypatch.undo()
         (tmp_path / "file").touch()
         with pytest.raises(OutputError, match="a file stands where a folder is needed"):
-            list(runner.run_pictures(segmenter, pictures, tmp_path / "file" / "out", RunOptions(pixels=True)))
+            list(
+                runner.run_pictures(
+                    segmenter, here(pictures), tmp_path / "file" / "out", RunOptions(pixels=True)
+                )
+            )
 
 
 def test_a_picture_that_kills_every_worker_is_one_line(pictures, deadly, tmp_path):
@@ -231,7 +258,7 @@ def test_a_picture_that_kills_every_worker_is_one_line(pictures, deadly, tmp_pat
         oracle()() as segmenter,
         pytest.raises(DeviceError, match="workers with it"),
     ):
-        list(runner.run_pictures(segmenter, pictures[:1], tmp_path / "out", RunOptions(pixels=True)))
+        list(runner.run_pictures(segmenter, here(pictures[:1]), tmp_path / "out", RunOptions(pixels=True)))
 
 
 @pytest.mark.parametrize(

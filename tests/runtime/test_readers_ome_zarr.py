@@ -8,7 +8,6 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-from darcnn.runtime.batch import list_slides
 from darcnn.runtime.cli import main
 from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_oracle_manifest
 from darcnn.runtime.errors import InputError
@@ -17,6 +16,7 @@ from darcnn.runtime.pipeline import run_slide
 from darcnn.runtime.readers import count_planes, open_source
 from darcnn.runtime.readers.ome_zarr import OmeZarrReader
 from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.slide_list import list_slides
 
 UNITS = {"unit": "micrometer"}
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from darcnn.runtime.batch import list_slides
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.readers import Planes, count_planes, open_source
+from darcnn.runtime.slide_list import list_slides
 
 mrcfile = pytest.importorskip("mrcfile", reason="the extra `volumes` is not installed")
 nibabel = pytest.importorskip("nibabel", reason="the extra `volumes` is not installed")

@@ -2,7 +2,14 @@
 
 import csv
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+from filelock import FileLock
+
+from darcnn.runtime import summary as summary_module
+from darcnn.runtime.errors import OutputError
 from darcnn.runtime.pipeline import RunSummary
 from darcnn.runtime.progress import JsonLines, Terminal
 from darcnn.runtime.summary import SlideOutcome, write_summary
@@ -42,6 +49,40 @@ def test_the_summary_tells_count_density_area_warnings_and_failures(tmp_path):
     assert [line["tiles_unreadable"] for line in lines] == ["3", "0", ""]
     assert (lines[1]["objects_per_mm2"], lines[1]["seconds"]) == ("", "")
     assert lines[2]["error"] == "d.svs: is damaged"
+
+
+def test_two_commands_that_write_at_once_lose_no_line(tmp_path, monkeypatch):
+    read = summary_module._earlier_rows
+
+    def read_slowly(path, names):
+        rows = read(path, names)
+        time.sleep(0.05)
+        return rows
+
+    monkeypatch.setattr(summary_module, "_earlier_rows", read_slowly)
+    names = [f"slide {number}" for number in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        for written in [
+            pool.submit(
+                write_summary,
+                tmp_path,
+                [SlideOutcome(tmp_path / f"{name}.svs", summary(tmp_path, name=name))],
+            )
+            for name in names
+        ]:
+            written.result()
+    lines = (tmp_path / "summary.csv").read_text().splitlines()[1:]
+    assert sorted(line.split(",")[0] for line in lines) == names
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.csv"]
+
+
+def test_a_summary_that_stays_locked_is_an_error_of_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary_module, "_WAIT_SECONDS", 0.1)
+    with (
+        FileLock(tmp_path / ".summary.lock"),
+        pytest.raises(OutputError, match="another run has been writing"),
+    ):
+        write_summary(tmp_path, [SlideOutcome(tmp_path / "a.svs", summary(tmp_path))])
 
 
 def test_nothing_is_written_where_nothing_was_done(tmp_path):

@@ -1,0 +1,126 @@
+"""Which slides a command names, and where below `--out` the results of each go."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from darcnn.runtime.errors import InputError, UsageError
+from darcnn.runtime.readers.base import make_slide_name, without_secrets
+from darcnn.runtime.readers.ome_zarr import is_ome_zarr, is_url
+from darcnn.runtime.readers.open import is_readable
+from darcnn.runtime.readers.protocol import Location
+from darcnn.runtime.sinks.result_folder import make_folder_name
+
+__all__ = ["list_slides", "place_results"]
+
+_ONE_OF_MANY = ".dcm"  # the files of a DICOM slide lie side by side: one must be named, not the folder
+
+
+def list_slides(inputs: Sequence[str]) -> tuple[Location, ...]:
+    """Return the files that `inputs` name, in order, each once.
+
+    A URL is an OME-Zarr image. A folder stands for the images directly in it, sorted; a pattern with * or ?
+    for what it matches (some shells leave that to the program). A file that does not exist is named all the
+    same: opening it says so.
+
+    Raises:
+        InputError: a folder without images, or a pattern without matches.
+        UsageError: two files would be written to the same folder.
+    """
+    slides: dict[Location, Location] = {}
+    for text in inputs:
+        for path in _expand(text):
+            slides.setdefault(path if isinstance(path, str) else path.resolve(), path)
+    found = tuple(slides.values())
+    place_results(found)  # before a model is loaded
+    return found
+
+
+def place_results(slides: Sequence[Location]) -> tuple[Path, ...]:
+    """Return for each slide the folder below `--out` that its own folder lies in: mostly `--out` itself.
+
+    Slides of one name that lie in different folders keep as many of those as tell them apart.
+
+    Raises:
+        UsageError: two files would be written to the same folder.
+
+    >>> slides = [Path("plate/A01/field.tif"), Path("plate/A02/field.tif"), Path("c.svs")]
+    >>> [folder.as_posix() for folder in place_results(slides)]
+    ['A01', 'A02', '.']
+    """
+    names = [make_folder_name(make_slide_name(slide)) for slide in slides]
+    same: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        same.setdefault(name.casefold(), []).append(index)  # some disks ignore the case of names
+    below = [Path() for _ in slides]
+    for group in same.values():
+        if len(group) > 1:
+            for index, folder in zip(group, _tell_apart([slides[index] for index in group]), strict=True):
+                below[index] = folder
+    _refuse_nested(slides, [folder / name for folder, name in zip(below, names, strict=True)])
+    return tuple(below)
+
+
+def _tell_apart(slides: Sequence[Location]) -> list[Path]:
+    """Return the ends of the folders that slides of one name lie in, as long as it takes."""
+    above = [_folders_above(slide) for slide in slides]
+    for depth in range(1, max(map(len, above)) + 1):
+        ends = [Path(*folders[-depth:]) for folders in above]
+        if len({str(end).casefold() for end in ends}) == len(ends):
+            return ends
+    first, second = (without_secrets(slide) for slide in slides[:2])
+    raise UsageError(
+        f"{first} and {second} would both be written there",
+        where=make_folder_name(make_slide_name(slides[0])),
+        fix="run them with different --out",
+    )
+
+
+def _folders_above(slide: Location) -> list[str]:
+    if isinstance(slide, str):
+        parts = PurePosixPath(urlsplit(slide).path).parts[:-1]
+    else:
+        parts = slide.absolute().parts[1:-1]  # not the root or the drive
+    return [make_folder_name(part) for part in parts]
+
+
+def _refuse_nested(slides: Sequence[Location], folders: Sequence[Path]) -> None:
+    """Raise if the results of one slide would lie among those of another."""
+    owners = {str(folder).casefold(): slide for folder, slide in zip(folders, slides, strict=True)}
+    for folder, slide in zip(folders, slides, strict=True):
+        for outer in folder.parents:
+            if str(outer).casefold() in owners:
+                other = without_secrets(owners[str(outer).casefold()])
+                raise UsageError(
+                    f"the results of {without_secrets(slide)} would lie among those of {other}",
+                    where=str(outer),
+                    fix="run them with different --out",
+                )
+
+
+def _expand(text: str) -> list[Location]:
+    if is_url(text):
+        return [text]
+    path = Path(text)
+    if path.is_dir() and not is_ome_zarr(path):
+        files: list[Location] = sorted(
+            entry
+            for entry in path.iterdir()
+            if is_readable(entry)
+            and entry.suffix.lower() != _ONE_OF_MANY
+            and not entry.name.startswith(".")
+            and (entry.is_file() or is_ome_zarr(entry))
+        )
+        if not files:
+            raise InputError("holds no images", where=path, fix="name the files themselves")
+        return files
+    if not path.exists() and glob.has_magic(text):
+        found = glob.glob(text, recursive=True)  # noqa: PTH207  # the text may be absolute
+        matches: list[Location] = sorted(Path(match) for match in found)
+        if not matches:
+            raise InputError("matches no file", where=text, fix="check the pattern")
+        return matches
+    return [path]
