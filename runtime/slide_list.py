@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.readers.base import make_slide_name, without_secrets
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr, is_url
+from darcnn.runtime.readers.ome_zarr_images import list_images
 from darcnn.runtime.readers.open import is_readable
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.sinks.result_folder import make_folder_name
@@ -22,9 +23,9 @@ _ONE_OF_MANY = ".dcm"  # the files of a DICOM slide lie side by side: one must b
 def list_slides(inputs: Sequence[str]) -> tuple[Location, ...]:
     """Return the files that `inputs` name, in order, each once.
 
-    A URL is an OME-Zarr image. A folder stands for the images directly in it, sorted; a pattern with * or ?
-    for what it matches (some shells leave that to the program). A file that does not exist is named all the
-    same: opening it says so.
+    A URL is an OME-Zarr image, and a plate in OME-Zarr stands for its fields. A folder stands for the images
+    directly in it, sorted; a pattern with * or ? for what it matches (some shells leave that to the program).
+    A file that does not exist is named all the same: opening it says so.
 
     Raises:
         InputError: a folder without images, or a pattern without matches.
@@ -32,7 +33,7 @@ def list_slides(inputs: Sequence[str]) -> tuple[Location, ...]:
     """
     slides: dict[Location, Location] = {}
     for text in inputs:
-        for path in _expand(text):
+        for path in _images(_expand(text)):
             slides.setdefault(path if isinstance(path, str) else path.resolve(), path)
     found = tuple(slides.values())
     place_results(found)  # before a model is loaded
@@ -99,6 +100,14 @@ def _refuse_nested(slides: Sequence[Location], folders: Sequence[Path]) -> None:
                     where=str(outer),
                     fix="run them with different --out",
                 )
+
+
+def _images(places: Sequence[Location]) -> Iterator[Location]:
+    for place in places:
+        if isinstance(place, str) or is_ome_zarr(place):
+            yield from list_images(place)
+        else:
+            yield place
 
 
 def _expand(text: str) -> list[Location]:

@@ -225,15 +225,18 @@ def make_channel_names(given: Sequence[str | None], count: int, *, is_rgb: bool)
 
 
 def make_slide_name(path: Location) -> str:
-    """Return the name of a slide: that of its file without the ending.
+    """Return the name of a slide: that of its file without the ending; inside OME-Zarr also its place there.
 
     >>> [make_slide_name(Path(name)) for name in ("a/b.1.ome.tif", "c.svs", "d.nii.gz")]
     ['b.1', 'c', 'd']
-    >>> make_slide_name("s3://bucket/e.ome.zarr/?version=1")
-    'e'
+    >>> make_slide_name("s3://bucket/e.ome.zarr/?version=1"), make_slide_name(Path("p/plate.zarr/A/1/0"))
+    ('e', 'plate-A-1-0')
     """
     if isinstance(path, str):
         path = Path(urlsplit(path).path.rstrip("/"))
+    for folder in path.parents:
+        if folder.suffix.lower() == ".zarr":
+            return "-".join([make_slide_name(folder), *path.relative_to(folder).parts])
     stem = path.stem
     inner = ".nii" if suffix_of(path) == ".nii.gz" else ".ome"
     return stem[: -len(inner)] if stem.lower().endswith(inner) and len(stem) > len(inner) else stem

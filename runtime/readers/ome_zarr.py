@@ -33,7 +33,15 @@ from darcnn.runtime.readers.base import (
 from darcnn.runtime.readers.protocol import Location, Pixels, Planes, SlideInfo
 from darcnn.runtime.readers.zarr_blosc import with_checked_blosc
 
-__all__ = ["Multiscale", "OmeZarrReader", "is_ome_zarr", "is_url", "open_multiscale", "unreadable_zarr"]
+__all__ = [
+    "Multiscale",
+    "OmeZarrReader",
+    "is_ome_zarr",
+    "is_url",
+    "ome_attributes",
+    "open_multiscale",
+    "unreadable_zarr",
+]
 
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")  # two letters or more: C:// is a disk
 _MARKS = ("zarr.json", ".zattrs")  # of Zarr 3 and 2
@@ -175,10 +183,10 @@ def open_multiscale(path: Location) -> Multiscale:
     """
     try:
         group = zarr.open_group(path, mode="r")
-        attributes = _ome(group)
+        attributes = ome_attributes(group)
         if "bioformats2raw.layout" in attributes and "multiscales" not in attributes:
             group = zarr.open_group(path, mode="r", path="0")  # the first of several images
-            attributes = _ome(group)
+            attributes = ome_attributes(group)
         if "plate" in attributes or "well" in attributes:
             raise InputError("is a plate, not an image", where=path, fix="name an image in it: PLATE/A/1/0")
         if not attributes.get("multiscales"):
@@ -209,7 +217,8 @@ def open_multiscale(path: Location) -> Multiscale:
         raise _unreadable(path, err) from err
 
 
-def _ome(group: zarr.Group) -> dict[str, Any]:
+def ome_attributes(group: zarr.Group) -> dict[str, Any]:
+    """Return what OME-Zarr, of any version, says of a group."""
     attributes = group.attrs.asdict()
     inner = attributes.get("ome")  # from 0.5 on
     return dict(inner) if isinstance(inner, Mapping) else dict(attributes)

@@ -95,7 +95,7 @@ def label_attributes(
 
     Args:
         n_levels: of the pyramid.
-        axes: a letter each, in the order of the array.
+        axes: a letter each, in the order of the array; along t every level has all moments.
         steps: length of a pixel along each axis, None where it is unknown.
         unit: of the steps.
         name: of the multiscale image.
@@ -105,7 +105,13 @@ def label_attributes(
         {
             "path": str(level),
             "coordinateTransformations": [
-                {"type": "scale", "scale": [step * 2.0**level for step in steps or [1.0] * len(axes)]}
+                {
+                    "type": "scale",
+                    "scale": [
+                        step * (1.0 if axis == "t" else 2.0**level)
+                        for axis, step in zip(axes, steps or [1.0] * len(axes), strict=True)
+                    ],
+                }
             ],
         }
         for level in range(n_levels)
@@ -117,7 +123,12 @@ def label_attributes(
             {
                 "name": name,
                 "type": "nearest",
-                "axes": [{"name": axis, "type": "space", **known} for axis in axes],
+                "axes": [
+                    {"name": axis, "type": "time"}
+                    if axis == "t"
+                    else {"name": axis, "type": "space", **known}
+                    for axis in axes
+                ],
                 "datasets": datasets,
             }
         ],

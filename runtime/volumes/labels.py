@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,12 @@ def write_label_volume(
     shape: tuple[int, int, int],
     voxel_nm: tuple[float, float, float] | None,
     name: str,
+    is_series: bool = False,
 ) -> None:
     """Write the labels as a 3D label pyramid, uint32: a voxel's value is its object's number.
 
-    Each level takes every second voxel of the one before (labels cannot be averaged), down to 256 px. Memory
-    does not grow with the number of planes.
+    Each level takes every second voxel of the one before (labels cannot be averaged), down to 256 px; of a
+    series it has all moments. Memory does not grow with the number of planes.
 
     Args:
         path: folder to write; must not exist.
@@ -70,25 +71,31 @@ def write_label_volume(
         shape: (Z, Y, X).
         voxel_nm: nanometres per voxel, or None.
         name: of the multiscale image.
+        is_series: the first axis is time.
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
     n_levels = 1
     while max(shape[1:]) >> (n_levels - 1) > _SMALLEST_PX:
         n_levels += 1
-    depth = _slab_depth(shape)
+    depth, axes = _slab_depth(shape), "tyx" if is_series else "zyx"
     with atomic_folder(path) as folder:
         group = zarr.create_group(
             store=zarr.storage.LocalStore(folder),
             zarr_format=3,
-            attributes={"ome": label_attributes(n_levels, "zyx", voxel_nm, unit="nanometer", name=name)},
+            attributes={"ome": label_attributes(n_levels, axes, voxel_nm, unit="nanometer", name=name)},
         )
-        arrays = [_create(group, level, shape, depth) for level in range(n_levels)]
+        # every how manieth voxel along each axis a level has
+        steps = [(1 if is_series else 1 << level, 1 << level, 1 << level) for level in range(n_levels)]
+        arrays = [
+            _create(group, str(level), [-(-n // k) for n, k in zip(shape, step, strict=True)], depth, axes)
+            for level, step in enumerate(steps)
+        ]
         start = 0
         for labels in draw_slabs(numbered, shape, depth):
             if labels.any():  # what is not written is 0
-                for level, array in enumerate(arrays):
-                    _put(array, labels, start, 1 << level)
+                for array, step in zip(arrays, steps, strict=True):
+                    _put(array, labels, start, step)
             start += len(labels)
 
 
@@ -97,27 +104,27 @@ def _slab_depth(shape: tuple[int, int, int]) -> int:
     return min(_CHUNK[0], max(1, _SLAB_BYTES // (4 * shape[1] * shape[2])))
 
 
-def _create(group: zarr.Group, level: int, shape: tuple[int, int, int], depth: int) -> zarr.Array[Any]:
-    size = tuple(-(-n // (1 << level)) for n in shape)
+def _create(group: zarr.Group, name: str, size: Sequence[int], depth: int, axes: str) -> zarr.Array[Any]:
     chunks = (depth, *_CHUNK[1:])
     # a small volume gets a small shard, so that one is never mostly padding
     sides = (min(_SHARD_PX, -(-n // chunk) * chunk) for n, chunk in zip(size[1:], chunks[1:], strict=True))
     return group.create_array(
-        str(level),
-        shape=size,
+        name,
+        shape=tuple(size),
         dtype="uint32",
         chunks=chunks,
         shards=(depth, *sides),
         compressors=ZstdCodec(level=3),
         fill_value=0,
-        dimension_names=("z", "y", "x"),
+        dimension_names=tuple(axes),
     )
 
 
-def _put(array: zarr.Array[Any], labels: NDArray[np.uint32], start: int, step: int) -> None:
+def _put(array: zarr.Array[Any], labels: NDArray[np.uint32], start: int, step: tuple[int, int, int]) -> None:
     """Write every `step`-th voxel of `labels`, whose first plane is plane `start` of level 0."""
-    first = -start % step  # the first of these planes that the level has
-    part = labels[first::step, ::step, ::step]
+    deep, down, across = step
+    first = -start % deep  # the first of these planes that the level has
+    part = labels[first::deep, ::down, ::across]
     if len(part):
-        at = (start + first) // step
+        at = (start + first) // deep
         array[at : at + len(part)] = part

@@ -32,31 +32,41 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
     """
     image = open_multiscale(path)
     planes = image.planes()
-    moment = choose_plane("t", t, planes.n_t, where=path)
+    is_series = planes.n_z == 1 and planes.n_t > 1 and t is None
+    moment = 0 if is_series else choose_plane("t", t, planes.n_t, where=path)
     with OmeZarrReader(path, z=0, t=moment) as reader:
         info = reader.info
-    place = {"t": moment, "c": _choose_channel(info, channel)}
-    shape = (planes.n_z, info.height_px0, info.width_px0)
+    along, n_planes = ("t", planes.n_t) if is_series else ("z", planes.n_z)
+    place = {"z": 0, "t": moment, "c": _choose_channel(info, channel)}
+    del place[along]
+    shape = (n_planes, info.height_px0, info.width_px0)
     check_room(path, scratch, shape, info.dtype)
     array = image.arrays[0]
     _check_chunks(array, path)
-    chunk = array.chunks[image.axes.index("z")] if "z" in image.axes else 1
+    chunk = array.chunks[image.axes.index(along)] if along in image.axes else 1
     step = max(1, _BYTES // (shape[1] * shape[2] * info.dtype.itemsize) // chunk) * chunk
     target = scratch / f".{make_slide_name(path)}.unpacked"
     try:
         with target.open("wb") as file:
-            for start in range(0, planes.n_z, step):
-                values = _read(image, place, slice(start, min(planes.n_z, start + step)), path)
+            for start in range(0, n_planes, step):
+                values = _read(image, place, slice(start, min(n_planes, start + step)), path)
                 file.write(values.astype(info.dtype).tobytes())
     except BaseException:
         target.unlink(missing_ok=True)
         raise
     z = image.steps_um().get("z")
     section = plausible_mpp(z, z)
-    voxel = in_nanometres(info.mpp, None if section is None else section[0])
-    source = None if voxel is None else info.mpp_source
-    is_known = section is not None
-    facts = VolumeInfo(path, info.name, shape, info.dtype, voxel, source, is_depth_known=is_known)
+    voxel = None if is_series else in_nanometres(info.mpp, None if section is None else section[0])
+    facts = VolumeInfo(
+        path,
+        info.name,
+        shape,
+        info.dtype,
+        voxel,
+        None if voxel is None else info.mpp_source,
+        is_series=is_series,
+        is_depth_known=section is not None,
+    )
     return Volume(facts, Stored(target, info.dtype), scratch=target)
 
 
@@ -91,12 +101,12 @@ def _choose_channel(info: SlideInfo, channel: int | str | None) -> int:
 def _read(image: Multiscale, place: dict[str, int], planes: slice, path: Location) -> NDArray[Any]:
     """Return planes (n, H, W) in the order z y x, whatever the order in the file."""
     which: list[Any] = [
-        place[axis] if axis in place else planes if axis == "z" else slice(None) for axis in image.axes
+        place[axis] if axis in place else planes if axis in "zt" else slice(None) for axis in image.axes
     ]
     try:
         values = np.asarray(image.arrays[0][tuple(which)])
     except unreadable_zarr() as err:
         raise InputError(f"cannot be read ({err})", where=path, fix="copy it again") from err
     left = [axis for axis in image.axes if axis not in place]
-    values = values.transpose([left.index(axis) for axis in "zyx" if axis in left])
+    values = values.transpose([left.index(axis) for axis in "ztyx" if axis in left])
     return values if values.ndim == 3 else values[None]

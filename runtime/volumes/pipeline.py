@@ -312,7 +312,12 @@ def _finish(
         pq.write_table(table, file, compression="zstd")
     with times.stage("labels"):
         write_label_volume(
-            built / LABELS_FOLDER, numbered, shape=info.shape, voxel_nm=info.voxel_nm, name=info.name
+            built / LABELS_FOLDER,
+            numbered,
+            shape=info.shape,
+            voxel_nm=info.voxel_nm,
+            name=info.name,
+            is_series=info.is_series,
         )
     with times.stage("particles"):
         write_star(built / STAR_FILE, table, name=info.name, shape=info.shape, voxel_nm=info.voxel_nm)

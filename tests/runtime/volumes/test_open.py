@@ -180,6 +180,29 @@ def test_a_series_of_planes_is_a_volume_along_t_and_one_moment_is_not(tmp_path: 
         assert volume.info.voxel_nm is None  # moments have no distance
 
 
+def test_a_series_in_ome_zarr_is_a_volume_along_t_too(tmp_path: Path) -> None:
+    for name, axes in (("a", "tcyx"), ("b", "czyxt")):
+        kinds = {"t": "time", "c": "channel"}
+        group = zarr.create_group(tmp_path / f"{name}.zarr", zarr_format=2)
+        values = VALUES.astype(np.uint16)  # t y x
+        placed = values[:, None] if name == "a" else np.moveaxis(values, 0, -1)[None, None]
+        group.create_array("0", data=np.ascontiguousarray(placed))
+        group.attrs["multiscales"] = [
+            {
+                "version": "0.4",
+                "axes": [{"name": axis, "type": kinds.get(axis, "space")} for axis in axes],
+                "datasets": [{"path": "0", "coordinateTransformations": []}],
+            }
+        ]
+        with open_volume(tmp_path / f"{name}.zarr", tmp_path) as volume:
+            assert volume.info.is_series
+            assert volume.info.voxel_nm is None
+            np.testing.assert_array_equal(volume.read("z", 2), values[2])
+        with open_volume(tmp_path / f"{name}.zarr", tmp_path, t=1) as volume:
+            assert volume.info.shape == (1, *values.shape[1:])
+            np.testing.assert_array_equal(volume.read("z", 0), values[1])
+
+
 def test_one_channel_of_several_is_chosen(tmp_path: Path) -> None:
     path = tmp_path / "two.ome.tif"
     both = np.stack([VALUES, 2 * VALUES], axis=1).astype(np.uint16)  # Z C Y X
