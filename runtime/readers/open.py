@@ -146,6 +146,7 @@ _BY_SUFFIX: dict[str, Callable[[Path, bytes], _Format]] = {
     ".vmu": _slide,
     ".svslide": _slide,  # Sakura
     ".dcm": _slide,  # DICOM
+    ".czi": _slide,  # Zeiss; OpenSlide reads brightfield
     ".png": _picture,
     ".jpg": _picture,
     ".jpeg": _picture,

@@ -143,7 +143,7 @@ def _opening(path: Path) -> Iterator[None]:
         raise InputError(
             f"cannot be opened as a slide ({err})",
             where=path,
-            fix="copy it again, with the files that belong to it",
+            fix="copy it again, with the files that belong to it, or export it as OME-TIFF",
         ) from err
 
 
