@@ -35,7 +35,9 @@ _EDGE_PX = 2.0  # a box this close to an edge is cut
 _MIN_SCORE = 1e-6  # of a slot that is not empty
 
 
-def estimate_diameter(segmenter: Segmenter, reader: Reader, *, channel: int | None = None) -> float | None:
+def estimate_diameter(
+    segmenter: Segmenter, reader: Reader, *, channel: int | None = None, window: Window | None = None
+) -> float | None:
     """Return the diameter of a typical object in level-0 pixels, or None if the model finds too little.
 
     The image is searched at half, full and double size. Each finding votes for its size with its squared
@@ -50,11 +52,15 @@ def estimate_diameter(segmenter: Segmenter, reader: Reader, *, channel: int | No
         segmenter: the model.
         reader: the open image; stays open.
         channel: which of several channels.
+        window: raw values that become black and white; None: those of the image.
     Raises:
         InputError: the image or its channels do not serve.
     """
-    model = segmenter.manifest.input
-    return settle_diameter(model, lambda scale: look_for_sizes(segmenter, reader, scale, channel=channel))
+
+    def look(scale: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return look_for_sizes(segmenter, reader, scale, channel=channel, window=window)
+
+    return settle_diameter(segmenter.manifest.input, look)
 
 
 def settle_diameter(model: ModelInput, look: Look) -> float | None:
@@ -81,6 +87,7 @@ def choose_diameter(
     mpp: float | None = None,
     pixels: bool = False,
     channel: int | None = None,
+    window: Window | None = None,
 ) -> float | None:
     """Return the diameter to plan with, level-0 pixels; None leaves the scale to the pixel size.
 
@@ -92,12 +99,13 @@ def choose_diameter(
         pixels: the user wants the pixels as they are. Where neither tells the model its scale, one that is
             made for it estimates unasked (`finds_unasked`).
         channel: which of several channels.
+        window: raw values that become black and white; None: those of the image.
     """
     if diameter_px is not None and diameter_px != "auto":
         return diameter_px
     model, has_pixel_size = segmenter.manifest.input, reader.info.mpp is not None or mpp is not None
     if diameter_px == "auto" or (not pixels and finds_unasked(model, has_pixel_size)):
-        found = estimate_diameter(segmenter, reader, channel=channel)
+        found = estimate_diameter(segmenter, reader, channel=channel, window=window)
         if found is None and model.mpp is not None and not has_pixel_size and not pixels:
             return model.nominal_diameter_px  # an empty picture: nothing else tells its scale
         return found
@@ -146,7 +154,7 @@ def look_for_sizes(
         group = tiles[start : start + engine.spec.batch]
         batch = np.zeros((engine.spec.batch, model.tile_px, model.tile_px, model.channels), np.uint8)
         batch[: len(group)] = np.stack([sampler.read(tile) for tile in group])
-        found = engine.detect(batch)
+        found = segmenter.detect(batch)
         for index, tile in enumerate(group):
             box, score = found.boxes[index].astype(np.float64), found.scores[index].astype(np.float64)
             # cut by its tile, or by the edge of the image, beyond which lies its mirror image

@@ -18,7 +18,7 @@ from darcnn.runtime.sampling import SampledTile
 from darcnn.runtime.seams import join_tiles
 from darcnn.runtime.tiling import SEAM_PX, Tile, owns
 
-__all__ = ["look_at_quarters", "look_wider", "quarter_tile"]
+__all__ = ["look_at_quarters", "look_wider", "quarter_tile", "widen"]
 
 _COVERED = 0.5  # share of a cut object's box in that of the whole
 
@@ -73,6 +73,14 @@ def quarter_tile(sampled: SampledTile, halo_px: int) -> list[SampledTile]:
     return quarters
 
 
+def widen(tile: Tile) -> Tile:
+    """Return the tile twice as large in which a tile's cut objects are looked at again."""
+    read = tile.read
+    left, top = read.x0 - read.width // 2, read.y0 - read.height // 2
+    around = Region(left, top, left + 2 * read.width, top + 2 * read.height)
+    return Tile(tile.index, core=around, read=around)
+
+
 def look_wider(
     look: Look, sampled: SampledTile, seen: Instances, *, max_diameter_px: float | None
 ) -> Instances:
@@ -88,11 +96,8 @@ def look_wider(
         seen: what it reports so far.
         max_diameter_px: network pixels; a larger object is none of the model's.
     """
-    plan, tile, read = sampled.plan, sampled.tile, sampled.tile.read
+    plan, tile, wide = sampled.plan, sampled.tile, widen(sampled.tile)
     assert sampled.sampler is not None  # without it there is nothing more to be seen
-    left, top = read.x0 - read.width // 2, read.y0 - read.height // 2
-    around = Region(left, top, left + 2 * read.width, top + 2 * read.height)
-    wide = Tile(tile.index, core=around, read=around)
     try:
         pixels = _halve(sampled.sampler.read(wide))
     except DamagedPixelsError:  # the tile itself is whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -89,6 +90,7 @@ class Segmenter(Closing):
         diameter_px: float | Literal["auto"] | None = None,
         pixels: bool = False,
         channel: int | None = None,
+        window: Window | None = None,
     ) -> Instances:
         """Return the objects of a whole image.
 
@@ -102,34 +104,22 @@ class Segmenter(Closing):
             diameter_px: of a typical object, pixels of the image; "auto" estimates it.
             pixels: take the pixels as they are.
             channel: which of several channels.
+            window: raw values that become black and white; None for those of the model's rule. Of a camera of
+                12 bits in uint16, `Window(0, 4095)`.
         Raises:
             InputError: the pixel size or the channels do not serve.
         """
-        if not isinstance(image, Reader):
-            with ArrayReader(image) as reader:
-                return self._find(reader, mpp, diameter_px, channel, pixels=mpp is None, estimates=not pixels)
-        return self._find(image, mpp, diameter_px, channel, pixels=pixels, estimates=not pixels)
-
-    def _find(
-        self,
-        reader: Reader,
-        mpp: float | None,
-        diameter_px: float | Literal["auto"] | None,
-        channel: int | None,
-        *,
-        pixels: bool,
-        estimates: bool,
-    ) -> Instances:
-        size = choose_diameter(
-            self,
-            reader,
-            diameter_px=diameter_px,
-            mpp=mpp,
-            pixels=not estimates,
-            channel=channel,
+        is_reader = isinstance(image, Reader)
+        opened: AbstractContextManager[Reader] = (
+            nullcontext(image) if isinstance(image, Reader) else ArrayReader(image)
         )
-        plan = self.plan(reader.info, mpp=mpp, diameter_px=size, pixels=pixels, channel=channel)
-        return self.segment(reader, plan)
+        with opened as reader:
+            size = choose_diameter(
+                self, reader, diameter_px=diameter_px, mpp=mpp, pixels=pixels, channel=channel, window=window
+            )
+            as_is = pixels if is_reader else mpp is None
+            plan = self.plan(reader.info, mpp=mpp, diameter_px=size, pixels=as_is, channel=channel)
+            return self.segment(reader, plan, window=window)
 
     def plan(
         self,
@@ -267,6 +257,11 @@ class Segmenter(Closing):
     def _look(self, batch: Sequence[SampledTile]) -> list[Instances]:
         """Return what each tile of an engine call reports, as it is seen there."""
         return _place_all(batch, self._compute(batch))
+
+    def detect(self, tiles: NDArray[np.uint8]) -> Detections:
+        """Run the first graph alone on (B, S, S, C); of several threads one after another."""
+        with self._lock:
+            return self._engine.detect(tiles)
 
     def _compute(self, batch: Sequence[SampledTile]) -> _Seen:
         """Run both graphs on up to `engine.spec.batch` tiles; of several threads one after another."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
+import numbers
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from darcnn.runtime.diameter import estimate_diameter, finds_unasked
+from darcnn.runtime.diameter import estimate_diameter, finds_unasked, look_for_sizes
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.planning import SlidePlan
@@ -24,7 +26,10 @@ _log = logging.getLogger(__name__)
 class Calibration:
     """Brightness and scale of the frames of one camera and stain.
 
-    What is None is learned from the first frame where the model needs it, and kept.
+    What is None is learned from the first frame with objects where the model needs it, and kept.
+
+    Raises:
+        UsageError: a window that does not rise, or a size that is none.
     """
 
     window: Window | None = None  # raw values that become 0 and 255; models with a percentile rule need it
@@ -32,12 +37,23 @@ class Calibration:
     pixel_size_um: float | None = None  # of the frame that `diameter_px` holds for; others are scaled by it
     dtype: np.dtype[Any] | None = None  # of the frames that `window` holds for; None: of any
 
+    def __post_init__(self) -> None:
+        if self.window is not None and not _rises(self.window):
+            raise UsageError(
+                f"{self.window} is no window",
+                where="calibration",
+                fix="give Window(low, high) with low < high",
+            )
+        for name, size in (("diameter_px", self.diameter_px), ("pixel_size_um", self.pixel_size_um)):
+            if size is not None and not (isinstance(size, numbers.Real) and 0 < size < math.inf):
+                raise UsageError(f"{name} is {size!r}", where="calibration", fix="give a number above 0")
+
 
 class Calibrator:
     """Keeps the calibration of one live segmenter; used by its worker alone.
 
     Args:
-        given: a calibration, "first" to learn one from the first frame, "each" from each frame.
+        given: a calibration, "first" to learn one from the first frame with objects, "each" from each frame.
     Raises:
         UsageError: neither a calibration nor one of the two words.
     """
@@ -51,13 +67,16 @@ class Calibrator:
             )
         self._is_each = given == "each"
         self._given = given if isinstance(given, Calibration) else Calibration()
-        self._is_learned = False
-        self.current = given if isinstance(given, Calibration) else None
+        self.known = given if isinstance(given, Calibration) else None
+        self.is_sure = False  # the frame seen last, or one before that taught, had objects to learn from
 
     def settle(
         self, segmenter: Segmenter, reader: Reader, dtype: np.dtype[Any], *, renew: bool
     ) -> Calibration:
         """Return the calibration that the frame in `reader` is to be seen with.
+
+        What is learned from a frame without objects (a dark one, an empty corner) holds for that frame only:
+        the next one teaches anew.
 
         Args:
             segmenter: the model.
@@ -67,20 +86,20 @@ class Calibrator:
         Raises:
             InputError: the frame is of another type than the calibration.
         """
-        if renew or self._is_each:
-            self.current = _learn(segmenter, reader, Calibration(), dtype)
-        elif not self._is_learned:
-            self.current = _learn(segmenter, reader, self._given, dtype)
-        self._is_learned = True
-        assert self.current is not None  # set above, once
-        known = self.current.dtype
-        if known is not None and known != dtype:
+        current = self.known
+        if renew or self._is_each or not self.is_sure:
+            given = Calibration() if renew or self._is_each else self._given
+            current, is_sure = _learn(segmenter, reader, given, dtype)
+            if is_sure:  # what is known stays known
+                self.known, self.is_sure = current, True
+        assert current is not None  # learned above, now or before
+        if current.dtype is not None and not _is_same_type(current.dtype, dtype):
             raise InputError(
-                f"holds {dtype}, the calibration was made for {known}",
+                f"holds {dtype}, the calibration was made for {current.dtype}",
                 where="frame",
                 fix="push frames of one type, or push this one with calibrate=True",
             )
-        return self.current
+        return current
 
     @staticmethod
     def plan(segmenter: Segmenter, reader: Reader, calibration: Calibration) -> SlidePlan:
@@ -92,21 +111,36 @@ class Calibrator:
         return segmenter.plan(reader.info, diameter_px=diameter, pixels=size is None)
 
 
-def _learn(segmenter: Segmenter, reader: Reader, given: Calibration, dtype: np.dtype[Any]) -> Calibration:
-    """Return `given` with what the model needs and it lacks, measured on the frame."""
-    model, learned = segmenter.manifest.input, given
+def _learn(
+    segmenter: Segmenter, reader: Reader, given: Calibration, dtype: np.dtype[Any]
+) -> tuple[Calibration, bool]:
+    """Return `given` with what it lacks and the model needs, from the frame; and whether to keep it."""
+    model, learned, is_sure = segmenter.manifest.input, given, True
     size = reader.info.mpp[0] if reader.info.mpp is not None else None
     if given.diameter_px is None and finds_unasked(model, size is not None):
         diameter = estimate_diameter(segmenter, reader)
         learned = replace(learned, diameter_px=diameter, pixel_size_um=size)
-        if diameter is None:
-            _log.warning(
-                "too few objects on the first frame to tell their size: pixels are taken as they are "
-                "until a frame is pushed with calibrate=True"
-            )
+        is_sure = diameter is not None
     if given.window is None and model.intensity.needs_statistics:
         plan = Calibrator.plan(segmenter, reader, learned)
-        learned = replace(learned, window=segmenter.measure(reader, plan), dtype=dtype)
+        window = segmenter.measure(reader, plan)
+        learned = replace(learned, window=window, dtype=dtype)
+        if learned.diameter_px == given.diameter_px:  # no objects were looked for
+            sizes, _ = look_for_sizes(segmenter, reader, plan.scale, window=window)
+            is_sure = len(sizes) > 0
     if learned != given:
         _log.info("calibrated on a frame: %s", learned)
-    return learned
+    if not is_sure:
+        _log.warning("no objects to learn brightness and size from: the next frame is tried")
+    return learned, is_sure
+
+
+def _is_same_type(one: np.dtype[Any], other: np.dtype[Any]) -> bool:
+    return one.newbyteorder("=") == other.newbyteorder("=")
+
+
+def _rises(window: object) -> bool:
+    if not isinstance(window, Window):
+        return False
+    low, high = np.atleast_1d(window.low), np.atleast_1d(window.high)
+    return bool(np.isfinite([*low, *high]).all() and len(low) == len(high) and (low < high).all())

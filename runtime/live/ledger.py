@@ -7,6 +7,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
 
+from darcnn.runtime.errors import UsageError
 from darcnn.runtime.live.stats import LiveStats, Stopwatch
 from darcnn.runtime.live.ticket import LiveResult, Ticket
 
@@ -33,6 +34,9 @@ class Ledger:
         self._counts: Counter[str] = Counter()
         self._unread = _Backlog()
         self._untold = _Backlog()
+        self._is_iterated = on_result is None  # else nobody may ever ask for what the iteration lost
+        self._n_told = 0
+        self._teller: int | None = None  # the thread that calls the callback now
         self._n_callback_errors = 0
         self._is_ended = False
         self.stopwatch = Stopwatch()
@@ -42,7 +46,7 @@ class Ledger:
         with self._changed:
             number = self._n_pushed
             self._n_pushed += 1
-        return Ticket(number if key is None else key, number)
+        return Ticket(number if key is None else key, number, self.check_wait)
 
     def settle(self, ticket: Ticket, result: LiveResult) -> None:
         """Count a frame out; its ticket, and who iterates, have the result when this returns."""
@@ -63,23 +67,49 @@ class Ledger:
                 result = self._untold.take()
             if result is None:
                 return
+            self._teller = threading.get_ident()
             try:
                 self._on_result(result)
             except Exception:  # the caller's code: the acquisition goes on without it
                 with self._changed:
                     self._n_callback_errors += 1
                 _log.exception("on_result raised on frame %r; the next frame goes on", result.key)
+            finally:
+                self._teller = None
+                with self._changed:
+                    self._n_told += 1
+                    self._changed.notify_all()
+
+    def check_wait(self) -> None:
+        """Refuse to wait in the callback: it keeps the thread that would have to go on.
+
+        Raises:
+            UsageError: this is the thread that calls the callback, and it does so now.
+        """
+        if self._teller == threading.get_ident():
+            raise UsageError(
+                "would wait for itself",
+                where="on_result",
+                fix="wait in another thread; what must push from on_result needs a policy that drops",
+            )
 
     def read(self) -> LiveResult | None:
         """Return the next result in order, waiting for it; None once no more can come."""
         with self._changed:
+            self._is_iterated = True
             self._changed.wait_for(lambda: len(self._unread) > 0 or self._is_ended)
             return self._unread.take()
 
     def wait_settled(self, timeout: float | None) -> bool:
-        """Tell whether every frame has a result within `timeout` seconds."""
+        """Tell whether every frame has a result, and the callback has it, within `timeout` seconds."""
+
+        def is_settled() -> bool:
+            n_settled = self._counts.total()
+            is_told = self._on_result is None or self._n_told + self._untold.n_lost == n_settled
+            return self._n_pushed == n_settled and is_told
+
         with self._changed:
-            return self._changed.wait_for(lambda: self._n_pushed == self._counts.total(), timeout)
+            return self._changed.wait_for(is_settled, timeout)
 
     def end(self) -> None:
         """Say that no more results can come."""
@@ -97,7 +127,7 @@ class Ledger:
                 waiting=waiting,
                 max_waiting=max_waiting,
                 callback_errors=self._n_callback_errors,
-                unread=self._unread.n_lost + self._untold.n_lost,
+                unread=self._unread.n_lost * self._is_iterated + self._untold.n_lost,
                 stages=self.stopwatch.summary(),
             )
 

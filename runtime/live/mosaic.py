@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from darcnn.runtime.live.work import Work, in_words_of_push
 from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.sampling import SampledTile, TileSampler
+from darcnn.runtime.second_look import widen
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.tiling import Tile
 
@@ -94,11 +95,14 @@ class _Canvas:
     def __init__(self, grid: MosaicGrid) -> None:
         self._grid = grid
         self._missing = set(range(len(grid)))
+        self._early: dict[int, NDArray[Any]] = {}  # fields without objects, before any could be learned from
         self._reader: MosaicReader | None = None
         self._plan: SlidePlan | None = None
         self._sampler: TileSampler | None = None
         self._settler: SeamSettler | None = None
-        self._looked_at: dict[int, set[int]] = {}  # tile not done -> fields that it looks at
+        self._todo: dict[int, Tile] = {}  # tiles not done
+        self._looked_at: dict[int, set[int]] = {}  # of those -> fields that it, or a second look, looks at
+        self._is_finished = False
         self._ready: list[Tile] = []
         self._found: list[tuple[Tile, Instances]] = []  # of fields that failed later on
 
@@ -118,16 +122,30 @@ class _Canvas:
         Raises:
             InputError: it is in already, or of another type or number of channels than the first.
         """
+        if self._is_finished:
+            raise InputError("comes after `finish`", where="field", fix="begin another mosaic")
         if index not in self._missing:
             raise InputError("is in already", where="field", fix="push each position of the grid once")
-        if self._reader is None:
-            self._begin(field, segmenter, calibrator)
-        assert self._reader is not None  # begun
-        self._reader.add(index, field)
-        self._arrive({index})
+        if self._reader is not None:
+            self._reader.add(index, field)
+            self._arrive({index})
+            return
+        self._early[index] = field
+        self._missing.remove(index)
+        self._begin(field, segmenter, calibrator, must=False)
 
-    def give_up_missing(self) -> None:
+    def give_up_missing(self, segmenter: Segmenter, calibrator: Calibrator) -> None:
         """Go on as if the fields that are missing were black."""
+        self._is_finished = True
+        if self._reader is None and self._early:
+            self._begin(next(iter(self._early.values())), segmenter, calibrator, must=True)
+        if self._sampler is not None:
+            seen = self._sampler
+            self._pass_over(
+                index
+                for index, tile in self._todo.items()
+                if self._grid.covering(seen.source(tile)) <= self._missing
+            )
         self._arrive(set(self._missing))
 
     def take_ready(self) -> list[Tile]:
@@ -144,7 +162,7 @@ class _Canvas:
         """Return a ready tile with its pixels."""
         assert self._plan is not None  # there are tiles
         assert self._sampler is not None
-        return SampledTile(self._plan, self._grid.shape, tile, self._sampler.read(tile))
+        return SampledTile(self._plan, self._grid.shape, tile, self._sampler.read(tile), self._sampler)
 
     def settle(self, found: Sequence[tuple[Tile, Instances]]) -> Instances:
         """Note that tiles are done; return the objects that are certain now."""
@@ -153,33 +171,54 @@ class _Canvas:
             return Instances.empty(self._grid.shape)
         certain = self._settler.add([*kept, *found])
         for tile, _ in (*kept, *found):
-            self._looked_at.pop(tile.index, None)
+            self._forget(tile.index)
         in_use: set[int] = set().union(*self._looked_at.values())
         assert self._reader is not None  # there is a settler
         self._reader.keep(in_use)
         return certain
 
-    def _begin(self, field: NDArray[Any], segmenter: Segmenter, calibrator: Calibrator) -> None:
+    def _begin(
+        self, field: NDArray[Any], segmenter: Segmenter, calibrator: Calibrator, *, must: bool
+    ) -> None:
+        """Plan the mosaic by a field, if that tells how or it `must` be; the others wait until one does."""
         size = self._grid.pixel_size_um
         with ArrayReader(field, mpp=size) as first:
             calibration = calibrator.settle(segmenter, first, field.dtype, renew=False)
+            if not (calibrator.is_sure or must):
+                return
             reader = MosaicReader(self._grid, field)
             plan = calibrator.plan(segmenter, reader, calibration)
             window = calibration.window or segmenter.measure(first, plan)  # nothing else is there yet
         sampler = segmenter.sampler(reader, plan, window)
-        self._looked_at = {tile.index: self._grid.covering(sampler.source(tile)) for tile in plan.tiles}
-        self._ready = [tile for tile in plan.tiles if not self._looked_at[tile.index]]  # in a gap
+        covering = self._grid.covering
         self._settler = SeamSettler(plan, self._grid.shape)
         self._reader, self._plan, self._sampler = reader, plan, sampler
+        self._todo = {tile.index: tile for tile in plan.tiles}
+        self._pass_over(tile.index for tile in plan.tiles if not covering(sampler.source(tile)))  # in a gap
+        self._looked_at = {index: covering(sampler.source(widen(tile))) for index, tile in self._todo.items()}
+        early, self._early = self._early, {}
+        for index, one in early.items():
+            reader.add(index, one)
+        self._arrive(set(early))
 
     def _arrive(self, fields: set[int]) -> None:
         self._missing -= fields
-        if self._plan is None:
-            return
-        for tile in self._plan.tiles:
-            looked_at = self._looked_at.get(tile.index, set())
+        for index, tile in self._todo.items():
+            looked_at = self._looked_at[index]
             if looked_at & fields and not looked_at & self._missing:
                 self._ready.append(tile)
+
+    def _pass_over(self, tiles: Iterable[int]) -> None:
+        """Note that tiles see nothing but black."""
+        black = list(tiles)
+        if self._settler is not None:
+            self._settler.pass_over(black)
+        for index in black:
+            self._forget(index)
+
+    def _forget(self, index: int) -> None:
+        self._todo.pop(index, None)
+        self._looked_at.pop(index, None)
 
 
 class _FieldWork(Work):
@@ -200,7 +239,7 @@ class _FieldWork(Work):
     def open(self, segmenter: Segmenter, calibrator: Calibrator) -> None:
         with in_words_of_push(self.ticket):
             if self._fields is None:
-                self._canvas.give_up_missing()
+                self._canvas.give_up_missing(segmenter, calibrator)
             for index, field in (self._fields or {}).items():
                 self._canvas.add(field, index, segmenter, calibrator)
         self._taken = self._canvas.take_ready()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Generic, Literal, TypeVar, get_args
 
 from darcnn.runtime.errors import UsageError
@@ -38,7 +39,7 @@ class BoundedQueue(Generic[T]):
         Raises:
             UsageError: the bound is below 1, or there is no such policy.
         """
-        if bound < 1:
+        if not isinstance(bound, int) or bound < 1:
             raise UsageError(f"a queue of {bound} frames", where="queue", fix="give 1 or more")
         if policy not in POLICIES:
             raise UsageError(
@@ -54,6 +55,11 @@ class BoundedQueue(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._items)
+
+    @property
+    def may_block(self) -> bool:
+        """Whether `make_room` may wait."""
+        return self._policy == "block"
 
     @property
     def max_length(self) -> int:
@@ -111,6 +117,15 @@ class BoundedQueue(Generic[T]):
                 return None
             self._changed.notify_all()
             return self._items.popleft()
+
+    def take_if(self, is_wanted: Callable[[T], bool]) -> list[T]:
+        """Return the items that are wanted, oldest first, wherever they wait."""
+        with self._changed:
+            wanted = [item for item in self._items if is_wanted(item)]
+            if wanted:
+                self._items = deque(item for item in self._items if item not in wanted)
+                self._changed.notify_all()
+            return wanted
 
     def wake(self) -> None:
         """Let the thread that waits in `take`, or the next that does, look around: it gets None."""

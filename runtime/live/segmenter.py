@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import numbers
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 from darcnn.runtime.closing import Closing
@@ -23,11 +26,13 @@ from darcnn.runtime.live.queue import BoundedQueue, Policy, QueueClosedError
 from darcnn.runtime.live.stats import LiveStats
 from darcnn.runtime.live.ticket import LiveResult, Ticket, check_process
 from darcnn.runtime.live.work import FrameWork, Work, name_frame
-from darcnn.runtime.live.worker import Worker, drop, dropped, failed
+from darcnn.runtime.live.worker import Worker, drop, dropped, failed, give_up
 from darcnn.runtime.load import load
 from darcnn.runtime.segmenter import Segmenter
 
 __all__ = ["LiveSegmenter"]
+
+_log = logging.getLogger(__name__)
 
 _CLOSE_S = 1.0  # how long `close` waits for an engine call that runs
 
@@ -36,14 +41,15 @@ class LiveSegmenter(Closing):
     """Finds the objects of frames as they come; a context manager. Any thread may push.
 
     Each frame that is pushed has one result, in its ticket, in the iteration over the segmenter, and as an
-    argument of `on_result`: see `LiveResult`. Frames are computed in the order of `push` by one thread, which
-    owns the engine and also calls `on_result`: a slow callback slows it down. Iteration and callback may
-    lag behind by 64 results with objects and 1,024 in all; what is older is left out of them (not of its
-    ticket) and counted in `stats().unread`.
+    argument of `on_result`: see `LiveResult`. Results come in the order in which frames are settled: those
+    that are computed in the order of `push`, what is given up or fails beforehand at once. One thread
+    owns the engine and also calls `on_result`: a slow callback slows it down, and must not wait for frames.
+    Iteration and callback may lag behind by 64 results with objects and 1,024 in all; what is older is left
+    out of them (not of its ticket) and counted in `stats().unread`.
 
     Brightness and scale come from the model's rule, and where that asks for statistics, from `calibration`:
-    the statistics are given, or learned from the first frame (which takes longer for it) and kept, or, with
-    "each", taken from each frame. `push(calibrate=True)` learns anew from that frame.
+    the statistics are given, or learned from the first frame with objects (which takes longer for it) and
+    kept, or, with "each", taken from each frame. `push(calibrate=True)` learns anew from that frame.
     """
 
     def __init__(
@@ -67,7 +73,8 @@ class LiveSegmenter(Closing):
             device: "cpu", "cuda" or "auto"; of a segmenter its own counts.
             calibration: brightness and scale, or where they are learned.
             on_result: called with each result, by the segmenter's own thread. What it raises is logged. It
-                may call `close`.
+                may call `close`, and with a policy that drops `push`. While the segmenter is open it holds
+                the callback, and what that holds.
         Raises:
             BundleError: no such model, or the file cannot be used.
             DeviceError: the device does not serve.
@@ -104,12 +111,13 @@ class LiveSegmenter(Closing):
             key: what the result calls it; None for its number.
             pixel_size_um: micrometres per pixel. None: the pixels are taken as they are, or as the
                 calibration says.
-            deadline_ms: from now; checked between engine calls. What is finished by then is returned, with
-                status `late`. 0 returns at once without objects.
+            deadline_ms: from now; checked between engine calls, also while the frame waits. What is finished
+                by then is returned, with status `late`. 0 returns at once without objects.
             copy: False reads the frame in place: it must not change until the ticket is ready.
             calibrate: learn brightness and scale from this frame, if it is neither dropped nor late.
         Raises:
-            UsageError: closed, ended, or opened in another process; or a number that does not serve.
+            UsageError: closed, ended, or opened in another process; a number that does not serve; or
+                called by `on_result` with the policy `block`.
         """
         start = time.perf_counter()
         check_process(self._pid)
@@ -135,7 +143,7 @@ class LiveSegmenter(Closing):
         return ticket
 
     def __iter__(self) -> Iterator[LiveResult]:
-        """Yield each result as it comes, dropped and failed frames too; ends after `end` or `close`."""
+        """Yield each result as it is settled, dropped and failed frames too; ends after `end` or `close`."""
         while (result := self._ledger.read()) is not None:
             yield result
 
@@ -150,16 +158,18 @@ class LiveSegmenter(Closing):
 
     @property
     def calibration(self) -> Calibration | None:
-        """What was given or learned; None before the first frame is looked at."""
+        """What was given or learned; None before a frame was learned from."""
         return self._worker.calibration
 
     def drain(self, timeout: float | None = None) -> None:
-        """Wait until every frame that was pushed has its result.
+        """Wait until every frame that was pushed has its result, and `on_result` was called with it.
 
         Raises:
             TimeoutError: the time, seconds, is up.
+            UsageError: called by `on_result`.
         """
         check_process(self._pid)
+        self._ledger.check_wait()
         if not self._ledger.wait_settled(timeout):
             raise TimeoutError(f"{self.stats().pending} frames have no result after {timeout:g} s")
 
@@ -181,6 +191,19 @@ class LiveSegmenter(Closing):
         self._worker.join(timeout)
         self._finalizer.detach()
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except DeviceError as err:
+            if kind is None:
+                raise
+            _log.error("%s", err)  # what went wrong in the block is what the caller must see
+
     def _put(self, make: Callable[[Ticket], Work], key: Hashable) -> Ticket:
         """Return the ticket of one push; whoever listens is told if it did not get into the queue."""
         ticket = self._enqueue(make, key)
@@ -190,6 +213,8 @@ class LiveSegmenter(Closing):
 
     def _enqueue(self, make: Callable[[Ticket], Work], key: Hashable) -> Ticket:
         """Make the work of one push, if there is room for it, and queue it."""
+        if self._queue.may_block:
+            self._ledger.check_wait()
         with self._push_gate:
             try:
                 has_room, victim = self._queue.make_room()
@@ -204,7 +229,11 @@ class LiveSegmenter(Closing):
                 self._ledger.settle(ticket, dropped(ticket, "the queue was full"))
                 return ticket
             try:
-                self._queue.put(make(ticket))
+                work = make(ticket)
+                if work.is_overdue(time.perf_counter()):
+                    self._ledger.settle(ticket, give_up(work))
+                else:
+                    self._queue.put(work)
             except QueueClosedError:
                 self._ledger.settle(ticket, dropped(ticket, "the segmenter was closed"))
             except DarcnnError as err:
@@ -226,7 +255,11 @@ def _shut(worker: Worker) -> None:
 
 
 def _check_number(name: str, value: float | None, *, lowest: float) -> None:
-    if value is not None and not (math.isfinite(value) and value >= lowest):
+    if value is None:
+        return
+    if not isinstance(value, numbers.Real) or not (math.isfinite(value) and value >= lowest):
         raise UsageError(
-            f"{value} does not serve", where=name, fix="give a number above 0" if lowest else "give 0 or more"
+            f"{value!r} does not serve",
+            where=name,
+            fix="give a number above 0" if lowest else "give 0 or more",
         )

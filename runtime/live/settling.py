@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import shapely
@@ -44,6 +44,10 @@ class SeamSettler:
             self._tiles = np.append(self._tiles, np.full(int(near.sum()), tile.index))
         certain.append(self._settle())
         return Instances.concatenate(self._shape, certain)
+
+    def pass_over(self, tiles: Iterable[int]) -> None:
+        """Note that tiles, by their numbers, report nothing; `add` gives out what is certain by that."""
+        self._open.difference_update(tiles)
 
     def _settle(self) -> Instances:
         """Return what is certain of what waits, and forget it and its twins."""

@@ -84,11 +84,16 @@ class Stopwatch:
         }
 
 
+class StoppedError(Exception):
+    """The segmenter was closed before this engine call."""
+
+
 class TimedEngine:
-    """An engine that says how long its calls took and which one runs; all else is the engine's."""
+    """An engine that says how long its calls took and which one runs, and that can be stopped."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._is_stopped = False
         self.running: str | None = None  # the graph that runs now
         self.seconds = {"detect": 0.0, "masks": 0.0}  # summed until `reset`
 
@@ -97,12 +102,17 @@ class TimedEngine:
         """The static sizes."""
         return self._engine.spec
 
+    def stop(self) -> None:
+        """Let the call that runs be the last; the next raises `StoppedError`."""
+        self._is_stopped = True
+
     def reset(self) -> None:
         """Start counting at nothing."""
         self.seconds = {"detect": 0.0, "masks": 0.0}
 
     def detect(self, tiles: NDArray[np.uint8]) -> Detections:
         """Find objects on `tiles`, as the engine does."""
+        self._check()
         self.running, start = "detect", time.perf_counter()
         try:
             return self._engine.detect(tiles)
@@ -114,6 +124,7 @@ class TimedEngine:
         self, detections: Detections, boxes: NDArray[np.float32], tile_index: NDArray[np.int64]
     ) -> NDArray[np.float32]:
         """Return mask probabilities for `boxes`, as the engine does."""
+        self._check()
         self.running, start = "masks", time.perf_counter()
         try:
             return self._engine.masks(detections, boxes, tile_index)
@@ -124,3 +135,7 @@ class TimedEngine:
     def close(self) -> None:
         """Close the engine."""
         self._engine.close()
+
+    def _check(self) -> None:
+        if self._is_stopped:
+            raise StoppedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Generator, Hashable
+from collections.abc import Callable, Generator, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +25,7 @@ class FrameDroppedError(DarcnnError):
 class FrameTimes:
     """How long a frame took, milliseconds; in an engine call that it shared, all of that call counts."""
 
-    wait: float = 0.0  # in the queue
+    wait: float = 0.0  # from `push` until its turn: for room in the queue, and in it
     prepare: float = 0.0  # calibration, plan, pixels of the tiles
     detect: float = 0.0  # first graph
     masks: float = 0.0  # second graph
@@ -33,7 +33,7 @@ class FrameTimes:
     total: float = 0.0  # from `push` until the result was there
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class LiveResult:
     """What became of one frame.
 
@@ -57,9 +57,11 @@ class LiveResult:
 class Ticket:
     """Stands for a frame that was pushed: `ticket.result()`, or `await ticket` in asyncio."""
 
-    def __init__(self, key: Hashable, number: int) -> None:
+    def __init__(self, key: Hashable, number: int, check_wait: Callable[[], None] = lambda: None) -> None:
+        """Stand for frame `number`; `check_wait` raises where waiting for it would never end."""
         self.key = key
         self.number = number
+        self._check_wait = check_wait
         self._pid = os.getpid()
         self._future: Future[LiveResult] = Future()
         self._future.set_running_or_notify_cancel()  # what waits may be cancelled, the frame may not
@@ -78,9 +80,12 @@ class Ticket:
 
         Raises:
             TimeoutError: the time is up.
-            UsageError: this process is a fork of the one that pushed.
+            UsageError: this process is a fork of the one that pushed; or it is not ready, and this is
+                `on_result`, which keeps the thread that computes it.
         """
         check_process(self._pid)
+        if not self.is_ready:
+            self._check_wait()
         return self._future.result(timeout)
 
     def result(self, timeout: float | None = None) -> LiveResult:
@@ -89,7 +94,7 @@ class Ticket:
         Raises:
             TimeoutError: the time is up.
             FrameDroppedError: the frame was dropped.
-            UsageError: this process is a fork of the one that pushed.
+            UsageError: as of `outcome`.
             Exception: the frame failed; what it failed with.
         """
         return _unwrap(self.outcome(timeout))
@@ -120,5 +125,5 @@ def check_process(pid: int) -> None:
 
 def _unwrap(result: LiveResult) -> LiveResult:
     if result.error is not None:
-        raise result.error
+        raise result.error.with_traceback(None)  # it may be asked for often: each would add its own frames
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -22,7 +23,9 @@ from darcnn.runtime.seams import join_tiles
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.tiling import Tile
 
-__all__ = ["FrameWork", "Work", "in_words_of_push", "name_frame"]
+__all__ = ["FrameWork", "Work", "in_words_of_push", "name_frame", "without_frames"]
+
+_log = logging.getLogger(__name__)
 
 
 class Work(ABC):
@@ -71,9 +74,13 @@ class Work(ABC):
         """Whether the engine has no more to do for it."""
         return self.n_flying == 0 and (self.error is not None or not self.tiles)
 
+    def is_overdue(self, now: float) -> bool:
+        """Whether the deadline is over."""
+        return self.deadline_at is not None and now >= self.deadline_at
+
     def check_deadline(self, now: float) -> None:
         """Give up what is not yet read once the deadline is over."""
-        if self.deadline_at is not None and now >= self.deadline_at and not self.is_late:
+        if self.is_overdue(now) and not self.is_late:
             self.is_late = True
             self.tiles.clear()
 
@@ -93,14 +100,14 @@ class Work(ABC):
                 self.error = err
         now = time.perf_counter()
         self.seconds["place"] += now - start
-        self.is_late = self.is_late or (self.deadline_at is not None and now >= self.deadline_at)
+        self.is_late = self.is_late or self.is_overdue(now)
         status: Status = "failed" if self.error is not None else "late" if self.is_late else "done"
         return LiveResult(
             key=self.ticket.key,
             number=self.ticket.number,
             status=status,
             instances=instances,
-            error=self.error,
+            error=None if self.error is None else without_frames(self.error),
             tiles_done=len(self.found),
             n_tiles=self.n_tiles,
             pixel_size_um=self.pixel_size_um,
@@ -179,6 +186,16 @@ def name_frame(ticket: Ticket) -> str:
     return f"frame {ticket.key}"
 
 
+def without_frames(error: Exception) -> Exception:
+    """Return the error without its traceback, which keeps the frame in memory; the log has it (debug)."""
+    _log.debug("a frame failed", exc_info=error)
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
+
+
 @contextmanager
 def in_words_of_push(ticket: Ticket) -> Iterator[None]:
     """Turn errors about an image into errors about this frame, and options into arguments.
@@ -191,5 +208,6 @@ def in_words_of_push(ticket: Ticket) -> Iterator[None]:
     except ShapeError as err:
         raise InputError(str(err), where=name_frame(ticket), fix="push an image that fits the model") from err
     except (InputError, UsageError) as err:
-        fix = err.fix.replace("--mpp", "pixel_size_um").replace("--diameter", "Calibration(diameter_px=...)")
+        fix = err.fix.replace(" (--mpp, of volumes --voxel-size)", " (pixel_size_um)")
+        fix = fix.replace("--mpp", "pixel_size_um").replace("--diameter", "Calibration(diameter_px=...)")
         raise InputError(err.problem, where=name_frame(ticket), fix=fix) from err

@@ -16,11 +16,11 @@ from darcnn.runtime.live.ledger import Ledger
 from darcnn.runtime.live.queue import BoundedQueue
 from darcnn.runtime.live.stats import TimedEngine
 from darcnn.runtime.live.ticket import FrameDroppedError, LiveResult, Ticket
-from darcnn.runtime.live.work import Work, name_frame
+from darcnn.runtime.live.work import Work, name_frame, without_frames
 from darcnn.runtime.sampling import SampledTile
 from darcnn.runtime.segmenter import Segmenter
 
-__all__ = ["Worker", "drop", "dropped", "failed"]
+__all__ = ["Worker", "drop", "dropped", "failed", "give_up"]
 
 _log = logging.getLogger(__name__)
 
@@ -67,14 +67,15 @@ class Worker:
 
     @property
     def calibration(self) -> Calibration | None:
-        """What was given or learned, None before the first frame."""
-        return self._calibrator.current
+        """What was given or learned, None until a frame was learned from."""
+        return self._calibrator.known
 
     def stop(self) -> None:
         """Drop what waits at once, and what is being computed after the engine call that runs."""
         if os.getpid() != self._pid:
             return  # a fork: the thread is not here, and locks may be held for ever
         self._is_stopped = True
+        self._engine.stop()
         for work in self._queue.clear():
             drop(work, self._ledger, "the segmenter was closed")
 
@@ -92,7 +93,7 @@ class Worker:
             raise DeviceError(
                 f"{call} has not returned {timeout:g} s after closing",
                 where="LiveSegmenter",
-                fix="wait and close again; it ends with the process",
+                fix="wait and close again; the thread ends with the call, or with the process",
             )
 
     def _run(self) -> None:
@@ -129,6 +130,7 @@ class Worker:
     def _serve(self) -> None:
         while not self._is_stopped:
             self._deliver()
+            self._give_up_overdue()
             if not self._open:
                 self._doing = "nothing"
                 work = self._queue.take()
@@ -140,6 +142,13 @@ class Worker:
             batch = self._gather()
             if batch and not self._is_stopped:
                 self._compute(batch)
+
+    def _give_up_overdue(self) -> None:
+        """Settle the frames that wait and whose deadline is over: nobody waits for them any more."""
+        now = time.perf_counter()
+        for work in self._queue.take_if(lambda one: one.is_overdue(now)):
+            work.seconds["wait"] = now - work.pushed_at
+            self._ledger.settle(work.ticket, give_up(work))
 
     def _begin(self, work: Work) -> None:
         """Open a frame: calibration, plan, tiles."""
@@ -222,6 +231,14 @@ class Worker:
         self._ledger.tell()
 
 
+def give_up(work: Work) -> LiveResult:
+    """Return the result of a frame whose deadline was over before it was looked at."""
+    work.check_deadline(time.perf_counter())
+    result = work.conclude()
+    work.release()
+    return result
+
+
 def drop(work: Work, ledger: Ledger, reason: str) -> None:
     """Give up a frame before it is done, and say so."""
     work.release()
@@ -240,4 +257,5 @@ def dropped(ticket: Ticket, reason: str) -> LiveResult:
 
 def failed(ticket: Ticket, error: Exception) -> LiveResult:
     """Return the result of a frame that could not be queued."""
-    return LiveResult(key=ticket.key, number=ticket.number, status="failed", instances=None, error=error)
+    known = without_frames(error)
+    return LiveResult(key=ticket.key, number=ticket.number, status="failed", instances=None, error=known)

@@ -1,4 +1,5 @@
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -95,12 +96,50 @@ def test_a_known_pixel_size_carries_the_diameter_to_another_magnification(field)
     assert abs(len(one.instances) - len(two.instances)) <= 1
 
 
-def test_a_frame_without_objects_leaves_the_scale_open_and_says_so(caplog):
+def test_the_first_frame_with_objects_is_learned_from_whatever_comes_before(field, caplog):
+    noise = np.random.default_rng(0).normal(100, 3, field.shape).astype(np.uint16)
+    black = np.zeros((64, 64), np.uint16)
     with caplog.at_level(logging.WARNING), LiveSegmenter(fluorescence()) as live:
-        result = live.push(np.zeros((64, 64), np.uint16)).result(60)
-        assert result.status == "done"
-        assert live.calibration.diameter_px is None
-    assert "too few objects on the first frame" in caplog.text
+        for empty in (black, noise):
+            assert len(live.push(empty).result(60).instances) == 0
+            assert live.calibration is None
+        same(live.push(field).result(60).instances, fluorescence()(field))
+        learned = live.calibration
+        live.push(noise, calibrate=True).result(60)
+        assert live.calibration == learned
+    assert caplog.text.count("no objects to learn brightness and size from: the next frame is tried") == 3
+
+
+def test_brightness_alone_is_learned_from_the_first_frame_with_objects_too(field):
+    with LiveSegmenter(fluorescence(), calibration=Calibration(diameter_px=27.0)) as live:
+        live.push(np.zeros_like(field)).result(60)
+        assert live.calibration.window is None
+        assert len(live.push(field).result(60).instances) > 0
+        assert live.calibration.window is not None
+
+
+def test_the_byte_order_is_no_other_type(field):
+    with LiveSegmenter(fluorescence(), calibration=Calibration(diameter_px=27.0)) as live:
+        first = live.push(field.astype(">u2")).result(60)
+        same(live.push(field.astype("<u2")).result(60).instances, first.instances)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"window": Window(200, 50)}, "is no window"),
+        ({"window": Window(100, 100)}, "is no window"),
+        ({"window": Window(math.nan, 10)}, "is no window"),
+        ({"window": Window((0, 5), (10, 5))}, "is no window"),
+        ({"window": (0, 255)}, "is no window"),
+        ({"diameter_px": 0}, "diameter_px is 0"),
+        ({"diameter_px": math.nan}, "diameter_px is nan"),
+        ({"pixel_size_um": "1"}, "pixel_size_um is '1'"),
+    ],
+)
+def test_a_calibration_that_cannot_be_is_refused(values, message):
+    with pytest.raises(UsageError, match=message):
+        Calibration(**values)
 
 
 @pytest.mark.slow

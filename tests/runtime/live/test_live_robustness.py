@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -249,3 +250,53 @@ def test_a_short_soak_leaves_memory_threads_and_files_as_they_were(make_engine, 
         assert threading.active_count() == threads
         assert n_descriptors() == files
         assert resident_bytes() < 1.02 * memory
+
+
+def test_closing_ends_a_calibration_too(make_engine, to_segmenter, frame_of, monkeypatch):
+    looks = []
+
+    def learn(segmenter, reader, *rest):
+        for _ in range(50):
+            looks.append(1)
+            segmenter.detect(np.zeros((1, 32, 32, 3), np.uint8))
+
+    monkeypatch.setattr("darcnn.runtime.live.calibration._learn", learn)
+    engine = make_engine(delay_s=0.1)
+    with LiveSegmenter(to_segmenter(engine)) as live:
+        ticket = live.push(frame_of())
+        while not looks:
+            time.sleep(0.01)
+    assert ticket.outcome(0).status == "dropped"
+    assert len(looks) < 10
+
+
+def test_what_went_wrong_in_the_block_is_what_is_raised(make_engine, to_segmenter, frame_of):
+    engine = make_engine()
+    live = LiveSegmenter(to_segmenter(engine))
+
+    def acquire():
+        with live:
+            engine.gate.clear()
+            engine.entered.clear()
+            live.push(frame_of())
+            assert engine.entered.wait(10)
+            raise RuntimeError("the stage crashed")
+
+    with pytest.raises(RuntimeError, match="the stage crashed"):
+        acquire()
+    engine.gate.set()
+    live.close(10)
+
+
+def test_failed_frames_are_not_kept_in_memory(open_live):
+    live = open_live(queue=2)
+    frames = []
+    for _ in range(20):
+        frame = np.zeros((8, 8, 7), np.uint8)  # the model has no seven channels
+        frames.append(weakref.ref(frame))
+        live.push(frame, copy=False)
+        del frame
+    live.drain(10)
+    assert live.stats().failed == 20
+    gc.collect()
+    assert sum(frame() is not None for frame in frames) <= 2

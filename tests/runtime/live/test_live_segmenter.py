@@ -373,3 +373,88 @@ def test_the_pixel_size_of_each_frame_decides_its_scale(open_live, make_engine, 
         assert same.result(10).n_tiles == unknown.result(10).n_tiles == 4
         assert coarse.result(10).n_tiles > 100
         assert coarse.result().pixel_size_um == 4.0
+
+
+def test_a_deadline_holds_for_frames_that_wait(open_live, engine, frame_of):
+    live = open_live(engine, queue=8)
+    engine.gate.clear()
+    engine.entered.clear()
+    first = live.push(frame_of(96, 96))  # 25 tiles
+    assert engine.entered.wait(10)
+    waiting = live.push(frame_of(), deadline_ms=1)
+    patient = live.push(frame_of(), deadline_ms=60_000)
+    at_once = live.push(frame_of(), deadline_ms=0)
+    assert at_once.outcome(0).status == "late"
+    assert len(at_once.result(0).instances) == 0
+    engine.delay_s = 0.05
+    engine.gate.set()
+    assert waiting.outcome(10).status == "late"
+    assert not first.is_ready  # it was not waited for
+    assert (first.outcome(10).status, patient.outcome(10).status) == ("done", "done")
+    assert live.stats().pending == 0
+
+
+def test_waiting_in_the_callback_is_refused_and_hangs_nobody(open_live, engine, frame_of):
+    refused = []
+
+    def wait(result):
+        for action in (
+            lambda: live.drain(5),
+            lambda: live.push(frame_of()),
+            lambda: tickets[-1].result(5),
+        ):
+            with pytest.raises(UsageError, match="on_result: would wait for itself"):
+                action()
+            refused.append(result.number)
+
+    live = open_live(engine, on_result=wait, queue=2)
+    engine.gate.clear()
+    tickets = [live.push(frame_of()) for _ in range(2)]
+    engine.gate.set()
+    tickets[0].result(10)
+    live.drain(10)
+    assert refused[:3] == [0, 0, 0]
+    assert live.stats().callback_errors <= 1  # the last ticket was ready in its own callback
+
+
+def test_a_policy_that_drops_lets_the_callback_push(open_live, frame_of):
+    pushed = []
+
+    def push_once(result):
+        if not pushed:
+            pushed.append(live.push(frame_of(), key="again"))
+
+    live = open_live(on_result=push_once, policy="drop_oldest")
+    live.push(frame_of()).result(10)
+    live.drain(10)
+    assert pushed[0].result(10).status == "done"
+
+
+def test_what_is_drained_has_been_told(open_live, frame_of):
+    told = []
+
+    def tell(result):
+        time.sleep(0.05)
+        told.append(result.number)
+
+    live = open_live(on_result=tell)
+    for number in range(3):
+        live.push(frame_of())
+        live.drain(10)
+        assert told == list(range(number + 1))
+
+
+def test_an_error_is_raised_as_often_as_it_is_asked_for_and_does_not_grow(open_live):
+    ticket = open_live().push(np.zeros((4, 4, 7), np.uint8))
+    depths = []
+    for _ in range(5):
+        with pytest.raises(InputError) as caught:
+            ticket.result(10)
+        depths.append(len(caught.traceback))
+    assert len(set(depths)) == 1
+
+
+@pytest.mark.parametrize("options", [{"deadline_ms": "5"}, {"pixel_size_um": "a"}, {"deadline_ms": -1}])
+def test_numbers_that_are_none_are_refused(open_live, frame_of, options):
+    with pytest.raises(UsageError, match="does not serve"):
+        open_live().push(frame_of(), **options)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pyarrow import parquet
 
 from darcnn.runtime.engines.oracle import encode_labels
@@ -18,13 +19,13 @@ from darcnn.runtime.sinks.result_folder import TABLE_FILE
 UM = 0.5  # per pixel
 
 
-def scatter(height, width, seed):
-    """Return a label image of small rectangles that do not touch, anywhere on it."""
+def scatter(height, width, seed, largest=9):
+    """Return a label image of rectangles that do not touch, anywhere on it, of sides below `largest`."""
     rng = np.random.default_rng(seed)
     labels = np.zeros((height, width), np.int64)
     n = 0
     for _ in range(height * width // 60):
-        h, w = rng.integers(2, 9, 2)
+        h, w = rng.integers(2, min(largest, height, width), 2)
         y, x = rng.integers(0, max(1, height - h)), rng.integers(0, max(1, width - w))
         if not labels[max(0, y - 1) : y + h + 1, max(0, x - 1) : x + w + 1].any():
             n += 1
@@ -67,13 +68,14 @@ def join(shape, results):
     overlap=st.integers(0, 12),
     batch=st.integers(1, 3),
     seed=st.integers(0, 1000),
+    largest=st.sampled_from([9, 28]),  # halos are of 8 px: the larger ones are cut, and looked at again
 )
 def test_in_any_order_the_fields_give_each_object_of_the_stitched_picture_once(
-    make_engine, to_segmenter, columns, rows, overlap, batch, seed
+    make_engine, to_segmenter, columns, rows, overlap, batch, seed, largest
 ):
     field = 30
     height, width = (n * (field - overlap) + overlap for n in (rows, columns))
-    picture = encode_labels(scatter(height, width, seed))
+    picture = encode_labels(scatter(height, width, seed, largest))
     grid, fields = cut(picture, columns, rows, field, overlap)
     assert grid.shape == (height, width)
     expected = to_segmenter(make_engine())(picture)
@@ -89,6 +91,20 @@ def test_in_any_order_the_fields_give_each_object_of_the_stitched_picture_once(
     assert rows_of(join(grid.shape, results)) == rows_of(expected)
 
 
+def test_ground_that_no_field_covers_costs_nothing(open_live, make_engine):
+    engine = make_engine()
+    picture = encode_labels(scatter(40, 40, 4))
+    far = [(0.0, 0.0), (3000 * UM, 2000 * UM)]
+    grid = MosaicGrid.from_stage(far, field_px=(40, 40), pixel_size_um=UM)
+    live = open_live(engine)
+    mosaic = live.mosaic(grid)
+    engine.n_calls = 0
+    first, second = (mosaic.push(picture, at_um=at).result(30) for at in far)
+    assert 0 < len(first.instances) == len(second.instances)
+    assert engine.n_calls < 40  # of 25,000 tiles
+    assert len(mosaic.finish().result(10).instances) == 0
+
+
 def test_objects_come_as_soon_as_the_fields_that_could_see_them_are_in(open_live):
     picture = encode_labels(scatter(40, 400, 3))
     grid, fields = cut(picture, 10, 1, 40, 0)
@@ -101,8 +117,10 @@ def test_objects_come_as_soon_as_the_fields_that_could_see_them_are_in(open_live
     assert all(n > 0 for n in found[1:])
     n_seen = np.cumsum(found)
     labels = scatter(40, 400, 3)
-    for n in range(1, 10):  # all that lies two tiles (of 16 px cores and 8 px halos) behind the front is out
-        behind = len(np.unique(labels[:, : 40 * (n + 1) - 56])) - 1
+    # all is out that lies two tiles (of 16 px cores and 8 px halos) behind the front, and what a second look
+    # at the last of them would see (16 px)
+    for n in range(1, 10):
+        behind = len(np.unique(labels[:, : 40 * (n + 1) - 72])) - 1
         assert n_seen[n] >= behind
 
 
@@ -219,8 +237,6 @@ def test_a_grid_that_makes_no_sense_is_refused(positions, options, words):
 
 @pytest.mark.slow
 def test_real_nuclei_of_a_mosaic_are_those_of_a_run_on_the_stitched_picture(root, tmp_path):
-    from PIL import Image
-
     def field(name):
         return np.asarray(Image.open(root / "tests" / "data" / "target" / name).convert("L"))
 
@@ -244,3 +260,23 @@ def test_real_nuclei_of_a_mosaic_are_those_of_a_run_on_the_stitched_picture(root
     assert rows_of(found) == rows_of(expected)
     assert sorted(written["score"].to_pylist()) == sorted(found.scores.tolist())
     assert sorted(written["area_px"].to_pylist()) == sorted(int(mask.sum()) for mask in found.masks)
+
+
+@pytest.mark.slow
+def test_empty_corners_come_first_and_spoil_nothing(root):
+    with Image.open(root / "tests" / "data" / "target" / "u2os_2abc40c118.png") as picture:
+        field = np.asarray(picture.convert("L")).astype(np.uint16) * 16
+    noise = np.random.default_rng(0).normal(100, 3, field.shape).astype(np.uint16)
+    side = field.shape[0]
+    for order in ((0, 1), (1, 0)):
+        grid = MosaicGrid.from_stage([(0, 0), (side, 0)], field_px=field.shape, pixel_size_um=1.0)
+        with LiveSegmenter(load("nuclei-fluorescence")) as live:
+            mosaic = live.mosaic(grid)
+            for n in order:
+                mosaic.push((noise, field)[n], at_um=grid.positions_um[n]).result(120)
+            stats = live.calibration
+        assert stats.diameter_px is not None
+    with LiveSegmenter(load("nuclei-fluorescence")) as live:
+        mosaic = live.mosaic(grid)
+        assert len(mosaic.push(noise, at_um=(0, 0)).result(60).instances) == 0
+        assert len(mosaic.finish().result(60).instances) == 0  # nothing but empty fields: no error either
