@@ -7,7 +7,7 @@
 Needs `pip install 'darcnn[micromanager]'`, and for a real microscope its Micro-Manager configuration and
 device adapters (`mmcore install`). Writes `smart_acquisition.png`: the survey with the visits numbered, and
 below it what was seen at each. If the stage goes to the wrong side of an object, pass --axes -1 1, 1 -1 or
--1 -1.
+-1 -1, or --turned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from useq import GridRowsColumns, MDAEvent, MDASequence
 
-from darcnn.runtime.live import LiveSegmenter, MosaicGrid
+from darcnn.runtime.live import CameraAxes, LiveSegmenter, MosaicGrid
 from darcnn.runtime.live.micromanager import SmartAcquisition
 
 IMAGES = Path(__file__).resolve().parent.parent / "tests" / "data"
@@ -47,6 +47,7 @@ Frames = list[tuple[MDAEvent, NDArray[Any]]]
     "--best", type=click.IntRange(1), default=8, show_default=True, help="Objects to visit at most."
 )
 @click.option("--axes", type=(int, int), default=(1, 1), show_default=True)
+@click.option("--turned", is_flag=True, help="The camera is turned by a quarter.")
 @click.option("--out", type=click.Path(path_type=Path), default="smart_acquisition.png", show_default=True)
 def main(
     config: Path | None,
@@ -59,11 +60,13 @@ def main(
     columns: int,
     best: int,
     axes: tuple[int, int],
+    turned: bool,
     out: Path,
 ) -> None:
     """Survey a grid of fields, then visit the best objects."""
     logging.getLogger("pymmcore-plus").setLevel(logging.ERROR)
     core = _open(config)
+    camera = CameraAxes(*axes, is_turned=turned)
     fields = GridRowsColumns(rows=rows, columns=columns, fov_width=field[0], fov_height=field[1])
     x, y = core.getXYPosition()
     survey = [
@@ -81,7 +84,7 @@ def main(
     with (
         LiveSegmenter(model, queue=rows * columns) as live,
         SmartAcquisition(
-            core, live, survey, visit=visit, best=best, pixel_size_um=pixel_size, axes=axes
+            core, live, survey, visit=visit, best=best, pixel_size_um=pixel_size, axes=camera
         ) as smart,
     ):
         core.mda.run(smart.events())
@@ -91,7 +94,7 @@ def main(
                 f"object {number}   {one.x_um:8.1f} {one.y_um:8.1f} um   score {one.score:.3f}   "
                 f"{one.diameter_um:.1f} um   found on {one.frame}"
             )
-    _draw(frames, len(survey), pixel_size, axes).save(out)
+    _draw(frames, len(survey), pixel_size, camera).save(out)
     click.echo(f"wrote {out}")
 
 
@@ -107,21 +110,25 @@ def _open(config: Path | None) -> Any:
     return core
 
 
-def _draw(frames: Frames, n_survey: int, pixel_size: float, axes: tuple[int, int]) -> Image.Image:
+def _draw(frames: Frames, n_survey: int, pixel_size: float, camera: CameraAxes) -> Image.Image:
     """Return the survey, its visits numbered, and below it what was seen at each."""
     survey, visits = frames[:n_survey], frames[n_survey:]
     places = [(event.x_pos or 0.0, event.y_pos or 0.0) for event, _ in survey]
     shape = survey[0][1].shape
-    grid = MosaicGrid.from_stage(places, field_px=(shape[0], shape[1]), pixel_size_um=pixel_size, axes=axes)
+    grid = MosaicGrid.from_stage(places, field_px=(shape[0], shape[1]), pixel_size_um=pixel_size, axes=camera)
     top = max(float(np.percentile(image, 99.5)) for _, image in survey)
     picture = Image.new("L", grid.shape[::-1])
     for (left, upper), (_, image) in zip(grid.corners_px, survey, strict=True):
         picture.paste(_grey(image, top), (left, upper))
     picture = picture.resize((2 * picture.width, 2 * picture.height)).convert("RGB")
     draw = ImageDraw.Draw(picture)
-    first = np.asarray(places[0]) * axes / pixel_size - grid.corners_px[0]
+    first = camera.to_picture(np.asarray(places[0])) / pixel_size - grid.corners_px[0]
     for number, (event, _) in enumerate(visits):
-        at = np.asarray([event.x_pos, event.y_pos]) * axes / pixel_size - first + np.asarray(shape[::-1]) / 2
+        at = (
+            camera.to_picture(np.asarray([event.x_pos, event.y_pos])) / pixel_size
+            - first
+            + np.asarray(shape[::-1]) / 2
+        )
         draw.ellipse([*(2 * at - 22), *(2 * at + 22)], outline=(255, 190, 0), width=2)
         draw.text(tuple(2 * at + 16), str(number), fill=(255, 190, 0), font_size=16)
     side = picture.width // 4

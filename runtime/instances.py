@@ -15,12 +15,13 @@ from darcnn.runtime.errors import ShapeError
 __all__ = ["Instances"]
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Instances:
-    """N objects of one image.
+    """N objects of one image; compared by identity.
 
     Coordinates are level-0 pixels, x to the right and y down; the pixel in column i covers
-    `[i, i + 1)`. Mask n is a boolean crop whose first pixel lies at `origins[n]` (x, y).
+    `[i, i + 1)`. Mask n is a boolean crop whose first pixel lies at `origins[n]` (x, y). Boxes are those that
+    the network saw; masks and outlines may reach a little less far, or further.
     """
 
     shape: tuple[int, int]  # (H, W) of the image at level 0
@@ -43,6 +44,9 @@ class Instances:
         )
         if any(length != n for length in lengths):
             raise ShapeError(f"fields of Instances differ in length: scores {n}, others {lengths}")
+        sides = np.array([mask.shape[::-1] for mask in self.masks]).reshape(-1, 2)
+        if (self.origins < 0).any() or (self.origins + sides > self.shape[::-1]).any():
+            raise ShapeError(f"an object lies beyond the image of {self.shape[1]} x {self.shape[0]} px")
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -79,9 +83,19 @@ class Instances:
             is_saturated=any(part.is_saturated for part in parts),
         )
 
-    def select(self, keep: NDArray[Any]) -> Instances:
-        """Return the objects that `keep` names: a boolean mask (N,) or indices."""
-        rows = np.flatnonzero(keep) if keep.dtype == np.bool_ else np.asarray(keep, np.int64)
+    def select(self, keep: NDArray[Any] | Sequence[bool] | Sequence[int] | slice) -> Instances:
+        """Return the objects that `keep` names: booleans (N,), indices or a slice.
+
+        Raises:
+            ShapeError: a mask of another length, or what is neither.
+        """
+        chosen = np.arange(len(self))[keep] if isinstance(keep, slice) else np.asarray(keep)
+        if chosen.dtype == np.bool_ and chosen.shape == (len(self),):
+            rows = np.flatnonzero(chosen)
+        elif chosen.ndim == 1 and (chosen.dtype.kind in "iu" or not chosen.size):
+            rows = chosen.astype(np.int64)
+        else:
+            raise ShapeError(f"{chosen.dtype} of shape {chosen.shape} chooses none of {len(self)} objects")
         return Instances(
             shape=self.shape,
             boxes=self.boxes[rows],

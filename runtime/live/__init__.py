@@ -6,9 +6,11 @@ from darcnn.runtime.live.mosaic_grid import MosaicGrid
 from darcnn.runtime.live.segmenter import LiveSegmenter
 from darcnn.runtime.live.stats import LiveStats, StageTimes
 from darcnn.runtime.live.ticket import FrameDroppedError, LiveResult, Ticket
+from darcnn.runtime.live.visits import CameraAxes
 
 __all__ = [
     "Calibration",
+    "CameraAxes",
     "FrameDroppedError",
     "LiveResult",
     "LiveSegmenter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
@@ -20,21 +21,26 @@ _HOST_DEVICES = {1, 3}  # DLPack: the CPU's memory, and what CUDA pinned of it
 def view_frame(frame: Any) -> tuple[NDArray[Any], bool]:
     """Return the frame as an array, and whether that is a copy already.
 
-    NumPy arrays, and what offers DLPack, the buffer protocol or `__array_interface__` in host memory, are
-    viewed without a copy. What lies on a GPU is copied to the host once: engines take tiles from there.
+    NumPy arrays, and what offers DLPack, the buffer protocol, `__array__` or `__array_interface__` in host
+    memory, are viewed without a copy. What lies on a GPU is copied to the host once: engines take tiles
+    from there.
 
     Raises:
         InputError: it is no array, or lies where it cannot be fetched.
         DeviceError: CUDA failed to copy it.
     """
+    if isinstance(frame, np.ma.MaskedArray):
+        raise InputError("is a masked array", where="frame", fix="say what is hidden: frame.filled(0)")
     if isinstance(frame, np.ndarray):
         return np.asarray(frame), False
     if hasattr(frame, "__cuda_array_interface__"):
         return copy_to_host(frame.__cuda_array_interface__), True
     if hasattr(frame, "__dlpack__") and hasattr(frame, "__dlpack_device__"):
         return _from_dlpack(frame)
-    if hasattr(frame, "__array_interface__") or isinstance(frame, memoryview):
+    if hasattr(frame, "__array_interface__") or hasattr(frame, "__array__"):
         return np.asarray(frame), False
+    with contextlib.suppress(TypeError):  # no buffer
+        return np.asarray(memoryview(frame)), False
     raise InputError(
         f"is of type {type(frame).__name__}, no array",
         where="frame",

@@ -6,58 +6,44 @@ Needs the extra `micromanager` (pymmcore-plus, useq-schema) in the program that 
 from __future__ import annotations
 
 import logging
-import math
+import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import DarcnnError, UsageError
 from darcnn.runtime.live.segmenter import LiveSegmenter
-from darcnn.runtime.live.ticket import LiveResult, Ticket
+from darcnn.runtime.live.ticket import Ticket
+from darcnn.runtime.live.visits import (
+    CameraAxes,
+    FoundObject,
+    Rank,
+    choose_objects,
+    locate_objects,
+    order_visits,
+)
 
 if TYPE_CHECKING:
     from pymmcore_plus import CMMCorePlus
     from useq import MDAEvent
 
-__all__ = [
-    "FoundObject",
-    "LiveAcquisition",
-    "SmartAcquisition",
-    "choose_objects",
-    "locate_objects",
-    "order_visits",
-]
+__all__ = ["CameraAxes", "FoundObject", "LiveAcquisition", "SmartAcquisition"]
 
 _log = logging.getLogger(__name__)
 
 _SURVEY = "darcnn_survey"  # marks events in their metadata
-
-
-@dataclass(frozen=True, slots=True)
-class FoundObject:
-    """One object and where the stage must go to see it in the middle."""
-
-    x_um: float
-    y_um: float
-    score: float
-    area_um2: float
-    frame: str  # where it was found: the index of the event, such as "p3 c0"
-
-    @property
-    def diameter_um(self) -> float:
-        """Of the circle of the same area."""
-        return 2 * math.sqrt(self.area_um2 / math.pi)
+_PATIENCE_S = 60.0  # how long the visits wait for the survey's objects
 
 
 class LiveAcquisition:
     """Pushes each frame that `frameReady` brings; a context manager that listens from enter to exit.
 
-    The acquisition is never kept or stopped by it: what cannot be pushed is logged.
+    The acquisition is never kept or stopped by it: what cannot be pushed is logged. Frames may come in one
+    thread (with Qt in that of the windows) while another asks what was found.
     """
 
     def __init__(
@@ -66,7 +52,7 @@ class LiveAcquisition:
         live: LiveSegmenter,
         *,
         pixel_size_um: float | None = None,
-        axes: tuple[int, int] = (1, 1),
+        axes: CameraAxes | None = None,
     ) -> None:
         """Join a core and a segmenter; both stay the caller's. Its policy should be one that drops.
 
@@ -75,14 +61,15 @@ class LiveAcquisition:
             live: gets the frames.
             pixel_size_um: micrometres per pixel; None takes what the core says (its pixel size
                 configurations), if it says anything.
-            axes: what way the picture runs where the stage's x and y grow: 1 to the right and down, -1 to
-                the left and up.
+            axes: how the camera sits on the stage; None: its columns and rows run along x and y.
         """
         self._core = core
         self._live = live
         self._pixel_size_um = pixel_size_um
         self._axes = axes
-        self._pending: deque[tuple[Ticket, tuple[float, float]]] = deque()
+        self._changed = threading.Condition()
+        self._n_arrived = 0  # frames that were accepted, also those that could not be pushed
+        self._pending: deque[tuple[Ticket, tuple[float, float], float | None]] = deque()
         self._found: list[FoundObject] = []
         self.n_frames = 0  # segmented
         self.n_lost = 0  # dropped or failed; the log says which
@@ -103,7 +90,7 @@ class LiveAcquisition:
         """Tell whether the frame of this event is to be segmented; here all are."""
         return True
 
-    def found(self, timeout: float = 60.0) -> list[FoundObject]:
+    def found(self, timeout: float = _PATIENCE_S) -> list[FoundObject]:
         """Return the objects of all frames so far, in the order of the frames.
 
         Waits up to `timeout` seconds for frames that are being segmented; what takes longer is left out of
@@ -113,36 +100,54 @@ class LiveAcquisition:
             self._live.drain(timeout)
         except TimeoutError as err:
             _log.warning("the acquisition goes on without them: %s", err)
-        self._digest()
-        return list(self._found)
+        with self._changed:
+            self._digest()
+            return list(self._found)
 
     def _on_frame(self, image: NDArray[Any], event: MDAEvent, meta: Mapping[str, Any]) -> None:
         if not self.accepts(event):
             return
         size = self._pixel_size_um or float(meta.get("pixel_size_um") or 0.0) or None
-        x, y = event.x_pos, event.y_pos
-        if x is None or y is None:
-            x, y = self._core.getXYPosition()
+        x, y, z = self._place(event, meta)
         try:
             ticket = self._live.push(image, key=_name_event(event), pixel_size_um=size)
         except DarcnnError as err:
-            self.n_lost += 1
             _log.error("frame %s was not segmented: %s", _name_event(event), err)
+            with self._changed:
+                self.n_lost += 1
+                self._arrive()
             return
-        self._pending.append((ticket, (float(x), float(y))))
-        self._digest()
+        with self._changed:
+            self._pending.append((ticket, (x, y), z))
+            self._arrive()
+            self._digest()
+
+    def _place(self, event: MDAEvent, meta: Mapping[str, Any]) -> tuple[float, float, float | None]:
+        """Return where the stage was: as planned, else as the frame says, else where it is now."""
+        noted = meta.get("position") or {}
+        x, y, z = (
+            noted.get(axis) if planned is None else planned
+            for axis, planned in (("x", event.x_pos), ("y", event.y_pos), ("z", event.z_pos))
+        )
+        if x is None or y is None:
+            x, y = self._core.getXYPosition()
+        return float(x), float(y), None if z is None else float(z)
+
+    def _arrive(self) -> None:
+        self._n_arrived += 1
+        self._changed.notify_all()
 
     def _digest(self) -> None:
         """Turn results that are there into objects; nothing of a frame is kept but these."""
         while self._pending and self._pending[0][0].is_ready:
-            ticket, stage_um = self._pending.popleft()
+            ticket, stage_um, z_um = self._pending.popleft()
             result = ticket.outcome()
             if result.instances is None:
                 self.n_lost += 1
                 _log.warning("frame %s was lost: %s", result.key, result.error)
                 continue
             self.n_frames += 1
-            self._found.extend(locate_objects(result, stage_um, self._axes))
+            self._found.extend(locate_objects(result, stage_um, self._axes, z_um=z_um))
 
 
 class SmartAcquisition(LiveAcquisition):
@@ -150,6 +155,8 @@ class SmartAcquisition(LiveAcquisition):
 
     with SmartAcquisition(core, live, survey, visit=MDAEvent(channel="FITC"), best=20) as smart:
         core.mda.run(smart.events())
+
+    Pass the iterator itself: of other sequences the engine takes events ahead, to run them in hardware.
     """
 
     def __init__(
@@ -160,9 +167,9 @@ class SmartAcquisition(LiveAcquisition):
         *,
         visit: MDAEvent,
         best: int | None = None,
-        rank: Literal["score", "size"] = "score",
+        rank: Rank = "score",
         pixel_size_um: float | None = None,
-        axes: tuple[int, int] = (1, 1),
+        axes: CameraAxes | None = None,
     ) -> None:
         """Plan the two parts; nothing moves before `events` is run.
 
@@ -171,7 +178,7 @@ class SmartAcquisition(LiveAcquisition):
             live: segments the frames of the survey.
             survey: events, such as a `useq.MDASequence`, with positions.
             visit: what is done at each object: channel, exposure, properties such as the objective; its
-                position is filled in.
+                position is filled in, and the focus of the frame that saw the object, if it has none.
             best: how many objects at most; None for all.
             rank: what makes an object better: its score or its area.
             pixel_size_um: of the survey's frames, see `LiveAcquisition`.
@@ -187,7 +194,7 @@ class SmartAcquisition(LiveAcquisition):
         self._survey = survey
         self._visit = visit
         self._best = best
-        self._rank: Literal["score", "size"] = rank
+        self._rank: Rank = rank
         self.visits: tuple[FoundObject, ...] = ()  # in the order of the visits, once the survey is done
 
     def accepts(self, event: MDAEvent) -> bool:
@@ -196,12 +203,17 @@ class SmartAcquisition(LiveAcquisition):
 
     def events(self) -> Iterator[MDAEvent]:
         """Yield the survey's events, wait for the objects on its frames, then yield a visit to each."""
-        position, n_survey = (0.0, 0.0), 0
+        position, n_survey, n_frames = (0.0, 0.0), 0, 0
+        with self._changed:  # it may be run again
+            self._found, self._n_arrived = [], 0
+            self._pending.clear()
         for event in self._survey:
             n_survey += 1
+            n_frames += event.action.type == "acquire_image"
             position = (event.x_pos or 0.0, event.y_pos or 0.0)
             yield event.model_copy(update={"metadata": {**event.metadata, _SURVEY: True}})
-        chosen = choose_objects(self.found(), best=self._best, rank=self._rank)
+        left_s = self._await_frames(n_frames, _PATIENCE_S)
+        chosen = choose_objects(self.found(left_s), best=self._best, rank=self._rank)
         self.visits = tuple(order_visits(chosen, start=position))
         _log.info("%d objects found, %d to visit", len(self._found), len(self.visits))
         for number, found in enumerate(self.visits):
@@ -211,63 +223,22 @@ class SmartAcquisition(LiveAcquisition):
                     "pos_name": f"object {number}",
                     "x_pos": found.x_um,
                     "y_pos": found.y_um,
+                    "z_pos": found.z_um if self._visit.z_pos is None else self._visit.z_pos,
                     "metadata": {**self._visit.metadata, "score": found.score, "found_on": found.frame},
                 }
             )
 
+    def _await_frames(self, n_frames: int, timeout: float) -> float:
+        """Wait until so many frames have come, and return the seconds that are left of `timeout`.
 
-def locate_objects(
-    result: LiveResult, stage_um: tuple[float, float], axes: tuple[int, int] = (1, 1)
-) -> list[FoundObject]:
-    """Return the objects of a frame by where the stage sees them in the middle.
-
-    Args:
-        result: of the frame, with instances; without a pixel size there are no objects to go to.
-        stage_um: where the stage was: the middle of the frame.
-        axes: see `LiveAcquisition`.
-    """
-    instances, size = result.instances, result.pixel_size_um
-    if instances is None or size is None:
-        if instances is not None and len(instances):
-            _log.warning("frame %s has no pixel size: its objects have no place on the stage", result.key)
-        return []
-    middle = np.array(instances.shape[::-1]) / 2  # x y
-    found = []
-    for score, origin, mask in zip(instances.scores, instances.origins, instances.masks, strict=True):
-        rows, columns = np.nonzero(mask)
-        centre = origin + 0.5 + [columns.mean(), rows.mean()]
-        x, y = np.asarray(stage_um) + np.asarray(axes) * size * (centre - middle)
-        area = float(np.count_nonzero(mask)) * size**2
-        found.append(FoundObject(float(x), float(y), float(score), area, str(result.key)))
-    return found
-
-
-def choose_objects(
-    found: Iterable[FoundObject], *, best: int | None, rank: Literal["score", "size"]
-) -> list[FoundObject]:
-    """Return the best objects, best first; one that overlapping fields both saw counts once."""
-    chosen: list[FoundObject] = []
-    for candidate in sorted(found, key=lambda one: -(one.score if rank == "score" else one.area_um2)):
-        if best is not None and len(chosen) == best:
-            break
-        is_new = all(
-            math.hypot(candidate.x_um - other.x_um, candidate.y_um - other.y_um)
-            > max(candidate.diameter_um, other.diameter_um) / 2
-            for other in chosen
-        )
-        if is_new:
-            chosen.append(candidate)
-    return chosen
-
-
-def order_visits(found: Iterable[FoundObject], *, start: tuple[float, float]) -> Iterator[FoundObject]:
-    """Yield the objects so that the stage travels little: always the nearest next."""
-    left, at = list(found), start
-    while left:
-        nearest = min(left, key=lambda one: math.hypot(one.x_um - at[0], one.y_um - at[1]))
-        left.remove(nearest)
-        at = (nearest.x_um, nearest.y_um)
-        yield nearest
+        Where another thread brings the frames (with Qt that of the windows), the last ones come late.
+        """
+        until = time.monotonic() + timeout
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._n_arrived >= n_frames, timeout):
+                n_missing = n_frames - self._n_arrived
+                _log.warning("the acquisition goes on: %d frames of the survey have not come", n_missing)
+        return max(0.0, until - time.monotonic())
 
 
 def _name_event(event: MDAEvent) -> str:

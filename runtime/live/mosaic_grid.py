@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -12,11 +14,16 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.geometry import Level, Region
+from darcnn.runtime.live.visits import CameraAxes
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.base import PlaneReader
 from darcnn.runtime.readers.protocol import Pixels, SlideInfo
 
 __all__ = ["MosaicGrid", "MosaicReader"]
+
+_log = logging.getLogger(__name__)
+
+_FAR_PX = 8  # from where a field was planned; what lies on the border of two is cut or doubled by as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +42,7 @@ class MosaicGrid:
         *,
         field_px: tuple[int, int],
         pixel_size_um: float,
-        axes: tuple[int, int] = (1, 1),
+        axes: CameraAxes | None = None,
     ) -> Self:
         """Return the grid of the fields seen from these positions of the stage.
 
@@ -43,31 +50,41 @@ class MosaicGrid:
             positions_um: x y of any one point of each field, say its centre.
             field_px: (H, W).
             pixel_size_um: micrometres per pixel.
-            axes: what way the picture runs where the stage's x and y grow: 1 to the right and down, -1 to
-                the left and up.
+            axes: how the camera sits on the stage; None: its columns and rows run along x and y.
         Raises:
             UsageError: no positions, two at one place, or a number that does not serve.
 
         >>> MosaicGrid.from_stage([(0, 0), (90, 0)], field_px=(50, 100), pixel_size_um=1.0).corners_px
         ((0, 0), (90, 0))
         """
-        if not positions_um:
-            raise UsageError("no positions", where="grid", fix="give the stage positions of the fields")
-        if min(field_px) < 1 or not (math.isfinite(pixel_size_um) and pixel_size_um > 0):
+        try:
+            stage = np.asarray(positions_um, np.float64)
+            height, width = (operator.index(side) for side in field_px)
+        except (TypeError, ValueError) as err:
             raise UsageError(
-                f"fields of {field_px} px of {pixel_size_um} um", where="grid", fix="give sizes above 0"
+                f"no grid ({err})", where="grid", fix="give numbers, of pixels whole ones"
+            ) from err
+        if not len(stage):
+            raise UsageError("no positions", where="grid", fix="give the stage positions of the fields")
+        if stage.ndim != 2 or stage.shape[1] != 2:
+            raise UsageError(
+                f"positions of shape {stage.shape}", where="grid", fix="give x and y of each field"
             )
-        if len(axes) != 2 or set(axes) - {1, -1}:
-            raise UsageError(f"axes {axes}", where="grid", fix="give 1 or -1 for x and for y")
-        places = np.asarray(positions_um, np.float64) * np.asarray(axes) / pixel_size_um  # (N, 2) px
+        if min(height, width) < 1 or not (math.isfinite(pixel_size_um) and pixel_size_um > 0):
+            raise UsageError(
+                f"fields of {height} x {width} px of {pixel_size_um} um",
+                where="grid",
+                fix="give sizes above 0",
+            )
+        places = (axes or CameraAxes()).to_picture(stage) / pixel_size_um  # (N, 2) px
         if not np.isfinite(places).all():
             raise UsageError("a position is not finite", where="grid", fix="give micrometres")
         corners = np.rint(places - places.min(axis=0)).astype(np.int64)
         if len(np.unique(corners, axis=0)) < len(corners):
             raise UsageError("two fields at one place", where="grid", fix="give each position once")
         return cls(
-            positions_um=tuple((float(x), float(y)) for x, y in positions_um),
-            field_px=field_px,
+            positions_um=tuple((float(x), float(y)) for x, y in stage),
+            field_px=(height, width),
             pixel_size_um=pixel_size_um,
             corners_px=tuple((int(x), int(y)) for x, y in corners),
         )
@@ -95,7 +112,7 @@ class MosaicGrid:
         return set(np.flatnonzero(hits).tolist())
 
     def find(self, at_um: tuple[float, float]) -> int:
-        """Return the field whose position is nearest to the stage's.
+        """Return the field whose position is nearest to the stage's; a field is put where it was planned.
 
         Raises:
             UsageError: the nearest is more than a quarter of a field away.
@@ -107,6 +124,12 @@ class MosaicGrid:
                 f"no field of the grid near {at_um[0]:g}, {at_um[1]:g} um",
                 where="at_um",
                 fix="push at the positions that the grid was made of",
+            )
+        if away[index] > _FAR_PX * self.pixel_size_um:
+            _log.warning(
+                "a field %.3g um beside its place in the grid is shown there: make the grid of where the "
+                "stage stops",
+                away[index],
             )
         return index
 

@@ -153,8 +153,10 @@ class FrameWork(Work):
         with in_words_of_push(self.ticket):
             reader = ArrayReader(self._frame, mpp=self._pixel_size_um)
             channels = len(reader.info.channel_names)
-            if segmenter.manifest.input.channels == 1 and channels > 1 and not reader.info.is_rgb:
-                raise InputError(f"has {channels} channels", where="frame", fix="push one: frame[..., 0]")
+            if 1 < channels != segmenter.manifest.input.channels and not reader.info.is_rgb:
+                raise InputError(
+                    f"has {channels} channels (they come last)", where="frame", fix="push one: frame[..., 0]"
+                )
             calibration = calibrator.settle(segmenter, reader, self._frame.dtype, renew=self._calibrates)
             self._plan = calibrator.plan(segmenter, reader, calibration)
             window = calibration.window or segmenter.measure(reader, self._plan)

@@ -73,8 +73,7 @@ using Members = std::vector<std::pair<std::string, std::string_view>>;
 
 // The members of a zip without compression, sizes and checksums verified (PKWARE APPNOTE, 4.3).
 Members read_zip(const std::string &path, std::string_view content) {
-    constexpr std::size_t kEnd = 22, kMaxComment = 65535, kEntry = 46, kHeader = 30;
-    constexpr unsigned kEncrypted = 1;
+    constexpr std::size_t kEnd = 22, kMaxComment = 65535, kEntry = 46, kHeader = 30, kEncrypted = 1;
     const auto number = [&](std::size_t at, int n_bytes) {  // little-endian
         Word value = 0;
         for (int i = n_bytes - 1; i >= 0; --i) value = value << 8 | static_cast<unsigned char>(content[at + i]);
@@ -108,18 +107,12 @@ Members read_zip(const std::string &path, std::string_view content) {
 }
 
 JsonTable parse_table(const std::string &path, std::string_view text) {
-    JsonTable table;
-    try {
-        table = parse_json(text);
-    } catch (const JsonError &err) {
-        refuse(path, std::string("manifest.json is not JSON, it ") + err.what());
-    }
+    JsonTable table = parse_json(text);
     if (table[""].kind != Json::Kind::object) refuse(path, "manifest.json is not a table");
     const Json &format = table["format"];
     if (!format.is_integer || format.number < 1) refuse(path, "manifest.json names no format");
-    if (format.number > kFormat) {
+    if (format.number > kFormat)
         refuse(path, "made by a newer darcnn, this one reads format " + std::to_string(kFormat), "upgrade libdarcnn");
-    }
     return table;
 }
 
@@ -156,33 +149,30 @@ std::string sha256(std::string_view content) {
     return hex;
 }
 
-Bundle::Bundle(const std::string &path) : path_(path), content_(read_file(path, kFileCap)) {
-    JsonTable table;
-    const Members found = read_zip(path, content_);
-    for (const auto &[name, content] : found)  // first: a newer format may have other members
-        if (name == "manifest.json") table = parse_table(path, content);
-    for (const auto &[name, content] : found) {
-        const auto cap = kMemberCaps.find(name);
-        if (cap == kMemberCaps.end()) refuse(path, "holds '" + name + "', which no bundle has");
-        if (content.size() > cap->second) refuse(path, name + " has too many MiB", kExport);
-        if (!members_.emplace(name, content).second) refuse(path, "holds " + name + " more than once");
-    }
-    for (const auto &[name, cap] : kMemberCaps) {
-        if (!members_.count(name)) refuse(path, "lacks " + name);
-    }
+Bundle::Bundle(const std::string &file) : path(file), content(read_file(file, kFileCap)) {
+    const Members found = read_zip(path, content);
     try {
-        Manifest &m = manifest_ = parse_manifest(table);
-        for (const char *graph : {"detect", "mask"}) check_signature(m, graph, "manifest.json", m.graphs[graph]);
+        JsonTable table;
+        for (const auto &[name, member] : found)  // first: a newer format may have other members
+            if (name == "manifest.json") table = parse_table(path, member);
+        for (const auto &[name, member] : found) {
+            const auto cap = kMemberCaps.find(name);
+            if (cap == kMemberCaps.end()) refuse(path, "holds '" + name + "', which no bundle has");
+            if (member.size() > cap->second) refuse(path, name + " has too many MiB", kExport);
+            if (!members.emplace(name, member).second) refuse(path, "holds " + name + " more than once");
+        }
+        for (const auto &[name, cap] : kMemberCaps)
+            if (!members.count(name)) refuse(path, "lacks " + name);
+        manifest = parse_manifest(table);
+        for (const char *graph : {"detect", "mask"}) check_signature(manifest, graph, "manifest.json", manifest.graphs[graph]);
     } catch (const JsonError &err) {
         refuse(path, std::string("manifest.json is wrong (") + err.what() + ")", kExport);
     }
-    for (const auto &[name, content] : members_) {
-        if ((name == "manifest.json") == manifest_.files.count(name) || manifest_.files.size() != members_.size() - 1) {
+    for (const auto &[name, member] : members) {
+        if ((name == "manifest.json") == manifest.files.count(name) || manifest.files.size() != members.size() - 1)
             refuse(path, "manifest.json does not list the other members", kExport);
-        }
-        if (name != "manifest.json" && sha256(content) != manifest_.files.at(name)) {
+        if (name != "manifest.json" && sha256(member) != manifest.files.at(name))
             refuse(path, name + " is not what manifest.json says (sha256)");
-        }
     }
 }
 

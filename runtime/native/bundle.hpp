@@ -15,6 +15,7 @@ using Signature = std::map<std::string, std::string>;  // tensor -> "float32 [1,
 
 // manifest.json; darcnn.runtime.manifest has the fields' meaning.
 struct Manifest {
+    std::string name;
     int tile_px, halo_px, batch, channels, detections, mask_batch, mask_px;
     std::string intensity;  // "full_range", "percentile" or "range"
     double intensity_low, intensity_high, nominal_diameter_px, nms_threshold, min_score;
@@ -46,21 +47,13 @@ struct Error : std::runtime_error {
 };
 
 // Holds the whole file in memory: what happens to it afterwards does not matter.
-class Bundle {
-  public:
-    explicit Bundle(const std::string &path);  // throws Error
+struct Bundle {
+    explicit Bundle(const std::string &file);  // throws Error
     Bundle(const Bundle &) = delete;           // the members point into the content
-    Bundle &operator=(const Bundle &) = delete;
 
-    const std::string &path() const { return path_; }
-    const Manifest &manifest() const { return manifest_; }
-    std::string_view content() const { return content_; }
-    std::string_view member(const std::string &name) const { return members_.at(name); }
-
-  private:
-    std::string path_, content_;
-    std::map<std::string, std::string_view> members_;
-    Manifest manifest_;
+    const std::string path, content;
+    std::map<std::string, std::string_view> members;
+    Manifest manifest;
 };
 
 // The content of a file of at most `cap` bytes. Throws Error.

@@ -1,9 +1,10 @@
 /* libdarcnn: finds the objects of camera frames with a darcnn bundle, from C and C++.
  *
- * No exception crosses this border, nothing is printed, and no file but the bundle is read. Every call that can
- * fail returns a darcnn_status; darcnn_last_error() then has one line on what was wrong and how to fix it.
+ * No exception crosses this border, nothing is printed, and no file is read but the bundle and TensorRT's engine_dir.
+ * Every call that can fail returns a darcnn_status; darcnn_last_error() then has one line on what was wrong and how
+ * to fix it.
  *
- * Threads: any number may call darcnn_segment with the same model at once. The network runs one call after
+ * Threads: any number may call darcnn_segment with the same model at once. The network runs one batch of tiles after
  * another, the rest side by side. A result belongs to who asked for it; reading one from several threads is safe.
  * A handle must not be freed while another thread still uses it.
  */
@@ -32,7 +33,7 @@ typedef enum {
     DARCNN_OK = 0,
     DARCNN_ERROR_ARGUMENT = 1, /* a mistake of the calling program: null pointer, wrong size, stride or option */
     DARCNN_ERROR_BUNDLE = 2,   /* the bundle is missing, damaged, or made by a newer darcnn */
-    DARCNN_ERROR_INPUT = 3,    /* the frame does not fit the model: channels, pixel size */
+    DARCNN_ERROR_INPUT = 3,    /* the frame does not fit the model: channels, pixel size, range of its values */
     DARCNN_ERROR_ENGINE = 4,   /* OpenVINO or TensorRT failed, or was not built in */
     DARCNN_ERROR_MEMORY = 5,
     DARCNN_ERROR_INTERNAL = 6  /* a bug of this library */
@@ -42,9 +43,9 @@ typedef enum { DARCNN_UINT8 = 0, DARCNN_UINT16 = 1, DARCNN_FLOAT32 = 2 } darcnn_
 
 /* How a model is opened; darcnn_default_open_options fills it. */
 typedef struct {
-    const char *engine;     /* "openvino" (a CPU) or "tensorrt" (an NVIDIA GPU, where built in) */
+    const char *engine;     /* NULL or "openvino" (a CPU), or "tensorrt" (an NVIDIA GPU, where built in) */
     const char *engine_dir; /* TensorRT: the folder that darcnn-export engine wrote; else NULL */
-    int32_t threads;        /* OpenVINO: of the network; 0: one a core */
+    int32_t threads;        /* OpenVINO: at most, of the network; 0: OpenVINO chooses */
 } darcnn_open_options;
 
 /* What a model is. The strings live as long as the model. */
@@ -55,16 +56,16 @@ typedef struct {
     int32_t tile_px;            /* the network sees squares of so many pixels */
     double nominal_diameter_px; /* of the objects that it knows best, in network pixels */
     double mpp;                 /* micrometres per network pixel; 0: it knows none */
-    double min_score;
+    double min_score;           /* of what is reported, unless darcnn_options asks for another */
 } darcnn_info;
 
 /* A frame in the memory of the caller, who may reuse it once darcnn_segment has returned. Channels are interleaved. */
 typedef struct {
     const void *pixels;       /* first row, first pixel; aligned for its type */
     size_t size_bytes;        /* of the memory at `pixels`; nothing beyond is read */
-    size_t row_stride_bytes;  /* from one row to the next; at least a row's own pixels */
-    int32_t width, height;    /* pixels */
-    int32_t channels;
+    size_t row_stride_bytes;  /* from one row to the next, aligned too; at least a row's own pixels */
+    int32_t width, height;    /* pixels, 1 to 65536 */
+    int32_t channels;         /* 1 to 64 */
     darcnn_pixel_type type;
     int32_t is_rgb;           /* not 0: red, green, blue, and perhaps alpha, which is left out */
 } darcnn_frame;
@@ -73,11 +74,11 @@ typedef struct {
  * are taken as they are. Where both are, the diameter decides. */
 typedef struct {
     double diameter_px;  /* of a typical object, in pixels of the frame; 0: not given */
-    double mpp;          /* micrometres per pixel of the frame; 0: not given */
+    double mpp;          /* micrometres per pixel of the frame; 0: not given. A model without one ignores it */
     double window_low;   /* these raw values become black and white, in every channel; both 0: the model's own */
     double window_high;  /*   rule, which may look at the brightness of each frame */
-    double min_score;    /* objects below it are not reported; negative: the model's own */
-    int32_t channel;     /* which of several channels; -1: colours, the only one, or as many as the model sees */
+    double min_score;    /* 0 to 1, objects below it are not reported; negative: the model's own */
+    int32_t channel;     /* which of several channels; negative: colours, the only one, or as many as the model sees */
 } darcnn_options;
 
 /* One object, in pixels of the frame; the pixel in column i covers [i, i + 1). The pointers live as long as the result. */
@@ -100,15 +101,15 @@ DARCNN_API void darcnn_default_options(darcnn_options *options);
 DARCNN_API darcnn_status darcnn_open(const char *path, const darcnn_open_options *options, darcnn_model **model);
 DARCNN_API darcnn_status darcnn_model_info(const darcnn_model *model, darcnn_info *info);
 
-/* Find the objects of a frame of any size; waits until it is done. `options` may be NULL. On failure *result is NULL,
+/* Find the objects of a frame; waits until it is done. `options` may be NULL. On failure *result is NULL,
  * and the model can go on with the next frame. */
 DARCNN_API darcnn_status darcnn_segment(darcnn_model *model, const darcnn_frame *frame, const darcnn_options *options,
                                         darcnn_result **result);
 DARCNN_API size_t darcnn_result_count(const darcnn_result *result); /* 0 for NULL */
 DARCNN_API darcnn_status darcnn_result_object(const darcnn_result *result, size_t index, darcnn_object *object);
 
-/* Draw the label image: 0 background, n + 1 for object n; where objects overlap, the higher score wins. `n_labels`
- * must be width x height of the frame. */
+/* Draw the label image, row after row: 0 background, n + 1 for object n; where objects overlap, the higher score wins,
+ * and of equal ones the first object. `n_labels` must be width x height of the frame. */
 DARCNN_API darcnn_status darcnn_result_labels(const darcnn_result *result, int32_t *labels, size_t n_labels);
 
 /* NULL is allowed and does nothing. */

@@ -21,6 +21,7 @@ struct Detections {
 class Engine {
   public:
     virtual ~Engine() = default;
+    std::string name;  // what it runs on, with its version
     // Finds objects on `tiles`, (B, S, S, C). The features that masks are made from stay with the engine.
     virtual Detections detect(const std::vector<std::uint8_t> &tiles) = 0;
     // Of the last `detect`: boxes (M, 4) on tiles `tile_index` (M,), exactly M = mask_batch -> (M, m, m) 0..1.

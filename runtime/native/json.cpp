@@ -22,7 +22,7 @@ class Parser {
 
   private:
     [[noreturn]] void fail(const char *problem) const {
-        throw JsonError(std::string(problem) + " at byte " + std::to_string(at_));
+        throw JsonError(std::string("is not JSON, it ") + problem + " at byte " + std::to_string(at_));
     }
 
     char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }

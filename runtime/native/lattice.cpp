@@ -13,9 +13,8 @@ constexpr int kWeightBits = 22;                       // with 8 of a pixel and a
 
 double choose_scale(const Manifest &manifest, const darcnn_options &options) {
     for (const double size : {options.diameter_px, options.mpp}) {
-        if (!(size >= 0 && std::isfinite(size))) {
+        if (!(size >= 0 && std::isfinite(size)))
             throw Error(DARCNN_ERROR_ARGUMENT, "options", "diameter_px or mpp is not a size", "give a number above 0");
-        }
     }
     if (options.diameter_px > 0) return manifest.nominal_diameter_px / options.diameter_px;
     return options.mpp > 0 && manifest.mpp ? options.mpp / *manifest.mpp : 1;
@@ -53,9 +52,8 @@ std::vector<Taps> make_taps(int first, int last, double factor, int extent) {
         for (int i = from; i < to; ++i) heights.push_back(std::max(0.0, 1 - std::abs((i - centre + 0.5) * (1 / reach))));
         const double sum = std::accumulate(heights.begin(), heights.end(), 0.0);
         Taps taps{from + static_cast<int>(origin), {}};
-        for (const double height : heights) {
+        for (const double height : heights)
             taps.weights.push_back(static_cast<std::int32_t>(std::lround(height / sum * (1 << kWeightBits))));
-        }
         line.push_back(std::move(taps));
     }
     return line;
@@ -78,15 +76,13 @@ std::vector<std::uint8_t> resample(const Image &image, const Plan &plan, int x0,
     auto out = narrow.begin();
     for (int y = top; y < bottom; ++y) {
         const std::uint8_t *line = image.bytes.data() + channels * image.width * y;
-        for (const Taps &taps : across) {
+        for (const Taps &taps : across)
             for (std::size_t c = 0; c < channels; ++c) *out++ = blend(line + channels * taps.first + c, channels, taps);
-        }
     }
     std::vector<std::uint8_t> found;
     found.reserve(row * (y1 - y0));
-    for (const Taps &taps : down) {
+    for (const Taps &taps : down)
         for (std::size_t i = 0; i < row; ++i) found.push_back(blend(narrow.data() + row * (taps.first - top) + i, row, taps));
-    }
     return found;
 }
 

@@ -7,7 +7,7 @@ namespace {
 
 using Kind = Json::Kind;
 
-constexpr int kMaxSide = 4096;    // network pixels of a tile, cells of a mask
+constexpr int kMaxSide = 8192;    // network pixels of a tile, cells of a mask
 constexpr int kMaxCount = 65536;  // tiles, slots, boxes
 
 // Each field is taken out once; what is left at the end is unknown.
@@ -59,9 +59,8 @@ class Fields {
     std::vector<long long> numbers(const std::string &path) {
         std::vector<long long> found;
         const double n = take(path, Kind::array).number;
-        for (int i = 0; i < n; ++i) {
+        for (int i = 0; i < n; ++i)
             found.push_back(static_cast<long long>(number(path + "/" + std::to_string(i), 0, 1e9)));
-        }
         return found;
     }
 
@@ -99,8 +98,7 @@ void parse_input(Fields &fields, Manifest &m) {
 
 void parse_limits(Fields &fields, Manifest &m) {
     fields.take("limits", Kind::object);
-    fields.whole("limits/proposals_per_level", 1, kMaxCount);
-    fields.whole("limits/proposals", 1, kMaxCount);
+    for (const char *path : {"limits/proposals_per_level", "limits/proposals"}) fields.whole(path, 1, kMaxCount);
     m.detections = fields.whole("limits/detections", 1, kMaxCount);
     m.mask_batch = fields.whole("limits/mask_batch", 1, kMaxCount);
     m.mask_px = fields.whole("limits/mask_px", 1, kMaxSide);
@@ -121,7 +119,8 @@ Manifest parse_manifest(const JsonTable &table) {
     Manifest m{};
     fields.take("", Kind::object);
     fields.whole("format", 1, kFormat);
-    for (const char *path : {"name", "preset"}) fields.take(path, Kind::text);
+    m.name = fields.take("name", Kind::text).text;
+    fields.take("preset", Kind::text);
     parse_input(fields, m);
     fields.take("anchors", Kind::object);  // they are inside the graph
     for (const char *path : {"anchors/sizes_px", "anchors/ratios", "anchors/strides_px"}) fields.numbers(path);
@@ -144,9 +143,7 @@ void check_signature(const Manifest &m, const std::string &graph, const std::str
     if (detect == m.graphs.end() || !detect->second.count("atlas")) throw JsonError("manifest.json does not say what atlas is");
     using Sizes = std::vector<int>;
     Signature expected = {{"atlas", detect->second.at("atlas")}};
-    const auto expect = [&](const char *name, const char *type, const Sizes &sizes) {
-        expected[name] = describe_tensor(type, sizes);
-    };
+    const auto expect = [&](auto name, auto type, const Sizes &sizes) { expected[name] = describe_tensor(type, sizes); };
     if (graph == "detect") {
         expect("tile", "uint8", {m.batch, m.tile_px, m.tile_px, m.channels});
         expect("boxes", "float32", {m.batch, m.detections, 4});

@@ -21,9 +21,7 @@ using Ring = std::vector<Point>;  // closed: the first is repeated
 struct Grid {
     int x0, y0, width, height;  // pixels of the frame
     std::vector<double> values;
-    double at(int x, int y) const {
-        return x < 0 || y < 0 || x >= width || y >= height ? 0.0 : values[index(x, y)];
-    }
+    double at(int x, int y) const { return x < 0 || y < 0 || x >= width || y >= height ? 0.0 : values[index(x, y)]; }
     std::size_t index(int x, int y) const { return static_cast<std::size_t>(y) * width + x; }
 };
 
@@ -187,9 +185,8 @@ bool draw_object(Object &object, const float *probabilities, int m, const double
     int x0 = grid.width, y0 = grid.height, x1 = 0, y1 = 0;
     const auto pixel = [&](int x, int y) { return drawn[static_cast<std::size_t>(grid.width + 1) * y + x]; };
     for (int y = 0; y < grid.height; ++y) {
-        for (int x = 0; x < grid.width; ++x) {
+        for (int x = 0; x < grid.width; ++x)
             if (pixel(x, y)) x0 = std::min(x0, x), y0 = std::min(y0, y), x1 = std::max(x1, x + 1), y1 = y + 1;
-        }
     }
     if (x1 == 0) return false;
     object.mask_x = grid.x0 + x0, object.mask_y = grid.y0 + y0;
@@ -198,6 +195,16 @@ bool draw_object(Object &object, const float *probabilities, int m, const double
         for (int x = x0; x < x1; ++x) object.mask.push_back(pixel(x, y));
     for (const Point &point : ring) object.outline.insert(object.outline.end(), {point.x, point.y});
     return true;
+}
+
+void draw_labels(const std::vector<Object> &objects, int width, std::int32_t *labels) {
+    const std::vector<std::size_t> order = rank(objects);
+    for (auto i = order.rbegin(); i != order.rend(); ++i) {  // the best is drawn last
+        const Object &o = objects[*i];
+        std::int32_t *at = labels + static_cast<std::size_t>(o.mask_y) * width + o.mask_x;
+        for (std::size_t k = 0; k < o.mask.size(); ++k)
+            if (o.mask[k]) at[k / o.mask_width * width + k % o.mask_width] = static_cast<std::int32_t>(*i + 1);
+    }
 }
 
 void drop_covered(std::vector<Object> &objects) {

@@ -31,6 +31,9 @@ bool draw_object(Object &object, const float *probabilities, int m, const double
 // Drop those that lie for more than half in better ones.
 void drop_covered(std::vector<Object> &objects);
 
+// Write n + 1 where object n is, into rows of `width` labels; of several the best, of equal ones the first.
+void draw_labels(const std::vector<Object> &objects, int width, std::int32_t *labels);
+
 // Of two reports from different tiles of which the worse lies for more than half in the better, keep the better one.
 void drop_twins(std::vector<Object> &objects);
 

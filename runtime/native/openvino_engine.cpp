@@ -11,6 +11,15 @@ constexpr const char *kDevice = "CPU";
 
 std::string shorten(const std::exception &error) { return std::string(error.what()).substr(0, 200); }
 
+template <typename Function>
+auto ask_openvino(Function function) {
+    try {
+        return function();
+    } catch (const ov::Exception &err) {
+        throw Error(DARCNN_ERROR_ENGINE, kDevice, "OpenVINO failed (" + shorten(err) + ")", "free memory, or reinstall it");
+    }
+}
+
 std::string type_name(const ov::element::Type &type) {
     if (type == ov::element::u8) return "uint8";
     if (type == ov::element::f32) return "float32";
@@ -21,9 +30,8 @@ std::string type_name(const ov::element::Type &type) {
 Signature signature_of(const ov::CompiledModel &model) {
     Signature found;
     for (const auto &ports : {model.inputs(), model.outputs()}) {
-        for (const auto &port : ports) {
+        for (const auto &port : ports)
             found[port.get_any_name()] = describe_tensor(type_name(port.get_element_type()), port.get_shape());
-        }
     }
     return found;
 }
@@ -45,12 +53,14 @@ class OpenVinoEngine final : public Engine {
   public:
     OpenVinoEngine(const Bundle &bundle, int threads)
         : detect_(compile(bundle, "detect", threads)), mask_(compile(bundle, "mask", threads)) {
+        const std::string build = ov::get_openvino_version().buildNumber;
+        name = "openvino " + build.substr(0, build.find('-')) + " " + kDevice;
         mask_.set_tensor("atlas", detect_.get_tensor("atlas"));  // one memory: it is never copied
     }
 
     Detections detect(const std::vector<std::uint8_t> &tiles) override {
         copy_in(detect_, "tile", tiles);
-        infer(detect_, "detect");
+        ask_openvino([&] { detect_.infer(); });
         return {copy_out<float>(detect_, "boxes"), copy_out<float>(detect_, "scores"),
                 copy_out<std::uint8_t>(detect_, "converged")};
     }
@@ -58,7 +68,7 @@ class OpenVinoEngine final : public Engine {
     std::vector<float> masks(const std::vector<float> &boxes, const std::vector<std::int64_t> &tile_index) override {
         copy_in(mask_, "boxes", boxes);
         copy_in(mask_, "tile_index", tile_index);
-        infer(mask_, "mask");
+        ask_openvino([&] { mask_.infer(); });
         return copy_out<float>(mask_, "masks");
     }
 
@@ -69,29 +79,20 @@ class OpenVinoEngine final : public Engine {
                               ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)};
         if (threads > 0) options.insert(ov::inference_num_threads(threads));
         const std::string file = graph + ".onnx";
-        ov::CompiledModel model;
+        std::shared_ptr<ov::Model> read;
         try {
-            model = core_.compile_model(core_.read_model(std::string(bundle.member(file)), ov::Tensor()), kDevice, options);
+            read = core_.read_model(std::string(bundle.members.at(file)), ov::Tensor());
         } catch (const ov::Exception &err) {
-            throw Error(DARCNN_ERROR_BUNDLE, bundle.path(),
-                        "OpenVINO cannot compile " + file + " (" + shorten(err) + ")",
+            throw Error(DARCNN_ERROR_BUNDLE, bundle.path, "OpenVINO cannot read " + file + " (" + shorten(err) + ")",
                         "build libdarcnn with a newer openvino");
         }
+        ov::CompiledModel model = core_.compile_model(read, kDevice, options);
         try {
-            check_signature(bundle.manifest(), graph, file, signature_of(model));
+            check_signature(bundle.manifest, graph, file, signature_of(model));
         } catch (const JsonError &err) {
-            throw Error(DARCNN_ERROR_BUNDLE, bundle.path(), err.what(), "export the model again");
+            throw Error(DARCNN_ERROR_BUNDLE, bundle.path, err.what(), "export the model again");
         }
         return model.create_infer_request();
-    }
-
-    void infer(ov::InferRequest &request, const char *graph) {
-        try {
-            request.infer();
-        } catch (const ov::Exception &err) {
-            throw Error(DARCNN_ERROR_ENGINE, kDevice,
-                        std::string("OpenVINO failed on the ") + graph + " graph (" + shorten(err) + ")", "free memory");
-        }
     }
 
     ov::Core core_;
@@ -101,7 +102,7 @@ class OpenVinoEngine final : public Engine {
 }  // namespace
 
 std::unique_ptr<Engine> open_openvino(const Bundle &bundle, int threads) {
-    return std::make_unique<OpenVinoEngine>(bundle, threads);
+    return ask_openvino([&] { return std::make_unique<OpenVinoEngine>(bundle, threads); });
 }
 
 }  // namespace darcnn

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdio>
 
 namespace darcnn {
 namespace {
@@ -10,6 +11,8 @@ namespace {
 constexpr int kMaxSide = 65536;
 constexpr double kMaxSample = 1 << 24;  // pixels held at most to measure the brightness
 constexpr int kSampleGrid = 8;          // 8 x 8 regions stand for a frame that is larger
+constexpr double kWhitest = 99.9;       // per cent: a hot pixel says nothing
+constexpr double kWhiteAtMost = 2;      // of pixels from 0 to 1: sharpening goes a little beyond the ends
 constexpr double kMaxFactor = 1e38;     // grey levels a raw value: the largest that float holds
 constexpr std::size_t kItemSize[] = {1, 2, 4};
 
@@ -51,9 +54,8 @@ class Channels {
         if (channel >= available) refuse("has no channel " + std::to_string(channel), "choose one that it has");
         is_separate = !frame.is_rgb && channel < 0 && n > 1 && (n == 3 ? available == 3 : available >= n);
         if (is_separate) return;
-        if (n != 1 && n != 3) {
+        if (n != 1 && n != 3)
             refuse("the model sees " + std::to_string(n) + " separate channels", "give a frame that has them");
-        }
         if (channel < 0 && available > 1 && !frame.is_rgb) refuse("has several channels", "choose one with options.channel");
         is_mean_ = channel < 0 && frame.is_rgb && n == 1;
         first_ = std::max(channel, 0);
@@ -112,9 +114,9 @@ std::vector<std::pair<int, int>> sample_spans(int extent, double share) {
     return spans;
 }
 
-std::vector<Window> measure_percentiles(const darcnn_frame &frame, const Channels &channels, const Manifest &manifest) {
-    const std::size_t n_windows = channels.is_separate ? channels.n : 1;
-    std::vector<std::vector<float>> values(n_windows);
+// Finite values that stand for the brightness of the frame: of each separate channel, or of all together.
+std::vector<std::vector<float>> sample_values(const darcnn_frame &frame, const Channels &channels, bool is_separate) {
+    std::vector<std::vector<float>> values(is_separate ? channels.n : 1);
     std::vector<float> row;
     const double share = kMaxSample / (static_cast<double>(frame.width) * frame.height);
     for (const auto &[y0, rows] : sample_spans(frame.height, share)) {
@@ -122,12 +124,23 @@ std::vector<Window> measure_percentiles(const darcnn_frame &frame, const Channel
             row.resize(static_cast<std::size_t>(length) * channels.n);
             for (int y = y0; y < y0 + rows; ++y) {
                 channels.read(y, x0, x0 + length, row.data());
-                for (std::size_t i = 0; i < row.size(); ++i) {
-                    if (std::isfinite(row[i])) values[i % n_windows].push_back(row[i]);
-                }
+                for (std::size_t i = 0; i < row.size(); ++i)
+                    if (std::isfinite(row[i])) values[i % values.size()].push_back(row[i]);
             }
         }
     }
+    return values;
+}
+
+// Where 1 is white, a frame with values far above is white all over, and nothing is found on it.
+void check_white(std::vector<float> &sample) {
+    const double highest = sample.empty() ? 0 : percentile(sample, kWhitest);
+    char problem[99];
+    std::snprintf(problem, sizeof problem, "its values reach %.4g, where of such numbers 0 is black and 1 is white", highest);
+    if (highest > kWhiteAtMost) throw Error(DARCNN_ERROR_INPUT, "frame", problem, "divide them, or give a window");
+}
+
+std::vector<Window> measure_percentiles(std::vector<std::vector<float>> values, const Manifest &manifest) {
     std::vector<Window> windows;
     for (std::vector<float> &sample : values) {
         Window window{0, 1};
@@ -142,8 +155,10 @@ std::vector<Window> measure_percentiles(const darcnn_frame &frame, const Channel
 std::vector<Window> choose_windows(const darcnn_frame &frame, const darcnn_options &options, const Channels &channels,
                                    const Manifest &manifest) {
     if (options.window_low != 0 || options.window_high != 0) return {{options.window_low, options.window_high}};
-    if (manifest.intensity == "percentile") return measure_percentiles(frame, channels, manifest);
     if (manifest.intensity == "range") return {{manifest.intensity_low, manifest.intensity_high}};
+    if (manifest.intensity == "percentile")
+        return measure_percentiles(sample_values(frame, channels, channels.is_separate), manifest);
+    if (frame.type == DARCNN_FLOAT32) check_white(sample_values(frame, channels, false).front());
     return {{0, frame.type == DARCNN_UINT8 ? 255.0 : frame.type == DARCNN_UINT16 ? 65535.0 : 1.0}};
 }
 

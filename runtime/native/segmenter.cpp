@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 
 namespace darcnn {
 namespace {
@@ -59,9 +58,8 @@ bool is_cut(const Manifest &m, const Plan &plan, const Tile &tile, const float *
 std::vector<int> choose_slots(const Manifest &m, const Plan &plan, const Tile &tile, const float *boxes, const float *scores,
                               bool is_converged, float min_score) {
     std::vector<int> slots, chosen;
-    for (int slot = 0; slot < m.detections; ++slot) {
+    for (int slot = 0; slot < m.detections; ++slot)
         if (scores[slot] > 0 && scores[slot] >= min_score) slots.push_back(slot);
-    }
     // a graph that has not converged kept too many: greedy suppression of those keeps what it keeps of all
     if (!is_converged) slots = suppress(slots, boxes, scores, static_cast<float>(m.nms_threshold));
     for (const int slot : slots) {
@@ -125,9 +123,7 @@ std::vector<Object> place(const Manifest &m, const Plan &plan, const Tile &tile,
         for (int k = 0; k < 4; ++k) box[k] = (one.box[k] + shift[k % 2]) * factor[k % 2];
         Object object{};
         object.score = one.score, object.is_truncated = is_cut(m, plan, tile, one.box), object.tile = tile.index;
-        const auto clip = [](double value, int extent) {
-            return std::clamp(static_cast<float>(value), 0.0F, static_cast<float>(extent));
-        };
+        const auto clip = [](float value, float extent) { return std::clamp(value, 0.0F, extent); };
         object.x0 = clip(box[0], width), object.x1 = clip(box[2], width);
         object.y0 = clip(box[1], height), object.y1 = clip(box[3], height);
         object.is_near_seam =
@@ -141,31 +137,30 @@ std::vector<Object> place(const Manifest &m, const Plan &plan, const Tile &tile,
 
 }  // namespace
 
-std::vector<Object> Segmenter::segment(const darcnn_frame &frame, const darcnn_options &options) {
+std::vector<Object> segment(Model &model, const darcnn_frame &frame, const darcnn_options &options) {
+    const Manifest &m = model.manifest;
     const bool has_window = options.window_low != 0 || options.window_high != 0;
     const double contrast = options.window_high - options.window_low;
-    if (has_window && !(contrast > 0 && std::isfinite(contrast))) {
+    if (has_window && !(contrast > 0 && std::isfinite(contrast)))
         throw Error(DARCNN_ERROR_ARGUMENT, "options", "window_low is not below window_high", "give the raw limits");
-    }
-    if (!(options.min_score <= 1)) throw Error(DARCNN_ERROR_ARGUMENT, "options", "min_score is above 1", "give 0 to 1");
-    const double min_score = options.min_score < 0 ? manifest_.min_score : options.min_score;
-    const Image image = to_bytes(frame, options, manifest_);
-    const Plan plan = make_plan(manifest_, image.width, image.height, options);
-    const std::size_t batch = manifest_.batch, side = manifest_.tile_px, tile_size = side * side * manifest_.channels;
+    if (!(options.min_score <= 1))  // so is NaN
+        throw Error(DARCNN_ERROR_ARGUMENT, "options", "min_score is not a number between 0 and 1", "give one, or -1");
+    const double min_score = options.min_score < 0 ? m.min_score : options.min_score;
+    const Image image = to_bytes(frame, options, m);
+    const Plan plan = make_plan(m, image.width, image.height, options);
+    const std::size_t batch = m.batch, side = m.tile_px, tile_size = side * side * m.channels;
     std::vector<Object> objects;
     for (std::size_t first = 0; first < plan.tiles.size(); first += batch) {
         const std::size_t last = std::min(first + batch, plan.tiles.size());
         std::vector<std::uint8_t> tiles(batch * tile_size);
-        for (std::size_t i = first; i < last; ++i) {
-            read_tile(image, plan, plan.tiles[i], manifest_.tile_px, tiles.data() + (i - first) * tile_size);
-        }
-        std::unique_lock<std::mutex> lock(mutex_);
-        const std::vector<Found> found = run(*engine_, manifest_, plan, first, tiles, static_cast<float>(min_score));
+        for (std::size_t i = first; i < last; ++i)
+            read_tile(image, plan, plan.tiles[i], m.tile_px, tiles.data() + (i - first) * tile_size);
+        std::unique_lock<std::mutex> lock(model.mutex);
+        const std::vector<Found> found = run(*model.engine, m, plan, first, tiles, static_cast<float>(min_score));
         lock.unlock();
-        for (std::size_t i = first; i < last; ++i) {
-            std::vector<Object> placed = place(manifest_, plan, plan.tiles[i], found, image.width, image.height);
-            std::move(placed.begin(), placed.end(), std::back_inserter(objects));
-        }
+        for (std::size_t i = first; i < last; ++i)
+            for (Object &object : place(m, plan, plan.tiles[i], found, image.width, image.height))
+                objects.push_back(std::move(object));
     }
     drop_twins(objects);
     return objects;

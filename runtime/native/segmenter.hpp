@@ -10,16 +10,13 @@
 
 namespace darcnn {
 
-// Any number of threads may call `segment`; the engine runs one batch of tiles after another.
-class Segmenter {
-  public:
-    Segmenter(Manifest manifest, std::unique_ptr<Engine> engine) : manifest_(std::move(manifest)), engine_(std::move(engine)) {}
-    std::vector<Object> segment(const darcnn_frame &frame, const darcnn_options &options);  // throws Error
-
-  private:
-    Manifest manifest_;
-    std::unique_ptr<Engine> engine_;
-    std::mutex mutex_;  // of the engine
+struct Model {
+    const Manifest manifest;
+    const std::unique_ptr<Engine> engine;
+    std::mutex mutex;  // of the engine
 };
+
+// Any number of threads may call it; the engine runs one batch of tiles after another. Throws Error.
+std::vector<Object> segment(Model &model, const darcnn_frame &frame, const darcnn_options &options);
 
 }  // namespace darcnn

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +24,8 @@ from PIL import Image
 import darcnn.runtime
 from darcnn.runtime.bundle import MEMBER_CAPS, open_bundle, write_bundle
 from darcnn.runtime.engines.openvino import OpenVinoEngine
-from darcnn.runtime.errors import BundleError
-from darcnn.runtime.manifest import manifest_to_json
+from darcnn.runtime.errors import BundleError, InputError
+from darcnn.runtime.manifest import MAX_TILE_PX, manifest_to_json
 from darcnn.runtime.segmenter import Segmenter
 
 TOLERANCE = 1e-3  # of boxes, in pixels, and of scores
@@ -46,6 +49,18 @@ class Frame(ctypes.Structure):
 
 class OpenOptions(ctypes.Structure):
     _fields_ = (("engine", ctypes.c_char_p), ("engine_dir", ctypes.c_char_p), ("threads", ctypes.c_int32))
+
+
+class Info(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("engine", ctypes.c_char_p),
+        ("channels", ctypes.c_int32),
+        ("tile_px", ctypes.c_int32),
+        ("nominal_diameter_px", ctypes.c_double),
+        ("mpp", ctypes.c_double),
+        ("min_score", ctypes.c_double),
+    )
 
 
 class Options(ctypes.Structure):
@@ -98,6 +113,10 @@ class Library:
         for name in ("darcnn_free", "darcnn_result_free", "darcnn_result_count"):
             getattr(self._c, name).argtypes = [ctypes.c_void_p]
         self._c.darcnn_result_object.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        self._c.darcnn_result_labels.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+    def exports(self, name):
+        return hasattr(self._c, name)
 
     def call(self, name, *arguments):
         code = getattr(self._c, name)(*arguments)
@@ -122,12 +141,27 @@ class Library:
     def free(self, model):
         self._c.darcnn_free(model)
 
+    def info(self, model):
+        info = Info()
+        self.call("darcnn_model_info", model, ctypes.byref(info))
+        return info
+
     def segment(self, model, image, *, frame=None, **options):
+        with self._result(model, make_frame(image) if frame is None else frame, options) as result:
+            return [self._object(result, row) for row in range(self._c.darcnn_result_count(result))]
+
+    def labels(self, model, image, **options):
+        labels = np.full(image.shape[:2], -1, np.int32)  # what was there before is overwritten
+        with self._result(model, make_frame(image), options) as result:
+            self.call("darcnn_result_labels", result, labels.ctypes.data, labels.size)
+        return labels
+
+    @contextmanager
+    def _result(self, model, frame, options):
         chosen, result = Options(), ctypes.c_void_p(1)
         self._c.darcnn_default_options(ctypes.byref(chosen))
         for name, value in options.items():
             setattr(chosen, name, value)
-        frame = make_frame(image) if frame is None else frame
         try:
             self.call(
                 "darcnn_segment", model, ctypes.byref(frame), ctypes.byref(chosen), ctypes.byref(result)
@@ -135,9 +169,10 @@ class Library:
         except NativeError:
             assert result.value is None
             raise
-        found = [self._object(result, row) for row in range(self._c.darcnn_result_count(result))]
-        self._c.darcnn_result_free(result)
-        return found
+        try:
+            yield result
+        finally:
+            self._c.darcnn_result_free(result)
 
     def _object(self, result, row):
         o = Object()
@@ -267,6 +302,15 @@ def read_grey(path):
     return np.ascontiguousarray(pixels if pixels.ndim == 2 else pixels[:, :, 0])
 
 
+def test_every_function_of_the_header_is_exported_and_documented(library, root):
+    header = (root / "runtime" / "native" / "darcnn.h").read_text(encoding="utf-8")
+    page = (root / "docs" / "native.md").read_text(encoding="utf-8")
+    names = re.findall(r"^DARCNN_API [^;]*?(darcnn_\w+)\(", header, re.MULTILINE)
+    assert len(names) == header.count("\nDARCNN_API ") > 9
+    assert [name for name in names if not library.exports(name)] == []
+    assert [name for name in names if f"`{name}`" not in page] == []
+
+
 @pytest.mark.slow
 def test_same_objects_as_python_on_20_real_fields(library, shipped, shared):
     folder = shared / "data" / "fluorescence" / "val" / "images"
@@ -291,6 +335,44 @@ def test_same_objects_as_python_at_any_scale(library, shipped, root, size):
     expected = segmenter(image, pixels=not size, **size)
     assert len(expected) > 0
     check_same(library.segment(model, image, **size), expected)
+
+
+@pytest.mark.parametrize("name", ["nuclei-fluorescence", "nuclei-he"])
+def test_model_says_what_it_is(library, shipped, name):
+    model, segmenter = shipped(name)
+    check_info(library.info(model), segmenter)
+
+
+def test_model_without_a_scale_says_zero(library, tiny):
+    model, segmenter = tiny
+    check_info(library.info(model), segmenter)
+    assert library.info(model).mpp == 0
+
+
+def check_info(info, segmenter):
+    manifest, spec = segmenter.manifest, segmenter.engine.spec
+    assert (info.name.decode(), info.engine.decode()) == (manifest.name, spec.name)
+    assert (info.channels, info.tile_px) == (manifest.input.channels, manifest.input.tile_px)
+    assert info.nominal_diameter_px == manifest.input.nominal_diameter_px
+    assert (info.mpp, info.min_score) == (manifest.input.mpp or 0, manifest.limits.min_score)
+
+
+def test_label_image_is_that_of_python(library, shipped, root):
+    model, segmenter = shipped("nuclei-fluorescence")
+    image = read_grey(root / "tests" / "data" / "target" / "u2os_1f6b7cead1.png")
+    expected = segmenter(image, pixels=True)
+    labels = expected.labels()
+    assert sum(mask.sum() for mask in expected.masks) > np.count_nonzero(labels)  # some overlap
+    np.testing.assert_array_equal(library.labels(model, image), labels)
+
+
+def test_equal_scores_and_no_objects_on_the_label_image_are_those_of_python(library, tiny):
+    model, segmenter = tiny
+    for grey in (200, 0):  # five equal objects of equal scores, or none
+        image = np.full((11, 21, 3), grey, np.uint8)
+        expected = segmenter(image, pixels=True)
+        assert bool(len(expected)) == bool(grey)
+        np.testing.assert_array_equal(library.labels(model, image), expected.labels())
 
 
 def test_frame_beyond_16_megapixels_gives_what_python_finds(library, shipped, root):
@@ -325,6 +407,27 @@ def test_same_objects_as_python_in_colour(library, shipped, root):
         expected = segmenter(image, mpp=mpp)
         assert len(expected) > 5
         check_same(library.segment(model, image, mpp=mpp), expected)
+
+
+def test_colours_with_fractions_end_at_one_or_are_refused(library, shipped, root):
+    model, segmenter = shipped("nuclei-he")
+    image = np.asarray(
+        Image.open(root / "tests" / "data" / "tissue" / "purple_2246874c8b.png").convert("RGB")
+    ).astype(np.float32)
+    image[3, 4] = np.nan
+    for is_rgb in (True, False):
+        with pytest.raises(InputError) as expected:
+            segmenter(image, mpp=0.25)
+        frame = make_frame(image, is_rgb=is_rgb)
+        with pytest.raises(NativeError, match="0 is black and 1 is white") as caught:
+            library.segment(model, image, frame=frame, mpp=0.25)
+        assert caught.value.code == INPUT
+        assert str(caught.value).split("; ")[0] == f"frame: {expected.value.problem}"
+        assert len(library.segment(model, image, frame=frame, mpp=0.25, window_high=255)) > 5
+    divided = image / np.float32(255)
+    expected = segmenter(divided, mpp=0.25)
+    assert len(expected) > 5
+    check_same(library.segment(model, divided, mpp=0.25), expected)
 
 
 def test_types_strides_and_what_is_not_finite(library, shipped, root):
@@ -403,7 +506,8 @@ def test_wrong_frame_is_an_error_and_the_next_one_goes_on(library, tiny, changes
         ({"diameter_px": 1e-3}, INPUT, "scaled by"),
         ({"window_low": 9, "window_high": 3}, ARGUMENT, "window_low is not below"),
         ({"window_low": 0, "window_high": float("inf")}, ARGUMENT, "window_low is not below"),
-        ({"min_score": 1.5}, ARGUMENT, "min_score"),
+        ({"min_score": 1.5}, ARGUMENT, "min_score is not a number between 0 and 1"),
+        ({"min_score": float("nan")}, ARGUMENT, "min_score is not a number between 0 and 1"),
         ({"channel": 3}, INPUT, "no channel 3"),
     ],
     ids=str,
@@ -425,6 +529,9 @@ def test_null_pointers_are_errors(library, tiny, tiny_bundle):
         ("darcnn_segment", (model, None, None, ctypes.byref(result)), "frame"),
         ("darcnn_segment", (model, frame, None, None), "result"),
         ("darcnn_result_object", (None, 0, ctypes.byref(Object())), "result"),
+        ("darcnn_model_info", (None, ctypes.byref(Info())), "model"),
+        ("darcnn_model_info", (model, None), "info"),
+        ("darcnn_result_labels", (None, ctypes.byref(result), 1), "result"),
     ]
     for name, arguments, what in calls:
         with pytest.raises(NativeError, match=f"{what}: is a null pointer") as caught:
@@ -434,6 +541,10 @@ def test_null_pointers_are_errors(library, tiny, tiny_bundle):
     for row, target in ((0, None), (99, ctypes.byref(Object()))):
         with pytest.raises(NativeError, match=r"object: is a null|there are \d+ objects"):
             library.call("darcnn_result_object", result, row, target)
+    for target, n, said in ((None, 72, "labels: is a null"), (ctypes.byref(Object()), 71, "has 72 pixels")):
+        with pytest.raises(NativeError, match=said) as caught:
+            library.call("darcnn_result_labels", result, target, n)
+        assert caught.value.code == ARGUMENT
     library._c.darcnn_result_free(result)
     library._c.darcnn_result_free(None)
     library._c.darcnn_free(None)
@@ -453,6 +564,24 @@ def test_wrong_engine_is_an_error(library, tiny_bundle, options, code, said):
     with pytest.raises(NativeError, match=said) as caught:
         library.open(tiny_bundle, **options)
     assert caught.value.code == code
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenVINO is hidden in the way of Linux")
+def test_openvino_without_its_cpu_is_an_error_of_the_engine(built, tiny_bundle, tmp_path):
+    for path in Path(find_spec("openvino").submodule_search_locations[0], "libs").iterdir():
+        if "intel_cpu" not in path.name:
+            (tmp_path / path.name).symlink_to(path)
+    command = [built / "segment_raw", tiny_bundle, tiny_bundle, "8", "8", "uint8"]
+    ran = subprocess.run(
+        command,
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert ran.returncode == 1
+    assert "open: CPU: OpenVINO failed" in ran.stderr
 
 
 def refused(library, path):
@@ -546,7 +675,10 @@ def test_graphs_that_differ_from_the_manifest_are_refused(library, tmp_path, man
     write_bundle(path, replace(manifest, graphs={}), members)
     assert "does not say what atlas is" in refused(library, path)
     write_bundle(path, manifest, {**members, "mask.onnx": b"not a graph"})
-    assert "cannot compile mask.onnx" in refused(library, path)
+    assert "cannot read mask.onnx" in refused(library, path)
+    largest = replace(manifest, input=replace(manifest.input, tile_px=MAX_TILE_PX))
+    write_bundle(path, largest, members)
+    assert f"ask for tile uint8 [2, {MAX_TILE_PX}, {MAX_TILE_PX}, 3]" in refused(library, path)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -188,7 +188,8 @@ def test_strides_of_any_kind_are_read_right(open_live, to_segmenter, engine, fra
         (np.zeros((0, 9), np.uint8), "has no pixels"),
         (np.zeros((9, 9), np.complex64), "holds complex64"),
         ([[0, 1], [1, 0]], "no array"),
-        (np.zeros((9, 9, 2), np.uint8), "several channels"),
+        (np.zeros((9, 9, 2), np.uint8), r"has 2 channels \(they come last\)"),
+        (np.ma.masked_array(np.zeros((9, 9)), mask=True), "is a masked array"),
     ],
 )
 def test_a_bad_frame_fails_by_its_ticket_and_the_next_one_goes_on(open_live, frame_of, frame, words):

@@ -5,25 +5,18 @@ import logging
 import math
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 pytest.importorskip("pymmcore_plus", reason="needs the extra micromanager")
 useq = pytest.importorskip("useq", reason="needs the extra micromanager")
 
 from darcnn.runtime.errors import UsageError  # noqa: E402
 from darcnn.runtime.live import Calibration, LiveSegmenter  # noqa: E402
-from darcnn.runtime.live.micromanager import (  # noqa: E402
-    FoundObject,
-    LiveAcquisition,
-    SmartAcquisition,
-    choose_objects,
-    locate_objects,
-    order_visits,
-)
+from darcnn.runtime.live.micromanager import LiveAcquisition, SmartAcquisition  # noqa: E402
+from darcnn.runtime.live.visits import locate_objects  # noqa: E402
 from darcnn.runtime.load import load  # noqa: E402
 
 LOW_UM, HIGH_UM = 1.0, 0.5
@@ -157,58 +150,88 @@ def test_frames_that_fail_or_come_too_late_are_counted_and_the_survey_goes_on(
     assert "the queue was full" in caplog.text
 
 
-def test_without_a_pixel_size_objects_have_no_place_and_that_is_said(open_live, frame_of, caplog):
-    result = open_live().push(frame_of(), key="p0").result(10)
-    with caplog.at_level(logging.WARNING):
-        assert locate_objects(result, (0.0, 0.0)) == []
-    assert "frame p0 has no pixel size" in caplog.text
+def test_frames_that_come_late_by_another_thread_are_waited_for(core, open_live, frame_of):
+    """With Qt frames wait for the thread of the windows, and the survey ends before they are pushed."""
+    live, late = open_live(), []
+    survey = survey_of(FOUR[:2])
+    with SmartAcquisition(core, live, survey, visit=VISIT, pixel_size_um=LOW_UM) as smart:
+        core.mda.events.frameReady.disconnect(smart._on_frame)  # as if another thread had them
+        late.extend(
+            threading.Timer(0.3 + n, smart._on_frame, (frame_of(), event, {}))
+            for n, event in enumerate(event.replace(metadata={"darcnn_survey": True}) for event in survey)
+        )
+        for timer in late:
+            timer.start()
+        events = list(smart.events())
+        for timer in late:
+            timer.join()
+        core.mda.events.frameReady.connect(smart._on_frame)
+        assert len(smart.visits) == 2
+        assert len(events) == 4
+        assert smart.n_frames == 2
 
 
-@pytest.mark.parametrize("axes", [(1, 1), (-1, 1), (1, -1)])
-def test_an_object_is_where_the_stage_sees_it_in_the_middle(open_live, frame_of, axes):
-    result = open_live().push(frame_of(), pixel_size_um=0.5).result(10)  # 4 x 5 px at (6, 7) of 24 x 24
-    (one,) = locate_objects(result, (100.0, -50.0), axes)
-    assert one.x_um == pytest.approx(100 + axes[0] * 0.5 * (8.5 - 12), abs=0.3)
-    assert one.y_um == pytest.approx(-50 + axes[1] * 0.5 * (9.0 - 12), abs=0.3)
-    assert one.area_um2 == pytest.approx(20 * 0.25, rel=0.2)
+def test_frames_that_never_come_are_not_waited_for_for_ever(core, open_live, monkeypatch, caplog):
+    monkeypatch.setattr("darcnn.runtime.live.micromanager._PATIENCE_S", 0.05)
+    with (
+        caplog.at_level(logging.WARNING),
+        SmartAcquisition(core, open_live(), survey_of(FOUR), visit=VISIT) as smart,
+    ):
+        assert len(list(smart.events())) == 4
+    assert "4 frames of the survey have not come" in caplog.text
 
 
-PLACES = st.lists(
-    st.builds(
-        FoundObject,
-        x_um=st.floats(-100, 100),
-        y_um=st.floats(-100, 100),
-        score=st.floats(0.5, 1),
-        area_um2=st.floats(1, 400),
-        frame=st.just("p0"),
-    ),
-    max_size=12,
-)
+def test_a_visit_goes_to_the_focus_of_the_survey_and_a_second_run_begins_anew(core, open_live, frame_of):
+    survey = [event.replace(z_pos=10.0 * n) for n, event in enumerate(survey_of(FOUR[:2]))]
+    with SmartAcquisition(core, open_live(), survey, visit=VISIT, pixel_size_um=LOW_UM) as smart:
+        for _ in range(2):
+            visits = []
+            for event in smart.events():
+                if event.metadata.get("darcnn_survey"):
+                    smart._on_frame(frame_of(), event, {})
+                else:
+                    visits.append(event)
+            assert sorted(event.z_pos for event in visits) == [0.0, 10.0]
+    fixed = VISIT.replace(z_pos=3.0)
+    with SmartAcquisition(core, open_live(), survey, visit=fixed, pixel_size_um=LOW_UM) as smart:
+        seen = [
+            event.z_pos
+            for event in smart.events()
+            if not event.metadata.get("darcnn_survey") or smart._on_frame(frame_of(), event, {})
+        ]
+    assert set(seen) == {3.0}
 
 
-@given(PLACES, st.sampled_from(["score", "size"]), st.integers(1, 5))
-def test_the_best_are_chosen_and_none_twice(found, rank, best):
-    everything = choose_objects(found, best=None, rank=rank)
-    chosen = choose_objects(found, best=best, rank=rank)
-    assert chosen == everything[:best]
-    if found:
-        worth = [one.score if rank == "score" else one.area_um2 for one in found]
-        assert (chosen[0].score if rank == "score" else chosen[0].area_um2) == max(worth)
-    for n, one in enumerate(everything):
-        for other in everything[:n]:
-            apart = math.hypot(one.x_um - other.x_um, one.y_um - other.y_um)
-            assert apart > max(one.diameter_um, other.diameter_um) / 2
+def test_where_an_event_plans_no_place_the_frame_says_where_the_stage_was(core, open_live, frame_of):
+    with LiveAcquisition(core, open_live(), pixel_size_um=LOW_UM) as acquisition:
+        place = {"x": 500.0, "y": -700.0, "z": 3.0}
+        acquisition._on_frame(frame_of(), useq.MDAEvent(), {"position": place})
+        (one,) = acquisition.found()
+    assert (abs(one.x_um - 500) < 24, abs(one.y_um + 700) < 24, one.z_um) == (True, True, 3.0)
 
 
-@given(PLACES)
-def test_every_object_is_visited_once_and_the_nearest_is_always_next(found):
-    visits = list(order_visits(found, start=(0.0, 0.0)))
-    assert sorted(map(id, visits)) == sorted(map(id, found))
-    at = (0.0, 0.0)
-    for n, one in enumerate(visits):
-        nearest = min(math.hypot(o.x_um - at[0], o.y_um - at[1]) for o in visits[n:])
-        assert math.hypot(one.x_um - at[0], one.y_um - at[1]) == nearest
-        at = (one.x_um, one.y_um)
+def test_one_thread_may_ask_while_frames_come_in_another(core, open_live, frame_of):
+    live, errors = open_live(), []
+    with LiveAcquisition(core, live, pixel_size_um=LOW_UM) as acquisition:
+
+        def ask():
+            try:
+                while not done.is_set():
+                    acquisition.found(0)
+            except Exception as err:
+                errors.append(err)
+
+        done = threading.Event()
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for n in range(200):
+            acquisition._on_frame(frame_of(), useq.MDAEvent(index={"t": n}, x_pos=0, y_pos=0), {})
+        done.set()
+        for thread in threads:
+            thread.join()
+        assert len(acquisition.found()) == acquisition.n_frames == 200
+    assert errors == []
 
 
 def test_a_plan_that_makes_no_sense_is_refused(core, open_live):

@@ -1,3 +1,4 @@
+import logging
 import random
 
 import numpy as np
@@ -10,7 +11,7 @@ from pyarrow import parquet
 from darcnn.runtime.engines.oracle import encode_labels
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.instances import Instances
-from darcnn.runtime.live import Calibration, LiveSegmenter, MosaicGrid
+from darcnn.runtime.live import Calibration, CameraAxes, LiveSegmenter, MosaicGrid
 from darcnn.runtime.load import load
 from darcnn.runtime.pipeline import RunOptions
 from darcnn.runtime.readers.array import ArrayReader
@@ -213,7 +214,7 @@ def test_positions_become_pixels_whatever_way_the_stage_runs():
     positions = [(0.0, 0.0), (45.0, 0.0), (0.0, 45.2), (45.0, 45.2)]
     grid = MosaicGrid.from_stage(positions, field_px=(100, 100), pixel_size_um=0.5)
     assert grid.corners_px == ((0, 0), (90, 0), (0, 90), (90, 90))
-    flipped = MosaicGrid.from_stage(positions, field_px=(100, 100), pixel_size_um=0.5, axes=(-1, 1))
+    flipped = MosaicGrid.from_stage(positions, field_px=(100, 100), pixel_size_um=0.5, axes=CameraAxes(-1, 1))
     assert flipped.corners_px == ((90, 0), (0, 0), (90, 90), (0, 90))
     assert grid.find((44.0, 46.0)) == 3
     with pytest.raises(UsageError, match="no field of the grid near 22, 22 um"):
@@ -227,7 +228,10 @@ def test_positions_become_pixels_whatever_way_the_stage_runs():
         ([(0, 0), (0.1, 0)], {}, "two fields at one place"),
         ([(0, np.nan)], {}, "not finite"),
         ([(0, 0)], {"pixel_size_um": 0.0}, "give sizes above 0"),
-        ([(0, 0)], {"axes": (0, 1)}, "give 1 or -1"),
+        (np.zeros((0, 2)), {}, "no positions"),
+        ([(0, 0, 0)], {}, "give x and y of each field"),
+        ([(0, 0)], {"field_px": (256.5, 256)}, "of pixels whole ones"),
+        ([("a", 0)], {}, "no grid"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused(positions, options, words):
@@ -280,3 +284,30 @@ def test_empty_corners_come_first_and_spoil_nothing(root):
         mosaic = live.mosaic(grid)
         assert len(mosaic.push(noise, at_um=(0, 0)).result(60).instances) == 0
         assert len(mosaic.finish().result(60).instances) == 0  # nothing but empty fields: no error either
+
+
+def test_arrays_serve_for_positions_and_sizes(open_live):
+    picture = encode_labels(scatter(30, 60, 2))
+    grid = MosaicGrid.from_stage(np.array([[0, 0], [15, 0]]), field_px=[30, np.int64(30)], pixel_size_um=UM)
+    mosaic = open_live().mosaic(grid)
+    for n in (0, 1):
+        mosaic.push(picture[:, 30 * n : 30 * n + 30], at_um=np.array(grid.positions_um[n])).result(10)
+
+
+def test_fields_of_a_turned_camera_lie_as_they_were_seen():
+    stage = [(0, 0), (0, 50), (100, 0)]
+    grid = MosaicGrid.from_stage(
+        stage, field_px=(200, 100), pixel_size_um=0.5, axes=CameraAxes(1, -1, is_turned=True)
+    )
+    assert grid.corners_px == ((100, 0), (0, 0), (100, 200))
+
+
+def test_a_field_beside_its_place_is_told_and_one_after_the_end_is_refused(open_live, caplog):
+    grid = MosaicGrid.from_stage([(0, 0), (20, 0)], field_px=(40, 40), pixel_size_um=UM)
+    mosaic = open_live().mosaic(grid)
+    with caplog.at_level(logging.WARNING):
+        mosaic.push(np.zeros((40, 40, 3), np.uint8), at_um=(4.5, 0)).result(10)
+    assert "4.5 um beside its place" in caplog.text
+    mosaic.finish().result(10)
+    with pytest.raises(InputError, match="comes after `finish`"):
+        mosaic.push(np.zeros((40, 40, 3), np.uint8), at_um=(20, 0)).result(10)
