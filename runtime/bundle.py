@@ -5,15 +5,25 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shlex
 import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from darcnn.runtime.errors import BundleError
-from darcnn.runtime.manifest import FORMAT, MAX_TILE_PX, Manifest, manifest_from_json, manifest_to_json
+from darcnn.runtime.manifest import (
+    FORMAT,
+    MAX_TILE_PX,
+    Manifest,
+    Precision,
+    check_name,
+    manifest_from_json,
+    manifest_to_json,
+)
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 
 __all__ = ["MEMBER_CAPS", "Bundle", "open_bundle", "write_bundle"]
@@ -58,11 +68,17 @@ class Bundle:
         return self._members[member]
 
     @property
-    def precision(self) -> str:
+    def precision(self) -> Precision:
         """What the layers of the graphs compute in: "fp32", or "fp16" or "int8" where derived from such."""
         return self.manifest.precision
 
-    def with_graphs(self, graphs: Mapping[str, bytes], *, precision: str) -> Bundle:
+    @property
+    def argument(self) -> str:
+        """What names it on a command line, quoted for a shell: its path, or the name it is shipped under."""
+        shipped = resources.files("darcnn.runtime").joinpath("models", self.path.name)
+        return shlex.quote(self.path.stem if str(shipped) == str(self.path) else str(self.path))
+
+    def with_graphs(self, graphs: Mapping[str, bytes], *, precision: Precision) -> Bundle:
         """Return this bundle with `graphs`, members derived from its own; path and hash stay the file's."""
         manifest = replace(self.manifest, precision=precision)
         return replace(self, manifest=manifest, _members={**self._members, **graphs})
@@ -91,13 +107,19 @@ def write_bundle(path: str | Path, manifest: Manifest, members: Mapping[str, byt
         manifest: what manifest.json is to say; its `files` are filled in here.
         members: the content of every other member.
     Raises:
-        BundleError: a member is larger than readers accept.
+        BundleError: readers accept no such name, or no member as large.
         OutputError: the file cannot be written.
         ValueError: `members` are not the ones a bundle has.
     """
     path = Path(path)
     if wrong := set(members) ^ (set(MEMBER_CAPS) - {"manifest.json"}):
         raise ValueError(f"a bundle does not have, or lacks, {sorted(wrong)}")
+    try:
+        check_name(manifest.name)
+    except ValueError as err:
+        raise BundleError(
+            f"cannot be written ({err})", where=path, fix="give the model another name"
+        ) from err
     hashes = {name: hashlib.sha256(members[name]).hexdigest() for name in MEMBER_CAPS if name in members}
     table = manifest_to_json(replace(manifest, files=hashes))
     text = json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

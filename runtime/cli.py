@@ -15,13 +15,13 @@ import click
 
 from darcnn.runtime.batch import HERE, Finders, run_batch
 from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
-from darcnn.runtime.options import BACKENDS, read_diameter
+from darcnn.runtime.options import BACKENDS, read_diameter, read_window
 from darcnn.runtime.pipeline import RunOptions
 from darcnn.runtime.progress import JsonLines, Terminal
 from darcnn.runtime.record import installed_version
 from darcnn.runtime.run_options import EXTRA_FORMATS
 from darcnn.runtime.segmenter import Segmenter
-from darcnn.runtime.slide_list import list_slides
+from darcnn.runtime.slide_list import find_unread, list_slides
 from darcnn.runtime.volumes.options import (
     EXTRA_VOLUME_FORMATS,
     AxisOption,
@@ -75,6 +75,11 @@ def _read_voxel_size(
     show_default=True,
     help="What runs the graphs; tensorrt and tensorrt-rtx need an engine: darcnn-export engine, or --build.",
 )
+@click.option(
+    "--engine",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Run this engine, a folder that darcnn-export engine --out wrote of the model.",
+)
 @click.option("--build", is_flag=True, help="Compile an engine for --backend first if none fits.")
 @click.option(
     "--doctor",
@@ -95,6 +100,12 @@ def _read_voxel_size(
     metavar="PX|auto",
     callback=read_diameter,
     help="Diameter of a typical object in pixels of the image, or auto to estimate it; decides the scale.",
+)
+@click.option(
+    "--window",
+    metavar="LOW,HIGH",
+    callback=read_window,
+    help="Raw values that become black and white, in place of the model's rule: 0,4095 for 12 bits.",
 )
 @click.option("--channel", metavar="N|NAME", help="Which of several channels, by number (from 0) or name.")
 @click.option("--z", type=click.IntRange(min=0), help="Only this plane of a volume, from 0.")
@@ -163,10 +174,12 @@ def main(
     out_dir: Path,
     device: str,
     backend: str,
+    engine: Path | None,
     build: bool,
     mpp: float | None,
     pixels: bool,
     diameter: float | Literal["auto"] | None,
+    window: tuple[float, float] | None,
     channel: str | None,
     z: int | None,
     t: int | None,
@@ -195,6 +208,7 @@ def main(
         pixels=pixels,
         diameter_px=diameter,
         channel=int(channel) if channel is not None and channel.isdecimal() else channel,
+        window=window,
         z=z,
         t=t,
         tissue=tissue,
@@ -212,6 +226,7 @@ def main(
         pixels=pixels,
         t=t,
         channel=options.channel,
+        window=window,
         row_filter=row_filter,
         also=tuple(one for one in dict.fromkeys(also) if one in EXTRA_VOLUME_FORMATS),
         overwrite=overwrite,
@@ -225,9 +240,15 @@ def main(
         from darcnn.runtime.load import load  # here, so that --help need not load an engine
 
         slides = list_slides(inputs)
+        for line in find_unread(inputs):
+            terminal.tell(line)
+        if build and engine is not None:
+            raise UsageError("goes without --engine", where="--build", fix="pass one of them")
         if build:
             _build_engine(model, backend, terminal)
         load_model = partial(load, _absolute(model), device=device, backend=backend, min_score=min_score)
+        if engine is not None:
+            load_model = partial(load_model, engine=engine.resolve())  # whole, for workers elsewhere
         with (
             _open_finders(load_model, workers, scheduler, options) as finders,
             load_model(tell=terminal.tell) as segmenter,

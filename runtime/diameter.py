@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -17,7 +17,8 @@ from darcnn.runtime.sampling import spread_evenly
 if TYPE_CHECKING:
     from darcnn.runtime.segmenter import Segmenter
 
-Look = Callable[[float], tuple[NDArray[np.float64], NDArray[np.float64]]]
+Findings = tuple[NDArray[np.float64], NDArray[np.float64]]  # sizes in level-0 pixels, weights
+Look = Callable[[float], Findings]  # network pixels per level-0 pixel -> what is found
 
 __all__ = [
     "choose_diameter",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 _SCALES = (0.5, 1.0, 2.0)  # network pixels per pixel of the image in the first look
+_COARSE = 0.25  # ... and where few large objects may be outvoted by many small ones
+_FAR = 1.5  # that the larger size must be larger by
 _TILES = 2  # looked at per scale, spread over the image
 _TRUST = 0.7  # a finding whose size is off the nominal one by this factor's exponential counts 0.6
 _MIN_FINDINGS = 1.5  # total weight below which the model does not know
@@ -40,10 +43,10 @@ def estimate_diameter(
 ) -> float | None:
     """Return the diameter of a typical object in level-0 pixels, or None if the model finds too little.
 
-    The image is searched at half, full and double size. Each finding votes for its size with its squared
-    score, and the more the nearer its size on the network is to the nominal one, which the model knows
-    best; the weighted median wins. One more look at the scale that it suggests sharpens it. At most two
-    tiles are looked at in each, so that the time does not grow with the image.
+    The image is searched at a quarter, half, full and double size. Each finding votes for its size with its
+    squared score, and the more the nearer its size on the network is to the nominal one, which the model
+    knows best; the weighted median wins (`settle_diameter`). One more look at the scale that it suggests
+    sharpens it. At most two tiles are looked at in each, so that the time does not grow with the image.
 
     A box is a little larger than its object, and large objects are found more easily: a model that was
     told the size of its objects in training says itself for what it takes these (`found_diameter_px`).
@@ -57,7 +60,7 @@ def estimate_diameter(
         InputError: the image or its channels do not serve.
     """
 
-    def look(scale: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def look(scale: float) -> Findings:
         return look_for_sizes(segmenter, reader, scale, channel=channel, window=window)
 
     return settle_diameter(segmenter.manifest.input, look)
@@ -66,16 +69,21 @@ def estimate_diameter(
 def settle_diameter(model: ModelInput, look: Look) -> float | None:
     """Return the diameter that looks at several scales tell, level-0 pixels, or None if they tell too little.
 
+    Hundreds of specks outvote ten nuclei. So the findings vote a second time, each with its size, and at a
+    quarter of the size too; where that says something far larger, it is right.
+
     Args:
         model: what is looked with.
-        look: network pixels per level-0 pixel -> sizes of what is found, level-0 pixels, and their weights.
+        look: at one scale.
     """
-    seen = [look(scale) for scale in _SCALES]
-    sizes, weights = (np.concatenate(parts) for parts in zip(*seen, strict=True))
-    diameter = _weighted_median(sizes, weights)
+    coarse, *seen = [look(scale) for scale in (_COARSE, *_SCALES)]
+    diameter, large = _typical(seen, by_size=False), _typical([coarse, *seen], by_size=True)
+    is_outvoted = large is not None and (diameter is None or large > _FAR * diameter)
+    if is_outvoted:
+        diameter = large
     if diameter is None:
         return None
-    closer = _weighted_median(*look(_found(model) / diameter))
+    closer = _typical([look(_found(model) / diameter)], by_size=is_outvoted)
     return (diameter if closer is None else closer) * model.nominal_diameter_px / _found(model)
 
 
@@ -172,9 +180,16 @@ def look_for_sizes(
     return size / plan.scale, score**2 * np.exp(-0.5 * off**2)
 
 
-def _weighted_median(values: NDArray[np.float64], weights: NDArray[np.float64]) -> float | None:
+def _typical(seen: Sequence[Findings], *, by_size: bool) -> float | None:
+    """Return the median of the sizes of findings by their weight, None where that is too little to tell.
+
+    >>> many = (np.array([4.0] * 9 + [40.0] * 2), np.ones(11))
+    >>> _typical([many], by_size=False), _typical([many], by_size=True)
+    (4.0, 40.0)
+    """
+    sizes, weights = (np.concatenate(parts) for parts in zip(*seen, strict=True))
     if weights.sum() < _MIN_FINDINGS:
         return None
-    order = np.argsort(values, kind="stable")
-    reached = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(reached, 0.5 * reached[-1])])
+    order = np.argsort(sizes, kind="stable")
+    reached = np.cumsum((weights * sizes if by_size else weights)[order])
+    return float(sizes[order][np.searchsorted(reached, 0.5 * reached[-1])])

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ModelFit"]
+__all__ = ["ModelFit", "warn_of_size"]
 
 _MIN_OBJECTS = 10  # fewer tell nothing
 _MAX_RATIO = 1.6  # of typical and nominal diameter; the shipped models learned from 1.4 either way
 _MIN_TYPICAL_SCORE = 0.8  # half of the findings score below it: the model is guessing
+_SMALLEST_PX = 7.0  # smoothed noise is as large
 _STEPS_PER_OCTAVE = 64  # of the histogram of sizes
 _OCTAVES = 8  # either way of the nominal diameter
 _SCORE_BINS = 100
@@ -54,6 +55,24 @@ class ModelFit:
                 f"the model is unsure (half of the objects score below {score:.2f}): look at the overview; "
                 f"another --diameter, channel or model may fit better"
             )
+
+
+def warn_of_size(measured_px: float | None) -> str | None:
+    """Return what a user should know of a size that a model measured, level-0 pixels; None: it found nothing.
+
+    >>> warn_of_size(20.0)
+    """
+    if measured_px is None:
+        return (
+            "too few objects were seen to measure their size, and pixels were taken as they are: "
+            "where there are objects, pass --diameter"
+        )
+    if measured_px < _SMALLEST_PX:
+        return (
+            f"the objects were measured as {measured_px:.0f} px wide, which is what noise looks like: "
+            "look at the overview; pass --diameter if they are larger"
+        )
+    return None
 
 
 def _median_bin(counts: NDArray[np.int64]) -> int:

@@ -24,6 +24,7 @@ def load(
     min_score: float | None = None,
     threads: int | None = None,
     tell: Callable[[str], None] = lambda words: None,
+    engine: str | Path | None = None,
 ) -> Segmenter:
     """Return a segmenter, ready to run; a context manager that owns its engine.
 
@@ -31,20 +32,29 @@ def load(
         name_or_path: one of `shipped_models()`, or the path of a .darcnn file.
         device: "cpu", "cuda", or "auto": CUDA where it serves, else the CPU.
         backend: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto": a compiled TensorRT engine
-            where one fits the GPU, else ONNX Runtime.
+            where one fits the GPU, else ONNX Runtime; that of `engine` where it is given.
         threads: that compute on a CPU; None: one a core.
         min_score: objects below it are not reported; None takes the model's own.
         tell: is told in a line each what runs, and why what would be faster does not.
+        engine: the folder that `darcnn-export engine --out` wrote of this model; None: of those in the user's
+            cache one that fits.
     Raises:
         BundleError: no such model, or the file cannot be used.
-        DeviceError: the device does not serve.
-        UsageError: no such device or backend, or `min_score` is not between 0 and 1.
+        DeviceError: the device or the engine does not serve.
+        UsageError: no such device or backend, none that runs `engine`, or `min_score` is not between 0 and 1.
     """
     if min_score is not None and not 0 <= min_score <= 1:
         raise UsageError(f"{min_score} is not a score", where="--min-score", fix="give a number from 0 to 1")
     bundle = find_bundle(name_or_path)
-    engine = open_engine(bundle, device=device, backend=backend, threads=threads, tell=tell)
-    return Segmenter(engine, bundle.manifest, min_score=min_score)
+    opened = open_engine(
+        bundle,
+        device=device,
+        backend=backend,
+        threads=threads,
+        tell=tell,
+        engine=None if engine is None else Path(engine),
+    )
+    return Segmenter(opened, bundle.manifest, min_score=min_score)
 
 
 def find_bundle(name_or_path: str | Path) -> Bundle:

@@ -17,6 +17,8 @@ __all__ = [
     "Limits",
     "Manifest",
     "ModelInput",
+    "Precision",
+    "check_name",
     "manifest_from_json",
     "manifest_to_json",
 ]
@@ -46,6 +48,10 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "limits.max_diameter_px": (1e-6, 1e6),
     "input.found_diameter_px": (1e-6, 1e6),
 }
+
+MAX_NAME = 100  # characters; a name becomes part of file names, which systems cut off at 255 bytes
+
+Precision = Literal["fp32", "fp16", "int8"]  # of the layers; "int8": the encoders in Q/DQ
 
 T = TypeVar("T")
 
@@ -103,7 +109,7 @@ class Manifest:
     limits: Limits
     graphs: Mapping[str, Mapping[str, tuple[str, tuple[int, ...]]]]  # graph -> tensor -> (dtype, shape)
     files: Mapping[str, str]
-    precision: str = "fp32"  # of the layers; "int8": the encoders in Q/DQ
+    precision: Precision = "fp32"
 
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
@@ -123,6 +129,7 @@ def manifest_from_json(content: Mapping[str, Any]) -> Manifest:
         for graph, tensors in ((graph, _table(graphs[graph], f"graphs.{graph}")) for graph in graphs)
     }
     manifest = _parse(Manifest, {**content, "graphs": parsed}, "")
+    check_name(manifest.name)
     sizes, rule = manifest.input, manifest.input.intensity
     if 2 * sizes.halo_px >= sizes.tile_px > 0:
         raise ValueError(f"input.halo_px leaves nothing of a tile: {sizes.halo_px}")
@@ -131,6 +138,22 @@ def manifest_from_json(content: Mapping[str, Any]) -> Manifest:
     if rule.kind == "range" and rule.low >= rule.high:
         raise ValueError("input.intensity is not from a lower to a higher value")
     return manifest
+
+
+def check_name(name: str) -> None:
+    """Raise a ValueError unless `name` can be a model's: it becomes part of file names.
+
+    >>> check_name("../nuclei")
+    Traceback (most recent call last):
+    ValueError: name holds '/'
+    """
+    if not name or name in (".", ".."):
+        raise ValueError(f"name is {name!r}")
+    if len(name) > MAX_NAME:
+        raise ValueError(f"name has {len(name)} characters, more than {MAX_NAME}")
+    for character in name:
+        if character in "/\\" or not character.isprintable():  # of a surrogate no system makes a file name
+            raise ValueError(f"name holds {character!r}")
 
 
 def _table(value: Any, where: str) -> Mapping[str, Any]:

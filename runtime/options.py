@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-__all__ = ["BACKENDS", "read_diameter"]
+__all__ = ["BACKENDS", "read_diameter", "read_window"]
 
 BACKENDS = (
     "auto",
@@ -31,3 +31,18 @@ def read_diameter(
     if not 0 < value < math.inf:
         raise click.BadParameter(f"{text!r} is neither a number above 0 nor auto")
     return value
+
+
+def read_window(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> tuple[float, float] | None:
+    """Return what --window says: the raw values that become black and white, None where it is not given."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(word) for word in text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise click.BadParameter(f"{text!r} is no window: give LOW,HIGH such as 0,4095")
+    return low, high

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.diameter import choose_diameter, finds_unasked
 from darcnn.runtime.errors import InputError, UsageError
-from darcnn.runtime.fit import ModelFit
+from darcnn.runtime.fit import ModelFit, warn_of_size
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.ground import Ground, survey_ground
+from darcnn.runtime.intensity import Window
 from darcnn.runtime.measure import object_schema
 from darcnn.runtime.outputs import add_formats, write_outputs
 from darcnn.runtime.parts import Parts
@@ -73,7 +74,7 @@ class RunSummary:
     overview: Path
     n_objects: int
     seconds: float
-    megapixels: float  # of level 0
+    megapixels: float  # of level 0, in tiles that were looked at
     warnings: tuple[str, ...]
     ground_mm2: float | None = None  # area of the tissue that was looked at; None without a pixel size
     was_done: bool = False  # by an earlier run that asked for the same
@@ -95,6 +96,7 @@ class _Wish:
     roi: Roi | None
     row_filter: RowFilter | None
     asked: dict[str, Any]  # all that the objects depend on
+    is_measured: bool  # the size of the objects is
 
 
 def run_slide(
@@ -161,11 +163,9 @@ def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
         row_filter = parse_filter(chosen.row_filter, object_schema(info.channel_names).names)
         if info.mpp is None and chosen.mpp is None:
             row_filter.require_known(_MICROMETRES, where=info.name, fix="--mpp")
-    model, diameter_px = segmenter.manifest.input, chosen.diameter_px
-    is_open = diameter_px is None and not chosen.pixels
-    has_pixel_size = info.mpp is not None or chosen.mpp is not None
-    if diameter_px == "auto" or (is_open and finds_unasked(model, has_pixel_size)):
-        diameter_px = model.nominal_diameter_px
+    is_measured = _measures(segmenter, info, chosen)
+    given = None if chosen.diameter_px == "auto" else chosen.diameter_px
+    diameter_px = segmenter.manifest.input.nominal_diameter_px if is_measured else given
     segmenter.plan(info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel)
     options = {key: value for key, value in asdict(chosen).items() if key not in _NOT_ASKED}
     asked = {
@@ -175,7 +175,15 @@ def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
         "size": [info.width_px0, info.height_px0],
         "options": options | {"roi": None if roi is None else roi.record},
     }
-    return _Wish(chosen, channel, roi, row_filter, asked)
+    return _Wish(chosen, channel, roi, row_filter, asked, is_measured)
+
+
+def _measures(segmenter: Segmenter, info: SlideInfo, chosen: RunOptions) -> bool:
+    """Tell whether the objects' size is measured first."""
+    has_pixel_size = info.mpp is not None or chosen.mpp is not None
+    is_open = chosen.diameter_px is None and not chosen.pixels
+    is_unasked = is_open and finds_unasked(segmenter.manifest.input, has_pixel_size)
+    return chosen.diameter_px == "auto" or is_unasked
 
 
 def _fill(
@@ -201,11 +209,12 @@ def _fill(
         ModelFit(model.nominal_diameter_px / plan.scale),
         n_tiles=len(ground.tiles),
         n_tiles_skipped=len(plan.tiles) - len(ground.tiles),
+        size_warning=warn_of_size(diameter_px) if wish.is_measured else None,
     )
     tally.add_seconds({"diameter": looked - before, "tissue": time.perf_counter() - looked})
     mended = MendedReader(reader)  # not that of the diameter: a run that goes on does not look for it again
     with tally.stage("intensity"):
-        window = segmenter.measure(mended, plan)
+        window = segmenter.measure(mended, plan) if options.window is None else Window(*options.window)
     task = SlideTask(plan, window, info.mpp if options.mpp is None else (options.mpp, options.mpp))
     with translated(claimed.path):
         parts.note(wish.asked, {"diameter_px": diameter_px})
@@ -247,6 +256,7 @@ def _diameter(segmenter: Segmenter, reader: Reader, wish: _Wish) -> float | None
         mpp=wish.options.mpp,
         pixels=wish.options.pixels,
         channel=wish.channel,
+        window=None if wish.options.window is None else Window(*wish.options.window),
     )
 
 
@@ -310,16 +320,18 @@ class _Counter:
 def _summarize(
     info: SlideInfo, folder: Path, record: Mapping[str, Any], start: float, *, was_done: bool = False
 ) -> RunSummary:
+    counts = record["counts"]
+    looked_at = counts["tiles"] / max(1, counts["tiles"] + counts["tiles_skipped"])
     return RunSummary(
         info.name,
         folder,
         folder / OVERVIEW_FILE,
-        n_objects=record["counts"]["objects"],
+        n_objects=counts["objects"],
         seconds=time.perf_counter() - start,
-        megapixels=info.width_px0 * info.height_px0 / 1e6,
+        megapixels=info.width_px0 * info.height_px0 / 1e6 * looked_at,
         warnings=tuple(record["warnings"]),
         ground_mm2=record["ground"]["area_mm2"],
         was_done=was_done,
-        n_unreadable=record["counts"].get("tiles_unreadable", 0),  # results of earlier versions lack it
+        n_unreadable=counts.get("tiles_unreadable", 0),  # results of earlier versions lack it
         measured_px=measured_px(record),
     )

@@ -21,6 +21,9 @@ class RunOptions:
     pixels: bool = False  # take the pixels as they are, whatever their size
     diameter_px: float | Literal["auto"] | None = None  # of a typical object, level-0 pixels; auto: estimated
     channel: int | str | None = None  # number or name
+    window: tuple[float, float] | None = (
+        None  # raw values that become black and white; None: the model's rule
+    )
     z: int | None = None  # the plane that the reader was opened at; recorded
     t: int | None = None  # the moment, likewise
     tissue: bool = True  # leave out glass and empty background

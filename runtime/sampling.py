@@ -48,6 +48,8 @@ READERS = 2  # threads that read tiles while the engine computes; decoders work 
 BATCHES_AHEAD = 2
 MAX_BLOCK_PX = 4096  # the side of what is read at once, pixels of the level
 _WHITE_AT_MOST = 2.0  # of pixels from 0 to 1: sharpening goes a little beyond the ends,
+_CAMERA_BITS = (8, 10, 12, 14)
+_FEW_BITS = max(_CAMERA_BITS)  # glass uses more of 16 bits, unless the camera has fewer
 _WHITEST = 99.9  # per cent, and a hot pixel says nothing
 
 
@@ -191,14 +193,15 @@ def measure_slide(reader: Reader, plan: SlidePlan, rule: IntensityRule, *, chann
     """Return the window of `rule` for the slide, the same for every tile; read only if the rule needs it.
 
     Raises:
-        InputError: numbers with fractions that 0 and 1 do not bound, where the rule takes these for the ends.
+        InputError: numbers with fractions that 0 and 1 do not bound, or of 16 bits that use 14 at most, where
+            the rule takes the ends of the type for black and white.
     """
     info = reader.info
     sample = np.empty((0, channels), info.dtype)
-    is_unbounded = rule.kind == "full_range" and info.dtype.kind == "f"
-    if rule.needs_statistics or is_unbounded:
+    is_doubtful = rule.kind == "full_range" and (info.dtype.kind == "f" or info.dtype == np.uint16)
+    if rule.needs_statistics or is_doubtful:
         sample = sample_slide(reader, scale=plan.scale, channels=channels, channel=plan.channel)
-    if is_unbounded:
+    if is_doubtful:
         _check_white(sample, info)
     by_channel = sees_separate_channels(
         available=len(info.channel_names), is_rgb=info.is_rgb, channels=channels, channel=plan.channel
@@ -207,14 +210,24 @@ def measure_slide(reader: Reader, plan: SlidePlan, rule: IntensityRule, *, chann
 
 
 def _check_white(sample: NDArray[Any], info: SlideInfo) -> None:
-    """Raise if 1 is not white in `sample`, which has fractions."""
+    """Raise if white in `sample` is not where its type has it: at 1, or at 65535."""
     finite = sample[np.isfinite(sample)]
     highest = float(np.percentile(finite, _WHITEST)) if finite.size else 0.0
-    if highest > _WHITE_AT_MOST:
+    where = info.path or info.name
+    if info.dtype.kind == "f" and highest > _WHITE_AT_MOST:
         raise InputError(
             f"its values reach {highest:.4g}, where of such numbers 0 is black and 1 is white",
-            where=info.path or info.name,
+            where=where,
             fix="divide them, or store them as uint8 or uint16",
+        )
+    if info.dtype == np.uint16 and 0 < highest < 2**_FEW_BITS:
+        bits = next(n for n in _CAMERA_BITS if highest < 2**n)
+        white = 2**bits - 1
+        said = f"window=Window(0, {white})" if info.path is None else f"--window 0,{white}"
+        raise InputError(
+            f"its values reach {highest:.0f}, where of 16 bits 65535 is white",
+            where=where,
+            fix=f"pass {said} if the camera has {bits} bits",
         )
 
 

@@ -15,7 +15,14 @@ from darcnn.runtime.readers.open import is_readable
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.sinks.result_folder import make_folder_name
 
-__all__ = ["list_slides", "place_results"]
+__all__ = ["find_unread", "list_slides", "place_results"]
+
+# Images of other programs, which a folder may hold beside those that are read.
+_UNREAD = (
+    *(".nd2", ".lif", ".lsm", ".vsi", ".oib", ".oif", ".oir", ".ims", ".dv", ".zvi", ".stk"),
+    *(".h5", ".hdf5", ".npy", ".npz", ".jp2", ".j2k", ".webp", ".gif", ".heic"),
+)
+_NAMED = 3  # files that a message names
 
 _ONE_OF_MANY = ".dcm"  # the files of a DICOM slide lie side by side: one must be named, not the folder
 
@@ -38,6 +45,19 @@ def list_slides(inputs: Sequence[str]) -> tuple[Location, ...]:
     found = tuple(slides.values())
     place_results(found)  # before a model is loaded
     return found
+
+
+def find_unread(inputs: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each folder of `inputs` with images that are left out, for they are not read."""
+    for text in inputs:
+        folder = Path(text)
+        if is_url(text) or not folder.is_dir() or is_ome_zarr(folder):
+            continue
+        names = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in _UNREAD)
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            listed = ", ".join(names[:_NAMED]) + more
+            yield f"{text}: left out, for they are not read: {listed}; export OME-TIFF"
 
 
 def place_results(slides: Sequence[Location]) -> tuple[Path, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib import metadata, util
+from pathlib import Path
 
 import onnxruntime
 
@@ -12,7 +13,7 @@ from darcnn.runtime.engines.cuda import gpu_name
 from darcnn.runtime.engines.onnxruntime import DEVICES, OnnxRuntimeEngine
 from darcnn.runtime.engines.openvino import OpenVinoEngine
 from darcnn.runtime.engines.protocol import Engine
-from darcnn.runtime.engines.tensorrt import open_tensorrt
+from darcnn.runtime.engines.tensorrt import open_engine_in, open_tensorrt
 from darcnn.runtime.engines.tensorrt_build import BACKENDS as TENSORRT
 from darcnn.runtime.engines.tensorrt_build import load_backend
 from darcnn.runtime.errors import DeviceError, UsageError
@@ -28,6 +29,8 @@ def open_engine(
     backend: str = "auto",
     threads: int | None = None,
     tell: Callable[[str], None] = lambda words: None,
+    engine: Path | None = None,
+    precision: str | None = None,
 ) -> Engine:
     """Return the engine that is to run `bundle`.
 
@@ -40,11 +43,20 @@ def open_engine(
         backend: one of `darcnn.runtime.options.BACKENDS`.
         threads: that compute on a CPU; None: one a core.
         tell: is told in a line each what runs, and why what would be faster does not.
+        engine: the folder of the compiled engine to run; None: of those in the user's cache one that fits.
+        precision: of the layers of such a one from the cache, "fp16" say; None: any.
     Raises:
-        UsageError: no such device or backend, or the backend does not run on the device.
+        UsageError: no such device or backend, or the backend does not run on the device, or not the engine.
         DeviceError: what was asked for does not serve.
         BundleError: the graphs do not load.
     """
+    _check_choice(device, backend, engine)
+    opened = _open(bundle, device, backend, threads, tell, engine, precision)
+    tell(f"runs on {opened.spec.name}")
+    return opened
+
+
+def _check_choice(device: str, backend: str, engine: Path | None) -> None:
     if device not in DEVICES:
         raise UsageError(f"no device {device!r}", where="--device", fix=f"choose one of {', '.join(DEVICES)}")
     if backend not in BACKENDS:
@@ -53,23 +65,34 @@ def open_engine(
         )
     if (backend in TENSORRT and device == "cpu") or (backend == "openvino" and device == "cuda"):
         raise UsageError(f"{backend} does not run on {device}", where="--backend", fix="leave out --device")
-    engine = _open(bundle, device, backend, threads, tell)
-    tell(f"runs on {engine.spec.name}")
-    return engine
+    if engine is not None and backend not in ("auto", *TENSORRT):
+        raise UsageError(
+            f"is for {' and '.join(TENSORRT)}, not for {backend}", where="--engine", fix="leave out --backend"
+        )
+    if engine is not None and device == "cpu":
+        raise UsageError("a compiled engine does not run on cpu", where="--engine", fix="leave out --device")
 
 
 def _open(
-    bundle: Bundle, device: str, backend: str, threads: int | None, tell: Callable[[str], None]
+    bundle: Bundle,
+    device: str,
+    backend: str,
+    threads: int | None,
+    tell: Callable[[str], None],
+    engine: Path | None,
+    precision: str | None,
 ) -> Engine:
+    if engine is not None:
+        return open_engine_in(engine, bundle, backend)
     if backend in TENSORRT:
-        return open_tensorrt(bundle, backend)
+        return open_tensorrt(bundle, backend, precision=precision)
     if backend == "openvino":
         return OpenVinoEngine(bundle, threads=threads)
     if backend == "auto" and device != "cpu":
         for name, module in TENSORRT.items():
             if util.find_spec(module) is not None:
                 try:
-                    return open_tensorrt(bundle, name)
+                    return open_tensorrt(bundle, name, precision=precision)
                 except DeviceError as err:
                     tell(f"not on {name}: {err}")
     return OnnxRuntimeEngine(bundle, device=device, threads=threads, tell=tell)

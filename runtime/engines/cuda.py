@@ -23,7 +23,11 @@ __all__ = [
     "gpu_capability",
     "gpu_name",
     "pinned_array",
+    "release_recorded",
 ]
+
+
+_ELSE = "choose another --backend"
 
 
 def _cudart() -> Any:
@@ -52,12 +56,14 @@ def _call(name: str, *arguments: Any) -> Any:
         status, *results = getattr(cudart, name)(*arguments)
     except RuntimeError as err:  # the driver's library is not on this machine
         raise DeviceError(
-            f"CUDA does not start ({str(err).splitlines()[0]})", where="GPU", fix="check the NVIDIA driver"
+            f"CUDA does not start ({str(err).splitlines()[0]})",
+            where="GPU",
+            fix=f"check the NVIDIA driver, or {_ELSE}",
         ) from err
     if status != cudart.cudaError_t.cudaSuccess:
         reason = getattr(status, "name", str(status))
         fix = "free GPU memory" if "MemoryAllocation" in reason else "check the NVIDIA driver"
-        raise DeviceError(f"{name} failed ({reason})", where="GPU", fix=f"{fix}, or pass --device cpu")
+        raise DeviceError(f"{name} failed ({reason})", where="GPU", fix=f"{fix}, or {_ELSE}")
     return results[0] if len(results) == 1 else tuple(results) or None
 
 
@@ -68,7 +74,9 @@ def gpu_capability(device: int = 0) -> str:
         DeviceError: there is no GPU.
     """
     if _call("cudaGetDeviceCount") <= device:
-        raise DeviceError("no NVIDIA GPU on this machine", where="GPU", fix="pass --device cpu")
+        raise DeviceError(
+            "no NVIDIA GPU on this machine", where="GPU", fix=f"check the NVIDIA driver, or {_ELSE}"
+        )
     properties = _call("cudaGetDeviceProperties", device)
     return f"sm{properties.major}{properties.minor}"
 
@@ -101,9 +109,12 @@ class Stream:
         _call("cudaStreamBeginCapture", self.handle, mode)
 
     def end_capture(self) -> Any:
-        """Return what was recorded, ready to `launch`."""
+        """Return what was recorded, ready to `launch`, until the caller gives it to `release_recorded`."""
         graph = _call("cudaStreamEndCapture", self.handle)
-        return _call("cudaGraphInstantiate", graph, 0)
+        try:
+            return _call("cudaGraphInstantiate", graph, 0)
+        finally:
+            _call("cudaGraphDestroy", graph)  # what was instantiated does not need it
 
     def launch(self, recorded: Any) -> None:
         """Queue all that was recorded as one."""
@@ -114,6 +125,11 @@ class Stream:
         if self.handle is not None:
             _call("cudaStreamDestroy", self.handle)
             self.handle = None
+
+
+def release_recorded(recorded: Any) -> None:
+    """Give back what `Stream.end_capture` returned."""
+    _call("cudaGraphExecDestroy", recorded)
 
 
 class DeviceBuffer:

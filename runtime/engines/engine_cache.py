@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
+import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import platformdirs
 
 from darcnn.runtime.bundle import Bundle
-from darcnn.runtime.errors import DeviceError
+from darcnn.runtime.engines.graphs import OUTPUTS
+from darcnn.runtime.errors import DeviceError, OutputError
 from darcnn.runtime.sinks.atomic import atomic_folder, translated
 
 __all__ = [
     "CompiledEngine",
     "EngineFacts",
+    "check_place",
     "engine_folder",
     "find_engines",
+    "needs_target",
     "read_engine",
+    "read_facts",
+    "store_engine",
     "timing_cache_path",
     "write_engine",
 ]
 
 _FORMAT = 1
 _FACTS_FILE = "engine.json"
+_FILES = frozenset({_FACTS_FILE, *(f"{graph}.plan" for graph in OUTPUTS)})
 _KEY_DIGITS = 20  # of the sha256 that names a folder
+_STEM_CHARACTERS = 60  # of the model's name in it, which is for people to read
+_OLDEST_WITHOUT_TARGET = 80  # TensorRT-RTX compiles for compute capability 8.0 and later, unless it is told
+_DRAFT_SECONDS = 3600  # a draft that old is of a process that was killed: none takes minutes
+_REBUILD = "build it again with `darcnn-export engine`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +53,9 @@ class EngineFacts:
     bundle_sha256: str
     backend: str  # "tensorrt" or "tensorrt-rtx"
     version: str  # of the backend
-    targets: tuple[str, ...]  # "sm86": the GPUs it was compiled for; none: all that TensorRT-RTX knows
+    targets: tuple[
+        str, ...
+    ]  # "sm86", sorted; none: sm80 and later with tensorrt-rtx, else the GPU in `device`
     device: str | None  # TensorRT: name, compute capability and driver of the GPU that it was built on
     batch: int
     tile_px: int
@@ -50,7 +66,17 @@ class EngineFacts:
     def key(self) -> str:
         """The name of its folder in the cache."""
         text = json.dumps(asdict(self), sort_keys=True)
-        return f"{self.bundle_name}.{self.backend}.{hashlib.sha256(text.encode()).hexdigest()[:_KEY_DIGITS]}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:_KEY_DIGITS]
+        return f"{_stem(self.bundle_name)}.{self.backend}.{digest}"
+
+
+_KINDS = {
+    **dict.fromkeys(("bundle_name", "bundle_sha256", "backend", "version", "precision"), str),
+    **dict.fromkeys(("batch", "tile_px"), int),
+    "targets": tuple,
+    "device": str | None,
+    "is_version_compatible": bool,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +93,30 @@ def engine_folder(facts: EngineFacts, root: Path | None = None) -> Path:
     return (_cache_root() if root is None else root) / facts.key
 
 
-def write_engine(folder: Path, facts: EngineFacts, plans: Mapping[str, bytes]) -> None:
-    """Write an engine; `folder` appears only once complete, and replaces an earlier one.
+def store_engine(facts: EngineFacts, plans: Mapping[str, bytes], root: Path | None = None) -> Path:
+    """Write an engine into the user's cache, or under `root`, in place of one like it; return its folder.
+
+    What processes that were killed left half-written there is removed.
 
     Raises:
         OutputError: it cannot be written.
     """
+    folder = engine_folder(facts, root)
+    _remove_drafts(folder.parent)
+    write_engine(folder, facts, plans, overwrite=True)
+    return folder
+
+
+def write_engine(
+    folder: Path, facts: EngineFacts, plans: Mapping[str, bytes], *, overwrite: bool = False
+) -> None:
+    """Write an engine; `folder` has it only once complete, and an earlier one until then.
+
+    Raises:
+        OutputError: it cannot be written, or `check_place` refuses the folder.
+    """
+    folder = folder.resolve()  # what a link names is replaced, not the link
+    check_place(folder, overwrite=overwrite)
     content = {
         "format": _FORMAT,
         "facts": asdict(facts),
@@ -80,16 +124,51 @@ def write_engine(folder: Path, facts: EngineFacts, plans: Mapping[str, bytes]) -
     }
     with translated(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
-            shutil.rmtree(folder)
-        with atomic_folder(folder) as draft:
-            for graph, plan in plans.items():
-                (draft / f"{graph}.plan").write_bytes(plan)
-            (draft / _FACTS_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        try:
+            with atomic_folder(folder, replaces=True) as draft:
+                for graph, plan in plans.items():
+                    (draft / f"{graph}.plan").write_bytes(plan)
+                (draft / _FACTS_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        except OSError as err:
+            # another process wrote it meanwhile: two builds of one engine are as good as each other
+            if err.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not _holds(folder, facts):
+                raise
+
+
+def check_place(folder: Path, *, overwrite: bool) -> None:
+    """Raise an OutputError where an engine may not be written to `folder`.
+
+    It must be absent or empty, or, with `overwrite`, hold an engine and nothing else.
+    """
+    with translated(folder):
+        names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    if others := sorted(names - _FILES):
+        raise OutputError(
+            f"holds files that are no engine, such as {others[0]}", where=folder, fix="name another --out"
+        )
+    if names and not overwrite:
+        raise OutputError(
+            "holds an engine already", where=folder, fix="name another --out or pass --overwrite"
+        )
+
+
+def read_facts(folder: Path) -> EngineFacts:
+    """Return what the engine in `folder` says of itself.
+
+    Raises:
+        DeviceError: there is none, or it is damaged.
+    """
+    return _read_content(folder)[0]
 
 
 def read_engine(
-    folder: Path, bundle: Bundle, *, version: str | None = None, capability: str | None = None
+    folder: Path,
+    bundle: Bundle,
+    *,
+    version: str | None = None,
+    capability: str | None = None,
+    device: str | None = None,
+    precision: str | None = None,
 ) -> CompiledEngine:
     """Return the engine in `folder` if it fits.
 
@@ -98,55 +177,124 @@ def read_engine(
         bundle: the model that it must have been made of.
         version: of the backend that is to run it; None is not compared.
         capability: of the GPU that is to run it, "sm86"; None is not compared.
+        device: what `gpu_name` says of that GPU; None is not compared.
+        precision: of the layers, "fp16" say; None is not compared.
     Raises:
         DeviceError: there is none, it is damaged, or it does not fit; the message says why.
     """
-    rebuild = "build it again with `darcnn-export engine`"
-    try:
-        content = json.loads((folder / _FACTS_FILE).read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT:
-            raise DeviceError("was written by another darcnn", where=folder, fix=rebuild)
-        table = content["facts"]
-        facts = EngineFacts(**{**table, "targets": tuple(table["targets"])})
-        plans = {graph: (folder / f"{graph}.plan").read_bytes() for graph in content["plans"]}
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise DeviceError(f"no readable engine ({err})", where=folder, fix=rebuild) from err
-    for graph, digest in content["plans"].items():
+    facts, digests = _read_content(folder)
+    plans = {}
+    for graph, digest in digests.items():
+        try:
+            plans[graph] = (folder / f"{graph}.plan").read_bytes()
+        except OSError as err:
+            raise DeviceError(f"no readable engine ({err})", where=folder, fix=_REBUILD) from err
         if hashlib.sha256(plans[graph]).hexdigest() != digest:
-            raise DeviceError(f"{graph}.plan is damaged", where=folder, fix=rebuild)
-    for problem in _misfits(facts, bundle, version, capability):
-        raise DeviceError(f"does not fit: {problem}", where=folder, fix=rebuild)
+            raise DeviceError(f"{graph}.plan is damaged", where=folder, fix=_REBUILD)
+    problems = [*_misfits(facts, bundle, version, precision), *_misfits_gpu(facts, capability, device)]
+    if problems:
+        raise DeviceError(f"does not fit: {problems[0]}", where=folder, fix=_REBUILD)
     return CompiledEngine(folder, facts, plans)
 
 
 def find_engines(bundle: Bundle, backend: str, root: Path | None = None) -> Iterator[Path]:
     """Yield the folders of the cache that may hold engines of `bundle`, newest first."""
     base = _cache_root() if root is None else root
-    folders = base.glob(f"{glob.escape(bundle.manifest.name)}.{backend}.*") if base.is_dir() else iter(())
-    complete = [folder for folder in folders if (folder / _FACTS_FILE).is_file()]
-    yield from sorted(complete, key=lambda folder: -(folder / _FACTS_FILE).stat().st_mtime)
+    pattern = f"{glob.escape(_stem(bundle.manifest.name))}.{backend}.*"
+    found: list[tuple[float, Path]] = []
+    for folder in base.glob(pattern):
+        with suppress(OSError):  # it is just being replaced
+            found.append(((folder / _FACTS_FILE).stat().st_mtime, folder))
+    yield from (folder for _, folder in sorted(found, reverse=True))
 
 
-def _misfits(
-    facts: EngineFacts, bundle: Bundle, version: str | None, capability: str | None
-) -> Iterator[str]:
-    sizes = bundle.manifest.input
-    if facts.bundle_sha256 != bundle.sha256:
-        yield f"it was made of another {facts.bundle_name} than {bundle.path}"
-    is_of_major = version is not None and facts.version.split(".")[0] == version.split(".")[0]
-    if version not in (None, facts.version) and not (facts.is_version_compatible and is_of_major):
-        yield f"it was built by {facts.backend} {facts.version}, this is {version}"
-    if capability is not None and facts.targets and capability not in facts.targets:
-        yield f"it was built for {', '.join(facts.targets)}, this GPU is {capability}"
-    if (facts.batch, facts.tile_px) != (sizes.batch, sizes.tile_px):
-        yield f"it takes {facts.batch} x {facts.tile_px} px, the model {sizes.batch} x {sizes.tile_px}"
+def needs_target(capability: str) -> bool:
+    """Tell whether TensorRT-RTX compiles for a GPU only where it is named.
 
-
-def _cache_root() -> Path:
-    return platformdirs.user_cache_path("darcnn") / "engines"
+    >>> [needs_target(one) for one in ("sm75", "sm80", "sm120")]
+    [True, False, False]
+    """
+    return int(capability.removeprefix("sm")) < _OLDEST_WITHOUT_TARGET
 
 
 def timing_cache_path(backend: str, version: str, device: str, root: Path | None = None) -> Path:
     """Return where TensorRT's timings for one version and one GPU are kept; the file may not exist."""
     key = hashlib.sha256(f"{backend} {version} {device}".encode()).hexdigest()[:_KEY_DIGITS]
     return (_cache_root() if root is None else root) / f"timing.{key}.bin"
+
+
+def _read_content(folder: Path) -> tuple[EngineFacts, Mapping[str, str]]:
+    """Return the facts, and the sha256 of each graph's plan."""
+    try:
+        content = json.loads((folder / _FACTS_FILE).read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise DeviceError("was written by another darcnn", where=folder, fix=_REBUILD)
+        table, digests = content["facts"], content["plans"]
+        facts = EngineFacts(**{**table, "targets": tuple(str(one) for one in table["targets"])})
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(facts, name), kind):
+                raise ValueError(f"{name} in {_FACTS_FILE} is of the wrong kind")
+        if not isinstance(digests, dict) or set(digests) != set(OUTPUTS):
+            raise ValueError(f"{_FACTS_FILE} does not name the plans {' and '.join(OUTPUTS)}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as err:
+        raise DeviceError(f"no readable engine ({err})", where=folder, fix=_REBUILD) from err
+    return facts, digests
+
+
+def _holds(folder: Path, facts: EngineFacts) -> bool:
+    try:
+        return read_facts(folder) == facts
+    except DeviceError:
+        return False
+
+
+def _misfits(facts: EngineFacts, bundle: Bundle, version: str | None, precision: str | None) -> Iterator[str]:
+    sizes = bundle.manifest.input
+    if facts.bundle_sha256 != bundle.sha256:
+        yield f"it was made of another {facts.bundle_name} than {bundle.path}"
+    is_of_major = version is not None and facts.version.split(".")[0] == version.split(".")[0]
+    if version not in (None, facts.version) and not (facts.is_version_compatible and is_of_major):
+        yield f"it was built by {facts.backend} {facts.version}, this is {version}"
+    if precision not in (None, facts.precision):
+        yield f"it computes in {facts.precision}, not in {precision}"
+    if (facts.batch, facts.tile_px) != (sizes.batch, sizes.tile_px):
+        yield f"it takes {facts.batch} x {facts.tile_px} px, the model {sizes.batch} x {sizes.tile_px}"
+
+
+def _misfits_gpu(facts: EngineFacts, capability: str | None, device: str | None) -> Iterator[str]:
+    if capability is not None and facts.targets and capability not in facts.targets:
+        yield f"it was built for {', '.join(facts.targets)}, this GPU is {capability}"
+    if facts.backend == "tensorrt-rtx":
+        if capability is not None and not facts.targets and needs_target(capability):
+            yield f"it was built without --target, for sm80 and later, this GPU is {capability}"
+    elif device is not None and _without_driver(facts.device or "none") != _without_driver(device):
+        yield f"it was built on {facts.device}, this GPU is {device}"
+
+
+def _without_driver(device: str) -> str:
+    """Return what `gpu_name` says without the driver, which may be another when an engine is run."""
+    return device.partition(" driver ")[0]
+
+
+def _stem(bundle_name: str) -> str:
+    """Return a model's name as part of a file's; what it was made of is told by the hash, not by this.
+
+    >>> _stem("../../nuclei")
+    '_.._nuclei'
+    """
+    return re.sub(r"[^\w.-]+", "_", bundle_name, flags=re.ASCII).lstrip(".")[:_STEM_CHARACTERS] or "model"
+
+
+def _remove_drafts(root: Path) -> None:
+    limit = time.time() - _DRAFT_SECONDS
+    for draft in root.glob(".*.tmp"):
+        with suppress(OSError):  # another process removes it too
+            if draft.stat().st_mtime < limit:
+                if draft.is_dir():
+                    shutil.rmtree(draft)
+                else:
+                    draft.unlink()
+
+
+def _cache_root() -> Path:
+    return platformdirs.user_cache_path("darcnn") / "engines"

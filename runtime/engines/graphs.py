@@ -17,6 +17,7 @@ __all__ = [
     "OUTPUTS",
     "Signature",
     "advise_memory",
+    "check_manifest",
     "check_signature",
     "check_tiles",
     "expected_signatures",
@@ -75,6 +76,17 @@ def expected_signatures(bundle: Bundle) -> dict[str, Signature]:
     }
 
 
+def check_manifest(bundle: Bundle) -> None:
+    """Compare the tensors that the manifest states with what its input and limits ask for.
+
+    Raises:
+        BundleError: they differ; the message names the first tensor that does.
+    """
+    for graph, expected in expected_signatures(bundle).items():
+        stated = bundle.manifest.graphs.get(graph, {})
+        _compare(bundle, graph, expected, found=stated, source="manifest.json")
+
+
 def check_signature(bundle: Bundle, graph: str, found: Signature) -> None:
     """Compare the tensors `found` in `graph`, and those that the manifest states, with what they must be.
 
@@ -82,15 +94,8 @@ def check_signature(bundle: Bundle, graph: str, found: Signature) -> None:
         BundleError: they differ; the message names the first tensor that does.
     """
     expected, stated = expected_signatures(bundle)[graph], bundle.manifest.graphs.get(graph, {})
-    for source, signature in (("manifest.json", stated), (f"{graph}.onnx", found)):
-        for name in sorted(set(expected) | set(signature)):
-            if signature.get(name) != expected.get(name):
-                raise BundleError(
-                    f"{source} has {_describe(name, signature)} in the {graph} graph, "
-                    f"the model's input and limits ask for {_describe(name, expected)}",
-                    where=bundle.path,
-                    fix="export the model again",
-                )
+    _compare(bundle, graph, expected, found=stated, source="manifest.json")
+    _compare(bundle, graph, expected, found=found, source=f"{graph}.onnx")
 
 
 def check_tiles(spec: EngineSpec, tiles: Any) -> None:
@@ -150,6 +155,17 @@ def first_line(error: object) -> str:
     'no memory'
     """
     return str(error).strip().split("\n", 1)[0][:200]
+
+
+def _compare(bundle: Bundle, graph: str, expected: Signature, *, found: Signature, source: str) -> None:
+    for name in sorted(set(expected) | set(found)):
+        if found.get(name) != expected.get(name):
+            raise BundleError(
+                f"{source} has {_describe(name, found)} in the {graph} graph, "
+                f"the model's input and limits ask for {_describe(name, expected)}",
+                where=bundle.path,
+                fix="export the model again",
+            )
 
 
 def _describe(name: str, signature: Signature) -> str:

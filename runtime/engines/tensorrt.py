@@ -7,68 +7,157 @@ the real bindings, and engines of all shipped graphs are built (`darcnn.runtime.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.bundle import Bundle
-from darcnn.runtime.engines.cuda import DeviceBuffer, Stream, copy_in, copy_out, gpu_capability, pinned_array
-from darcnn.runtime.engines.engine_cache import CompiledEngine, find_engines, read_engine
+from darcnn.runtime.engines.cuda import (
+    DeviceBuffer,
+    Stream,
+    copy_in,
+    copy_out,
+    gpu_capability,
+    gpu_name,
+    pinned_array,
+    release_recorded,
+)
+from darcnn.runtime.engines.engine_cache import (
+    CompiledEngine,
+    find_engines,
+    needs_target,
+    read_engine,
+    read_facts,
+)
 from darcnn.runtime.engines.graphs import (
     INPUTS,
     OUTPUTS,
     advise_memory,
+    check_manifest,
     check_signature,
     check_tiles,
     make_spec,
     run_masks,
 )
+from darcnn.runtime.engines.offsets import OFFSETS_FIX, OFFSETS_PROBLEM, has_offsets
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
-from darcnn.runtime.engines.tensorrt_build import load_backend
-from darcnn.runtime.errors import DeviceError
+from darcnn.runtime.engines.tensorrt_build import DTYPES, load_backend
+from darcnn.runtime.errors import BundleError, DeviceError, UsageError
 
-__all__ = ["TensorRtEngine", "has_engine", "open_tensorrt"]
+__all__ = ["TensorRtEngine", "has_engine", "open_engine_in", "open_tensorrt"]
 
-_DTYPES = {"UINT8": "uint8", "FLOAT": "float32", "INT64": "int64", "BOOL": "bool"}
+_REBUILD = "build it again on this machine with `darcnn-export engine`"
 _RUNS_BEFORE_CAPTURE = 2  # the first run allocates, which cannot be recorded
 
 
-def open_tensorrt(bundle: Bundle, backend: str) -> TensorRtEngine:
+def open_tensorrt(bundle: Bundle, backend: str, *, precision: str | None = None) -> TensorRtEngine:
     """Return an engine on the compiled graphs of `bundle` that lie in the user's cache.
 
+    Args:
+        bundle: the model.
+        backend: "tensorrt" or "tensorrt-rtx".
+        precision: that the layers must compute in; None: that of the newest engine that loads.
     Raises:
         DeviceError: the backend or a GPU is missing, or no engine fits; the message has the command that
             builds one. Nothing is built here: that may take minutes.
+        BundleError: the manifest contradicts itself.
     """
-    reasons: list[str] = []
-    for compiled in _fitting(bundle, backend, reasons):
-        return TensorRtEngine(bundle, compiled)
-    raise DeviceError(
-        reasons[0] if reasons else f"no {backend} engine of {bundle.manifest.name} has been built",
-        where=f"--backend {backend}",
-        fix=f"run `darcnn-export engine {bundle.path} --backend {backend}`",
-    )
+    machine = _examine(backend)
+    check_manifest(bundle)
+    misfits: list[str] = []
+    failures: list[DeviceError] = []
+    for compiled in _fitting(bundle, machine, precision, misfits):
+        try:
+            return TensorRtEngine(bundle, compiled)
+        except DeviceError as err:
+            failures.append(err)
+    if failures:
+        raise failures[0]
+    raise _nothing_fits(bundle, machine, precision, misfits)
 
 
-def has_engine(bundle: Bundle, backend: str) -> bool:
-    """Tell whether the user's cache holds an engine of `bundle` that fits this GPU.
+def open_engine_in(folder: Path, bundle: Bundle, backend: str) -> TensorRtEngine:
+    """Return an engine on the compiled graphs in `folder`, which must be of `backend` unless that is "auto".
+
+    Raises:
+        DeviceError: the backend or a GPU is missing, or the engine does not fit; the message says why.
+        UsageError: the engine is of another backend.
+        BundleError: the manifest contradicts itself.
+    """
+    facts = read_facts(folder)
+    if backend not in ("auto", facts.backend):
+        raise UsageError(
+            f"is an engine of {facts.backend}, not of {backend}", where=folder, fix="leave out --backend"
+        )
+    check_manifest(bundle)
+    return TensorRtEngine(bundle, _read(folder, bundle, _examine(facts.backend), None))
+
+
+def has_engine(bundle: Bundle, backend: str, *, precision: str | None = None) -> bool:
+    """Tell whether the user's cache holds an engine of `bundle`, in `precision` if given, that fits this GPU.
 
     Raises:
         DeviceError: the backend or a GPU is missing.
     """
-    return next(_fitting(bundle, backend, []), None) is not None
+    return next(_fitting(bundle, _examine(backend), precision, []), None) is not None
 
 
-def _fitting(bundle: Bundle, backend: str, reasons: list[str]) -> Iterator[CompiledEngine]:
-    """Yield the engines that fit; why others do not is added to `reasons`."""
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """What an engine must fit."""
+
+    backend: str
+    version: str  # of the backend
+    capability: str  # of the GPU
+    device: str  # as `gpu_name` has it
+
+
+def _examine(backend: str) -> _Machine:
     version: str = load_backend(backend).__version__
-    capability = gpu_capability()
-    for folder in find_engines(bundle, backend):
+    return _Machine(backend, version, gpu_capability(), gpu_name())
+
+
+def _fitting(
+    bundle: Bundle, machine: _Machine, precision: str | None, misfits: list[str]
+) -> Iterator[CompiledEngine]:
+    """Yield the engines that fit; why others do not is added to `misfits`."""
+    for folder in find_engines(bundle, machine.backend):
         try:
-            yield read_engine(folder, bundle, version=version, capability=capability)
+            yield _read(folder, bundle, machine, precision)
         except DeviceError as err:
-            reasons.append(str(err))
+            misfits.append(f"{err.where}: {err.problem}")
+
+
+def _read(folder: Path, bundle: Bundle, machine: _Machine, precision: str | None) -> CompiledEngine:
+    return read_engine(
+        folder,
+        bundle,
+        version=machine.version,
+        capability=machine.capability,
+        device=machine.device,
+        precision=precision,
+    )
+
+
+def _nothing_fits(
+    bundle: Bundle, machine: _Machine, precision: str | None, misfits: list[str]
+) -> DeviceError:
+    if has_offsets(bundle):
+        return DeviceError(OFFSETS_PROBLEM, where=bundle.path, fix=OFFSETS_FIX)
+    command = f"darcnn-export engine {bundle.argument} --backend {machine.backend}"
+    if machine.backend == "tensorrt-rtx" and needs_target(machine.capability):
+        command += f" --target {machine.capability}"
+        precision = precision or ("fp16" if bundle.precision == "fp32" else None)  # as Turing needs it
+    if precision == "fp16":
+        command += " --precision fp16"
+    return DeviceError(
+        misfits[0] if misfits else f"no {machine.backend} engine of {bundle.manifest.name} has been built",
+        where=f"--backend {machine.backend}",
+        fix=f"run `{command}`",
+    )
 
 
 class TensorRtEngine:
@@ -82,22 +171,35 @@ class TensorRtEngine:
         """Load both plans onto the GPU.
 
         Raises:
-            DeviceError: there is no GPU, its memory is full, or a plan does not load.
-            BundleError: the plans' tensors are not those of the manifest.
+            DeviceError: there is no GPU, its memory is full, a plan does not load or is not of this bundle.
         """
         trt = load_backend(compiled.facts.backend)
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)
         self._graphs: dict[str, _LoadedGraph] = {}
-        shared: dict[str, DeviceBuffer] = {}  # the atlas, by both graphs
         facts = compiled.facts
+        if facts.is_version_compatible:  # such plans bring code along, which is run only if allowed
+            self._runtime.engine_host_code_allowed = True
         name = f"{facts.backend} {facts.version} {facts.precision} {gpu_capability()}"
         self._spec = make_spec(bundle, name)
-        advice = advise_memory(self._spec, "free GPU memory, or pass --device cpu")
+        advice = advise_memory(self._spec, "free GPU memory, or choose another --backend")
+        try:
+            self._load(bundle, compiled, advice)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, bundle: Bundle, compiled: CompiledEngine, advice: str) -> None:
+        shared: dict[str, DeviceBuffer] = {}  # the atlas, by both graphs
         for graph in OUTPUTS:
             loaded = _LoadedGraph(self._runtime, graph, compiled, shared, advice)
             self._graphs[graph] = loaded
-            check_signature(bundle, graph, loaded.signature)
+            try:
+                check_signature(bundle, graph, loaded.signature)
+            except BundleError as err:
+                raise DeviceError(
+                    f"does not fit: {err.problem}", where=compiled.folder, fix=_REBUILD
+                ) from err
             shared = {"atlas": loaded.buffers["atlas"]}
 
     @property
@@ -156,24 +258,33 @@ class _LoadedGraph:
             raise DeviceError(
                 f"the GPU does not load {name}.plan",
                 where=compiled.folder,
-                fix="build it again on this machine with `darcnn-export engine`",
+                fix=_REBUILD,
             )
         self.name, self._advice = name, advice
         self.signature = {
             tensor: (
-                _DTYPES.get(engine.get_tensor_dtype(tensor).name, "unknown"),
+                DTYPES.get(engine.get_tensor_dtype(tensor).name, "unknown"),
                 tuple(int(n) for n in engine.get_tensor_shape(tensor)),
             )
             for tensor in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors))
         }
         self._engine = engine  # the context does not hold it
-        self._context = engine.create_execution_context()
+        self._context: Any = engine.create_execution_context()
+        if self._context is None:
+            raise DeviceError(f"no memory on it to run the {name} graph", where="GPU", fix=advice)
+        self._n_runs, self._recorded = 0, None
+        self._own: dict[str, DeviceBuffer] = {}
         self._stream = Stream()
-        self._own = {
-            tensor: DeviceBuffer(shape, kind)
-            for tensor, (kind, shape) in self.signature.items()
-            if tensor not in shared
-        }
+        try:
+            self._allocate(shared)
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self, shared: dict[str, DeviceBuffer]) -> None:
+        for tensor, (kind, shape) in self.signature.items():
+            if tensor not in shared:
+                self._own[tensor] = DeviceBuffer(shape, kind)
         self.buffers = {**self._own, **shared}
         self._pinned = {
             tensor: pinned_array(buffer.shape, str(buffer.dtype))
@@ -182,7 +293,6 @@ class _LoadedGraph:
         }
         for tensor, buffer in self.buffers.items():
             self._context.set_tensor_address(tensor, buffer.address)
-        self._n_runs, self._recorded = 0, None
 
     def run(self, inputs: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """Return the outputs but for the atlas, which stays on the GPU; the arrays are the caller's."""
@@ -217,6 +327,9 @@ class _LoadedGraph:
             )
 
     def close(self) -> None:
+        if self._recorded is not None:
+            release_recorded(self._recorded)
+            self._recorded = None
         self._stream.close()
         for buffer in self._own.values():
             buffer.close()

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import gc
 import importlib
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.cuda import gpu_name
-from darcnn.runtime.engines.engine_cache import EngineFacts, engine_folder, timing_cache_path, write_engine
-from darcnn.runtime.engines.graphs import OUTPUTS, first_line
+from darcnn.runtime.engines.engine_cache import (
+    EngineFacts,
+    check_place,
+    store_engine,
+    timing_cache_path,
+    write_engine,
+)
+from darcnn.runtime.engines.graphs import OUTPUTS, Signature, check_manifest, check_signature, first_line
+from darcnn.runtime.engines.offsets import OFFSETS_FIX, OFFSETS_PROBLEM, has_offsets
 from darcnn.runtime.errors import BundleError, DeviceError, UsageError
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 
-__all__ = ["BACKENDS", "BuildOptions", "build_engine", "build_plans", "load_backend"]
+__all__ = ["BACKENDS", "DTYPES", "BuildOptions", "build_engine", "build_plans", "load_backend"]
 
 BACKENDS: Mapping[str, str] = {
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt_rtx",
 }  # name -> its Python module
 
+DTYPES: Mapping[str, str] = {"UINT8": "uint8", "FLOAT": "float32", "INT64": "int64", "BOOL": "bool"}
 _MIB = 1 << 20
+_MAX_WORKSPACE_MIB = 1 << 20  # 1 TiB, more than any GPU has
 
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
@@ -34,7 +45,9 @@ class BuildOptions:
     """What a user may choose when engines are built. The precision is that of the graphs."""
 
     backend: str  # one of BACKENDS
-    targets: tuple[str, ...] = ()  # "sm86", "sm89": GPUs to compile for; none: the one in this machine
+    targets: tuple[
+        str, ...
+    ] = ()  # "sm86": none: sm80 and later (TensorRT-RTX), this machine's GPU (TensorRT)
     workspace_mib: int | None = None  # the most scratch memory a layer may take; None: what the GPU has
     is_version_compatible: bool = False  # TensorRT only: later versions of the same major run the engine
 
@@ -65,16 +78,23 @@ def build_engine(
     options: BuildOptions,
     *,
     out: Path | None = None,
+    overwrite: bool = False,
     progress: Progress = lambda phase, done, total: None,
 ) -> Path:
     """Compile both graphs of `bundle` into the user's cache, or into the folder `out`; return the folder.
 
+    The cache has one engine of a kind, the newest; what is in `out` is replaced with `overwrite` only.
+
     Raises:
         DeviceError: the backend is not installed, or needs a GPU that is not there.
-        UsageError: a target is unknown, or the backend compiles for the machine's own GPU only.
-        BundleError: a graph cannot be compiled.
-        OutputError: the engine cannot be written; nothing is left behind.
+        UsageError: an option or the bundle is none that the backend compiles.
+        BundleError: a graph cannot be compiled, or is not what the manifest says.
+        OutputError: the engine cannot be written, or `out` is taken; what was there stays.
+        KeyboardInterrupt: Ctrl-C was pressed; nothing is written.
     """
+    options = replace(options, targets=tuple(sorted({target.lower() for target in options.targets})))
+    if out is not None:  # before the minutes that it takes
+        check_place(out, overwrite=overwrite)
     version: str = load_backend(options.backend).__version__
     sizes = bundle.manifest.input
     is_built_on_gpu = options.backend == "tensorrt"
@@ -83,7 +103,7 @@ def build_engine(
         bundle_sha256=bundle.sha256,
         backend=options.backend,
         version=version,
-        targets=tuple(target.lower() for target in options.targets),
+        targets=options.targets,
         device=gpu_name() if is_built_on_gpu else None,
         batch=sizes.batch,
         tile_px=sizes.tile_px,
@@ -93,14 +113,15 @@ def build_engine(
     timings = timing_cache_path(options.backend, version, facts.device or "")
     known = timings.read_bytes() if is_built_on_gpu and timings.is_file() else b""
     plans, known = build_plans(bundle, options, timing_cache=known, progress=progress)
-    folder = engine_folder(facts) if out is None else out
-    write_engine(folder, facts, plans)
     if is_built_on_gpu:
         with translated(timings):
             timings.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(timings) as file:
                 file.write(known)
-    return folder
+    if out is None:
+        return store_engine(facts, plans)
+    write_engine(out, facts, plans, overwrite=overwrite)
+    return out
 
 
 @contextmanager
@@ -117,6 +138,27 @@ def _without_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def _stopped_by_ctrl_c() -> Iterator[threading.Event]:
+    """Give what Ctrl-C sets meanwhile, and raise KeyboardInterrupt at the end if it did.
+
+    TensorRT swallows what is raised in the functions that it calls, KeyboardInterrupt too. Only the main
+    thread may say what a signal does; elsewhere, and where Ctrl-C is ignored, nothing changes.
+    """
+    stop = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+        yield stop
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if stop.is_set():
+            raise KeyboardInterrupt
 
 
 @_without_collection()
@@ -139,44 +181,96 @@ def build_plans(
         progress: told how far a graph's compilation is.
     Raises:
         DeviceError: the backend is not installed, or needs a GPU that is not there.
-        UsageError: a target is unknown, or the backend compiles for the machine's own GPU only.
-        BundleError: a graph cannot be compiled.
+        UsageError: an option or the bundle is none that the backend compiles.
+        BundleError: a graph cannot be compiled, or is not what the manifest says.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
     trt = load_backend(options.backend)
-    logger = _make_logger(trt)
+    check_manifest(bundle)
+    if has_offsets(bundle):
+        raise UsageError(OFFSETS_PROBLEM, where=bundle.path, fix=OFFSETS_FIX)
     plans: dict[str, bytes] = {}
-    for graph in OUTPUTS:
-        builder = trt.Builder(logger)
+    with _stopped_by_ctrl_c() as stop:
+        for graph in OUTPUTS:
+            if stop.is_set():
+                break
+            build = _Build(trt, bundle, graph, options)
+            plans[graph], timing_cache = build.run(timing_cache, _make_monitor(trt, graph, progress, stop))
+    return plans, timing_cache
+
+
+class _Build:
+    """The compilation of one graph: what it takes, from the parsed network on."""
+
+    def __init__(self, trt: Any, bundle: Bundle, graph: str, options: BuildOptions) -> None:
+        self._trt, self._bundle, self._graph, self._options = trt, bundle, graph, options
+        self._logger = _make_logger(trt)
+        self._builder = builder = trt.Builder(self._logger)
         if builder is None:
             raise DeviceError(
-                f"{options.backend} does not start ({logger.last})",
+                f"{options.backend} does not start ({self._logger.last})",
                 where="--backend",
                 fix="build on a machine with an NVIDIA GPU and driver, or pass --backend tensorrt-rtx",
             )
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, logger)
+        self._network = network = builder.create_network(
+            1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        )
+        self._parser = parser = trt.OnnxParser(network, self._logger)  # the network's weights are its own
         if not parser.parse(bundle.read(f"{graph}.onnx")):
-            raise _refused(
-                bundle, graph, trt, parser.get_error(0).desc() if parser.num_errors else logger.last
-            )
-        config = builder.create_builder_config()
-        _configure(trt, config, options)
+            raise self._refused(parser.get_error(0).desc() if parser.num_errors else self._logger.last)
+        check_signature(bundle, graph, _signature_of(network))
+
+    def run(self, timing_cache: bytes, monitor: Any) -> tuple[bytes, bytes]:
+        """Return the plan, and the timing cache for the next."""
+        config = self._builder.create_builder_config()
+        _configure(self._trt, config, self._options)
         cache = None
-        if options.backend == "tensorrt":
+        if self._options.backend == "tensorrt":
             cache = config.create_timing_cache(timing_cache)
             config.set_timing_cache(cache, ignore_mismatch=False)
-        config.progress_monitor = _make_monitor(trt, graph, progress)
-        plan = builder.build_serialized_network(network, config)
+        config.progress_monitor = monitor
+        plan = self._builder.build_serialized_network(self._network, config)
         if plan is None:
-            raise _refused(bundle, graph, trt, logger.last)
-        plans[graph] = bytes(plan)
-        if cache is not None:
-            timing_cache = bytes(cache.serialize())
-    return plans, timing_cache
+            raise self._refused(self._logger.last)
+        return bytes(plan), timing_cache if cache is None else bytes(cache.serialize())
+
+    def _refused(self, reason: str) -> BundleError:
+        return BundleError(
+            f"{self._trt.__name__} {self._trt.__version__} cannot compile {self._graph}.onnx "
+            f"({first_line(reason)})",
+            where=self._bundle.path,
+            fix=f"{_advice(self._bundle, self._options)}, or run the model with --backend onnxruntime",
+        )
+
+
+def _advice(bundle: Bundle, options: BuildOptions) -> str:
+    """Return what of a build that failed may be done otherwise."""
+    hints = []
+    if options.workspace_mib is not None:
+        hints.append("raise --workspace or leave it out")
+    if bundle.precision != "fp16" and "sm75" in map(str.lower, options.targets):
+        hints.append("pass --precision fp16 to `darcnn-export engine`, as sm75 needs it")
+    return ", or ".join(hints or ["try another version of it"])
+
+
+def _signature_of(network: Any) -> Signature:
+    """Return the inputs and outputs of a parsed graph."""
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    tensors += [network.get_output(index) for index in range(network.num_outputs)]
+    return {
+        tensor.name: (DTYPES.get(tensor.dtype.name, "unknown"), tuple(int(side) for side in tensor.shape))
+        for tensor in tensors
+    }
 
 
 def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
     if options.workspace_mib is not None:
+        if not 1 <= options.workspace_mib <= _MAX_WORKSPACE_MIB:
+            raise UsageError(
+                f"{options.workspace_mib} MiB is not between 1 and {_MAX_WORKSPACE_MIB}",
+                where="--workspace",
+                fix="give the scratch memory of a layer in MiB, or leave it out",
+            )
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * _MIB)
     if options.is_version_compatible:
         if options.backend != "tensorrt":
@@ -218,7 +312,7 @@ def _make_logger(trt: Any) -> Any:
     return _Logger()
 
 
-def _make_monitor(trt: Any, graph: str, progress: Progress) -> Any:
+def _make_monitor(trt: Any, graph: str, progress: Progress, stop: threading.Event) -> Any:
     """Return what TensorRT tells of its progress; only whole phases at the top are passed on."""
 
     class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # the bindings are untyped
@@ -233,17 +327,9 @@ def _make_monitor(trt: Any, graph: str, progress: Progress) -> Any:
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self.totals:
                 progress(f"{graph}: {phase_name}", step + 1, self.totals[phase_name])
-            return True  # go on
+            return not stop.is_set()  # true: go on
 
         def phase_finish(self, phase_name: str) -> None:
             self.totals.pop(phase_name, None)
 
     return _Monitor()
-
-
-def _refused(bundle: Bundle, graph: str, trt: Any, reason: str) -> BundleError:
-    return BundleError(
-        f"{trt.__name__} {trt.__version__} cannot compile {graph}.onnx ({reason})",
-        where=bundle.path,
-        fix="try another version of it, or run the model with --backend onnxruntime",
-    )

@@ -96,12 +96,15 @@ class TensorRtEngine final : public Engine {
         Buffers shared;  // the atlas stays on the GPU
         try {
             JsonTable facts = parse_json(read_file(folder + "/engine.json", kPlanCap));
-            if (facts["facts/bundle_sha256"].text != sha256(bundle.content())) fail(folder, "was made of another bundle", rebuild);
+            name = "tensorrt " + facts["facts/version"].text;
+            if (facts["facts/bundle_sha256"].text != sha256(bundle.content)) fail(folder, "was made of another bundle", rebuild);
             for (const std::string graph : {"detect", "mask"}) {
                 const std::string plan = read_file(folder + "/" + graph + ".plan", kPlanCap);
                 if (facts["plans/" + graph].text != sha256(plan)) fail(folder, graph + ".plan is damaged", rebuild);
+                // plans that later versions run too bring code along, which is run only if allowed
+                if (facts["facts/is_version_compatible"].number != 0) runtime_->setEngineHostCodeAllowed(true);
                 auto loaded = std::make_unique<Graph>(*runtime_, graph, plan, folder, shared);
-                check_signature(bundle.manifest(), graph, graph + ".plan", loaded->signature);
+                check_signature(bundle.manifest, graph, graph + ".plan", loaded->signature);
                 shared = {{"atlas", loaded->buffers.at("atlas")}};
                 (graph == "detect" ? detect_ : mask_) = std::move(loaded);
             }

@@ -129,7 +129,10 @@ def _by_content(path: Path, head: bytes) -> _Format:
         return SlideReader
     if is_picture(head):
         return PictureReader
-    raise InputError("has an unknown format", where=path, fix=f"pass one of {' '.join(SUFFIXES)}")
+    known = " ".join(SUFFIXES)
+    raise InputError(
+        "has an unknown format", where=path, fix=f"export it as OME-TIFF, or pass one of {known}"
+    )
 
 
 _BY_SUFFIX: dict[str, Callable[[Path, bytes], _Format]] = {
@@ -137,6 +140,7 @@ _BY_SUFFIX: dict[str, Callable[[Path, bytes], _Format]] = {
     ".tiff": _tiff,
     ".btf": _tiff,  # BigTIFF
     ".tf8": _tiff,
+    ".qptiff": _tiff,
     ".svs": _tiff,  # Aperio; other programs write plain TIFF under this name
     ".ndpi": _tiff,  # Hamamatsu
     ".scn": _tiff,  # Leica

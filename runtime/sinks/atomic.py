@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +25,7 @@ _FIXES = {
     errno.EEXIST: ("a file stands where a folder is needed", "move the file or choose another --out"),
     errno.ENAMETOOLONG: ("the name is too long for this disk", "choose a shorter --out"),
 }
+_NAME_CHARACTERS = 50  # of a name that a temporary one has: so the longest, 255 bytes, have one too
 
 
 def output_error(error: OSError, where: Path) -> OutputError:
@@ -50,7 +52,7 @@ def translated(where: Path) -> Iterator[None]:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Give a file to write; it gets the name `path` only if the block ends well, else it is removed."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -63,15 +65,39 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder to fill; it gets the name `path`, which must be free, if the block ends well."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
+def atomic_folder(path: Path, *, replaces: bool = False) -> Iterator[Path]:
+    """Give an empty folder to fill; it gets the name `path` if the block ends well.
+
+    The name must be free, unless `replaces`: then what has it goes when the new folder is whole, not before.
+    """
+    temporary = _temporary(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        temporary.replace(path)
+        if replaces and path.exists():
+            _swap(temporary, path)
+        else:
+            temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _temporary(path: Path) -> Path:
+    """Return a name beside `path` that nobody else writes to; what cleans up looks for `.*.tmp`."""
+    return path.with_name(f".{path.name[:_NAME_CHARACTERS]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _swap(draft: Path, path: Path) -> None:
+    """Give `draft` the name `path`; what has it goes, or gets it back where that fails."""
+    earlier = _temporary(path)
+    path.replace(earlier)
+    try:
+        draft.replace(path)
+    except BaseException:
+        with suppress(OSError):  # another process may have put its own there meanwhile
+            earlier.replace(path)
+        raise
+    finally:
+        if path.exists():  # else it is all that is left
+            shutil.rmtree(earlier, ignore_errors=True)

@@ -141,6 +141,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
     with translated(folder):
         lock = _lock(folder)
     try:
+        _remove_drafts(folder)
         yield
     finally:
         _unlock(folder, lock)
@@ -190,9 +191,7 @@ def _clear(folder: Path, *, keeps_parts: bool) -> None:
     parts = folder / _PARTS
     if keeps_parts and not (parts / _COMMITTED).exists():
         shutil.rmtree(parts / "built", ignore_errors=True)
-        for half in parts.glob(".*.tmp"):
-            with suppress(OSError):
-                half.unlink()
+        _remove_drafts(parts)
     else:
         shutil.rmtree(parts, ignore_errors=True)
     if _is_complete(folder):
@@ -204,3 +203,13 @@ def _clear(folder: Path, *, keeps_parts: bool) -> None:
         else:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+def _remove_drafts(folder: Path) -> None:
+    """Remove what writers that were killed left under names of their own (`darcnn.runtime.sinks.atomic`)."""
+    for draft in folder.glob(".*.tmp"):
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                draft.unlink()

@@ -35,6 +35,7 @@ __all__ = [
     "find_blocks_here",
     "find_diameter",
     "find_sections",
+    "is_size_measured",
     "plan_blocks",
     "plan_view",
     "plan_views",
@@ -99,6 +100,7 @@ def plan_view(
     diameter_px: float | None = None,
     pixels: bool = False,
     n_joined: int | None = None,
+    window: Window | None = None,
 ) -> View:
     """Return how `segmenter` looks at `volume` along `axis`; some planes are read to measure brightness.
 
@@ -109,6 +111,7 @@ def plan_view(
         diameter_px: of a typical object, voxels; decides the scale alone. None: the voxel size does.
         pixels: take the voxels as they are.
         n_joined: planes that a slab joins, an odd number; None: as many as the model's rule says.
+        window: raw values that become black and white; None: as the model's rule says.
     Raises:
         InputError: no voxel size, none given, or planes of voxels that are not square.
         UsageError: `n_joined` is even.
@@ -130,7 +133,7 @@ def plan_view(
     stack = Stack.of(volume, axis, model.slab, model.nominal_diameter_px / plan.scale)
     if n_joined is not None:
         stack = Stack(volume, axis, n_joined, stack.sigma_px)
-    return View(stack, plan, measure_stack(stack, model.intensity, scale=plan.scale))
+    return View(stack, plan, window or measure_stack(stack, model.intensity, scale=plan.scale))
 
 
 def plan_views(
@@ -141,6 +144,7 @@ def plan_views(
     diameter_px: float | None = None,
     pixels: bool = False,
     n_joined: int | None = None,
+    window: Window | None = None,
 ) -> list[View]:
     """Return how `segmenter` looks at `volume` along each of the axes that are asked for (`plan_view`).
 
@@ -150,7 +154,15 @@ def plan_views(
     """
 
     def view_along(one: Axis) -> View:
-        return plan_view(segmenter, volume, one, diameter_px=diameter_px, pixels=pixels, n_joined=n_joined)
+        return plan_view(
+            segmenter,
+            volume,
+            one,
+            diameter_px=diameter_px,
+            pixels=pixels,
+            n_joined=n_joined,
+            window=window,
+        )
 
     if axis != "auto" and axis != "all":
         return [view_along(axis)]
@@ -179,6 +191,7 @@ def find_diameter(
     *,
     diameter_px: float | Literal["auto"] | None,
     pixels: bool,
+    window: Window | None = None,
 ) -> float | None:
     """Return the diameter to plan with, voxels; None leaves the scale to the voxel size.
 
@@ -189,20 +202,37 @@ def find_diameter(
         diameter_px: what the user gave; "auto" asks for an estimate, and a model that is made for it
             estimates unasked (`darcnn.runtime.diameter.choose_diameter`).
         pixels: take the voxels as they are.
+        window: raw values that become black and white; None: as the model's rule says.
     """
-    model, has_pixel_size = segmenter.manifest.input, volume.info.pixel_nm(axis) is not None
-    is_unasked = finds_unasked(model, has_pixel_size) and not pixels
+    model = segmenter.manifest.input
     if diameter_px is not None and diameter_px != "auto":
         return diameter_px
-    if diameter_px is None and not is_unasked:
+    if not is_size_measured(model, volume, axis, diameter_px=diameter_px, pixels=pixels):
         return None
-    found = estimate_in_volume(segmenter, volume, axis)
+    found = estimate_in_volume(segmenter, volume, axis, window)
+    is_unasked = is_size_measured(model, volume, axis, diameter_px=None, pixels=pixels)
     if found is None and is_unasked and model.mpp is not None:  # nothing else tells its scale
         return model.nominal_diameter_px
     return found
 
 
-def estimate_in_volume(segmenter: Segmenter, volume: Volume, axis: Axis) -> float | None:
+def is_size_measured(
+    model: ModelInput,
+    volume: Volume,
+    axis: Axis,
+    *,
+    diameter_px: float | Literal["auto"] | None,
+    pixels: bool,
+) -> bool:
+    """Tell whether the objects' size is measured: asked for, or where nothing else tells the scale."""
+    has_pixel_size = volume.info.pixel_nm(axis) is not None
+    is_unasked = diameter_px is None and not pixels and finds_unasked(model, has_pixel_size)
+    return diameter_px == "auto" or is_unasked
+
+
+def estimate_in_volume(
+    segmenter: Segmenter, volume: Volume, axis: Axis, window: Window | None = None
+) -> float | None:
     """Return the diameter of a typical object in voxels, as four planes tell it; None: not found.
 
     `darcnn.runtime.diameter.estimate_diameter` says how. A model that sees slabs sees those for the size
@@ -212,14 +242,16 @@ def estimate_in_volume(segmenter: Segmenter, volume: Volume, axis: Axis) -> floa
 
     @cache  # without slabs it is the same stack at every scale
     def window_of(stack: Stack) -> Window:
+        if window is not None:
+            return window
         return measure_stack(stack, model.intensity, scale=1.0)  # planes have one level, whatever the scale
 
     def look(scale: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         stack = Stack.of(volume, axis, model.slab, model.nominal_diameter_px / scale)
-        window, seen = window_of(stack), []
+        seen = []
         for index in spread_evenly(range(len(stack)), _LOOKED_AT):
             with plane_reader(volume, axis, stack.plane(index)) as reader:
-                seen.append(look_for_sizes(segmenter, reader, scale, window=window))
+                seen.append(look_for_sizes(segmenter, reader, scale, window=window_of(stack)))
         sizes, weights = (np.concatenate(parts) for parts in zip(*seen, strict=True))
         return sizes, weights
 

@@ -69,7 +69,7 @@ def write_label_volume(
         path: folder to write; must not exist.
         numbered: the objects.
         shape: (Z, Y, X).
-        voxel_nm: nanometres per voxel, or None.
+        voxel_nm: nanometres per voxel, or None; along time any number.
         name: of the multiscale image.
         is_series: the first axis is time.
     Raises:

@@ -24,6 +24,8 @@ _CONTAINED = 0.8  # ... unless one lies so far inside the other: the cap of a ro
 _COVERED = 0.5  # share of a section that a merged one must cover to hold it
 _WAIST = 0.5  # a chain is cut where its area falls below this share of the maxima on both sides
 _DEEP = 0.7  # ... and only into objects that are this deep, in shares of their width
+_LONG = 1.5  # a chain deeper than so many widths is a column of several, and is cut at slighter waists
+_WAIST_OF_COLUMN, _DEEP_OF_COLUMN = 0.85, 0.3
 _BRIDGED = 1  # planes in a row on which an object may be missed
 
 
@@ -37,7 +39,8 @@ def link_sections(
     2. An object missed on one plane goes on if it is found on the next.
     3. Where two chains run into one section and out of it on the next plane, that section is cut in two.
     4. A chain with a waist, two objects one behind the other, is cut there, if both would be about as deep as
-       they are wide: a flat piece is no object of its own.
+       they are wide: a flat piece is no object of its own. A chain far deeper than it is wide is a column of
+       several: there, without slabs, slight waists and flatter pieces will do.
     5. Chains of fewer than `min_planes` sections are left out: even what is one plane thick shows in all
        slabs that hold it, and what shows in fewer is noise.
 
@@ -190,14 +193,22 @@ def _find_waist(areas: list[int], min_planes: int, plane_px: float) -> int | Non
     >>> _find_waist([4, 6, 2, 5, 4], 2, 1.0), _find_waist([4, 6, 4, 5, 4], 2, 1.0)
     (2, None)
     >>> _find_waist([50, 90, 30, 80, 60], 2, 1.0)  # flat pieces
+    >>> _find_waist([5, 9, 7, 5, 7, 9, 5], 1, 1.0)  # a column
+    3
     """
+    # slabs blur slight waists, and noise makes others
+    is_column = min_planes == 1 and len(areas) * plane_px > _LONG * _width(areas)
+    waist, deep = (_WAIST_OF_COLUMN, _DEEP_OF_COLUMN) if is_column else (_WAIST, _DEEP)
     best: tuple[float, int] | None = None
     for at in range(min_planes, len(areas) - min_planes + 1):
         pieces = areas[:at], areas[at:]
         depth = areas[at] / min(max(piece) for piece in pieces)
-        is_deep = all(
-            len(piece) * plane_px >= _DEEP * 2.0 * math.sqrt(max(piece) / math.pi) for piece in pieces
-        )
-        if depth < _WAIST and is_deep and (best is None or depth < best[0]):
+        is_deep = all(len(piece) * plane_px >= deep * _width(piece) for piece in pieces)
+        if depth < waist and is_deep and (best is None or depth < best[0]):
             best = (depth, at)
     return None if best is None else best[1]
+
+
+def _width(areas: list[int]) -> float:
+    """Return the diameter of the largest of sections of these areas, pixels of a plane."""
+    return 2.0 * math.sqrt(max(areas) / math.pi)

@@ -65,6 +65,7 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
         voxel,
         None if voxel is None else info.mpp_source,
         is_series=is_series,
+        pixel_um=info.mpp[::-1] if is_series and info.mpp is not None else None,
         is_depth_known=section is not None,
     )
     return Volume(facts, Stored(target, info.dtype), scratch=target)

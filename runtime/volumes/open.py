@@ -188,6 +188,7 @@ def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str |
         source,
         is_rgb=info.is_rgb,
         is_series=is_series,
+        pixel_um=info.mpp[::-1] if is_series and info.mpp is not None else None,
         is_depth_known=section_um is not None,
         n_unread=info.n_unread,
     )

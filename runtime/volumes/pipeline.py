@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from darcnn.runtime.errors import InputError
+from darcnn.runtime.fit import warn_of_size
+from darcnn.runtime.intensity import Window
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.parts import Parts
 from darcnn.runtime.pipeline import Progress, RunSummary
@@ -47,27 +49,25 @@ from darcnn.runtime.sinks.result_folder import (
     make_folder_name,
 )
 from darcnn.runtime.stage_seconds import StageSeconds
-from darcnn.runtime.volumes.agree import agree
 from darcnn.runtime.volumes.extras import add_formats, write_formats
 from darcnn.runtime.volumes.find import (
     BlockRunner,
     View,
     find_blocks_here,
     find_diameter,
+    is_size_measured,
     plan_blocks,
     plan_views,
 )
+from darcnn.runtime.volumes.joining import join_sections
 from darcnn.runtime.volumes.labels import Numbered, write_label_volume
-from darcnn.runtime.volumes.link import link_sections
 from darcnn.runtime.volumes.measure import measure_solids, solid_schema
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import EXTRA_VOLUME_FORMATS, VolumeOptions
-from darcnn.runtime.volumes.overlaps import cut_overlaps
 from darcnn.runtime.volumes.overview import write_overview, write_scroll
 from darcnn.runtime.volumes.particles import write_points, write_star
 from darcnn.runtime.volumes.record import VolumeCounts, describe_views, describe_volume
-from darcnn.runtime.volumes.sections import Section, read_sections
-from darcnn.runtime.volumes.solid import SolidFile, solid_of, write_solids
+from darcnn.runtime.volumes.solid import SolidFile
 from darcnn.runtime.volumes.stack import Stack
 from darcnn.runtime.volumes.volume import AXES, Volume
 
@@ -126,25 +126,7 @@ def run_volume(
         with volume:
             _check_volume(volume, chosen, row_filter, segmenter.manifest.input)
             with times.stage("intensity"):
-                diameter = (
-                    noted["diameter_px"]
-                    if noted
-                    else find_diameter(
-                        segmenter,
-                        volume,
-                        chosen.first_axis,
-                        diameter_px=chosen.diameter_px,
-                        pixels=chosen.pixels,
-                    )
-                )
-                views = plan_views(
-                    segmenter,
-                    volume,
-                    chosen.axis,
-                    diameter_px=diameter,
-                    pixels=chosen.pixels,
-                    n_joined=chosen.n_joined,
-                )
+                diameter, views = _plan(segmenter, volume, chosen, noted)
             with translated(folder):
                 parts.note(asked, {"diameter_px": diameter})
             with times.stage("find"):
@@ -161,13 +143,52 @@ def run_volume(
                 "network": describe_views(views, diameter),
                 "counts": counts.describe(),
                 "seconds": rounded_seconds(times.seconds),
-                "warnings": list(counts.warnings(volume)),
+                "warnings": [*_size_warnings(segmenter, volume, chosen, diameter), *counts.warnings(volume)],
             }
             megavoxels = float(np.prod(volume.info.shape)) / 1e6
         with translated(folder):
             write_record(claimed.built / RUN_FILE, record)
             claimed.commit()
     return _summarize(name, folder, record, start, megavoxels=megavoxels)
+
+
+def _size_warnings(
+    segmenter: Segmenter, volume: Volume, chosen: VolumeOptions, diameter_px: float | None
+) -> list[str]:
+    model, given = segmenter.manifest.input, chosen.diameter_px
+    if not is_size_measured(model, volume, chosen.first_axis, diameter_px=given, pixels=chosen.pixels):
+        return []
+    warning = warn_of_size(diameter_px)
+    return [] if warning is None else [warning]
+
+
+def _plan(
+    segmenter: Segmenter, volume: Volume, chosen: VolumeOptions, noted: Mapping[str, Any] | None
+) -> tuple[float | None, list[View]]:
+    """Return the objects' diameter in voxels, perhaps as an earlier try `noted` it, and the views."""
+    window = None if chosen.window is None else Window(*chosen.window)
+    diameter: float | None
+    if noted:
+        diameter = noted["diameter_px"]
+    else:
+        diameter = find_diameter(
+            segmenter,
+            volume,
+            chosen.first_axis,
+            diameter_px=chosen.diameter_px,
+            pixels=chosen.pixels,
+            window=window,
+        )
+    views = plan_views(
+        segmenter,
+        volume,
+        chosen.axis,
+        diameter_px=diameter,
+        pixels=chosen.pixels,
+        n_joined=chosen.n_joined,
+        window=window,
+    )
+    return diameter, views
 
 
 def _summarize(
@@ -264,36 +285,6 @@ def _find(
             parts.write(found.number, found.table)
 
 
-def _planes(views: Sequence[View], wanted: View, parts: Parts) -> Iterator[list[Section]]:
-    """Yield the sections of each plane of one view, from its parts."""
-    for block in plan_blocks(views):
-        if block.view is wanted:
-            planes: list[list[Section]] = [[] for _ in range(block.start, block.stop)]
-            for section in read_sections(parts.load(block.number)):
-                planes[section.plane - block.start].append(section)
-            yield from planes
-
-
-def _link(views: Sequence[View], parts: Parts, folder: Path) -> tuple[SolidFile, dict[str, int]]:
-    """Return the objects of all views, in a file in `folder`, and how many each axis has found."""
-    found: dict[str, SolidFile] = {}
-    for view in views:
-        stack, path = view.stack, folder / f"solids-{view.stack.axis}.arrow"
-        planes = _planes(views, view, parts)
-        chains = link_sections(planes, min_planes=stack.n_joined, plane_px=stack.plane_px)
-        write_solids(path, (solid_of(chain, axis=stack.axis, n_planes=len(stack)) for chain in chains))
-        found[stack.axis] = SolidFile(path)
-    by_axis = {axis: len(solids) for axis, solids in found.items()}
-    (first, *others) = found.values()
-    if others:
-        path = folder / "agreed.arrow"
-        write_solids(path, agree([first, *others]))
-        first = SolidFile(path)
-    path = folder / "solids.arrow"
-    write_solids(path, cut_overlaps(first))
-    return SolidFile(path), by_axis
-
-
 def _finish(
     claimed: ResultFolder,
     views: Sequence[View],
@@ -306,7 +297,7 @@ def _finish(
     volume, built = views[0].stack.volume, claimed.built
     info, model = volume.info, segmenter.manifest.name
     with times.stage("link"):
-        solids, by_axis = _link(views, parts, built)
+        solids, by_axis = join_sections(views, parts, built)
         numbered, table = _number(solids, info.voxel_nm, row_filter)
     with times.stage("table"), atomic_file(built / TABLE_FILE) as file:
         pq.write_table(table, file, compression="zstd")
@@ -315,7 +306,7 @@ def _finish(
             built / LABELS_FOLDER,
             numbered,
             shape=info.shape,
-            voxel_nm=info.voxel_nm,
+            voxel_nm=info.label_steps_nm,
             name=info.name,
             is_series=info.is_series,
         )

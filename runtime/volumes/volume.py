@@ -39,6 +39,7 @@ class VolumeInfo:
     voxel_source: str | None = None
     is_rgb: bool = False  # its values are means of red, green and blue
     is_series: bool = False  # z is time
+    pixel_um: tuple[float, float] | None = None  # of a series: micrometres per pixel along y, x
     is_depth_known: bool = True  # else planes are taken to lie as far apart as pixels
     n_unread: int = 0  # further images of the file (scenes)
 
@@ -47,6 +48,14 @@ class VolumeInfo:
         """Whether the sides of a voxel are the same, but for 1 %; None: its size is not known."""
         return None if self.voxel_nm is None else max(self.voxel_nm) / min(self.voxel_nm) - 1 <= _CUBE
 
+    @property
+    def label_steps_nm(self) -> tuple[float, float, float] | None:
+        """Nanometres from label to label along z, y, x; of a series, from moment to moment, 1 of no unit."""
+        if self.pixel_um is None:
+            return self.voxel_nm
+        y, x = self.pixel_um
+        return 1.0, _NM_PER_UM * y, _NM_PER_UM * x
+
     def plane_shape(self, axis: Axis) -> tuple[int, int]:
         """Return (rows, columns) of a plane across `axis`: the other two axes in their order."""
         rows, columns = (self.shape[AXES.index(one)] for one in across(axis))
@@ -54,6 +63,8 @@ class VolumeInfo:
 
     def pixel_nm(self, axis: Axis) -> float | None:
         """Return the side of a pixel of a plane across `axis`, the geometric mean; None: unknown."""
+        if self.pixel_um is not None and axis == "z":
+            return _NM_PER_UM * math.sqrt(math.prod(self.pixel_um))
         if self.voxel_nm is None:
             return None
         return math.sqrt(math.prod(self.voxel_nm[AXES.index(one)] for one in across(axis)))

@@ -255,6 +255,14 @@ def test_tiles_that_no_machine_holds_are_refused_before_anything_is_made_of_them
         ("anchors.ratios", 3, "anchors.ratios is not a list"),
         ("anchors.ratios", ["x"], "anchors.ratios is not of type float"),
         ("name", None, "name is not of type str"),
+        ("name", "", "name is ''"),
+        ("name", "..", "name is '..'"),
+        ("name", "/tmp/x", "name holds '/'"),
+        ("name", "..\\x", "name holds"),
+        ("name", "a\0b", "name holds"),
+        ("name", "\ud800", "name holds"),
+        ("name", "x" * 101, "name has 101 characters, more than 100"),
+        ("precision", "banana", "precision is none of fp32, fp16, int8"),
         ("graphs", {"mask": {"masks": ["float32", [float("inf")]]}}, "graphs.mask.masks is not of type int"),
         ("graphs", {"mask": {"masks": ["float32"]}}, "graphs.mask.masks is not a type and a shape"),
         ("files", {"LICENSE": 3}, "files is not of type str"),
@@ -302,6 +310,13 @@ def test_too_large_member_is_not_written(tmp_path, manifest):
     path = tmp_path / "large.darcnn"
     with pytest.raises(BundleError, match=r"training\.json has"):
         write_bundle(path, manifest, {**SMALL, "training.json": bytes(2**20 + 1)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../tiny", "", "x" * 101])
+def test_a_name_that_readers_refuse_is_not_written(tmp_path, manifest, name):
+    with pytest.raises(BundleError, match="give the model another name"):
+        write_bundle(tmp_path / "named.darcnn", replace(manifest, name=name), SMALL)
     assert list(tmp_path.iterdir()) == []
 
 

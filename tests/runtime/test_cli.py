@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import tifffile
 from click.testing import CliRunner
 from PIL import Image
 
+from darcnn.runtime.batch import HERE
 from darcnn.runtime.cli import main
 from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_oracle_manifest
 from darcnn.runtime.errors import BundleError, DeviceError
@@ -23,9 +25,9 @@ def loaded(monkeypatch):
     """Stands in for the loader of bundles; keeps what it was asked for."""
     calls = []
 
-    def load(model, *, device, backend, min_score, tell):
+    def load(model, *, device, backend, min_score, tell, engine=None):
         assert backend == "auto"
-        calls.append((model, device, min_score))
+        calls.append((model, device, min_score) if engine is None else (model, engine))
         if model == "broken":
             raise BundleError("is no bundle", where=model, fix="name a .darcnn file")
         engine = OracleEngine(tile_px=64)
@@ -226,6 +228,16 @@ def test_slides_of_one_name_in_several_folders_keep_their_folders(loaded, slides
     assert [line.split(",")[0] for line in lines] == ["slide", "A1/field", "A2/field", "a"]
 
 
+def test_the_window_is_what_becomes_black_and_white(loaded, slides, tmp_path):
+    for window, code in (("0,255", 0), ("0,10,20", 2), ("5,5", 2), ("a,b", 2)):
+        out = tmp_path / window
+        result = run(slides / "b.png", "--model", "oracle", "--out", out, "--window", window)
+        assert result.exit_code == code
+        assert code == 0 or "is no window: give LOW,HIGH such as 0,4095" in result.output
+    record = json.loads((tmp_path / "0,255" / "b" / "run.json").read_text())
+    assert record["options"]["window"] == [0.0, 255.0]
+
+
 def test_a_slide_named_twice_is_run_once_and_patterns_are_expanded(loaded, slides, tmp_path):
     result = run(slides / "b.png", slides / "*.png", slides, "--model", "oracle", "--out", tmp_path / "out")
     assert result.exit_code == 0
@@ -307,6 +319,31 @@ def test_build_is_for_engines_that_are_compiled(loaded, slides, tmp_path):
     result = run(slides, "--model", "oracle", "--out", tmp_path / "out", "--build")
     assert result.exit_code == 2
     assert "pass --backend tensorrt or tensorrt-rtx" in result.stderr
+
+
+def test_an_engine_of_ones_own_reaches_the_run_by_its_whole_path(loaded, slides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [slides / "a.png", "--model", "oracle", "--out", tmp_path / "out", "--engine", "mine"]
+    assert run(*command).exit_code == 0
+    assert loaded == [("oracle", tmp_path.resolve() / "mine")]
+    result = run(*command, "--build", "--overwrite")
+    assert result.exit_code == 2
+    assert "--build: goes without --engine" in result.stderr
+
+
+def test_workers_load_the_engine_too(loaded, slides, tmp_path, monkeypatch):
+    made = []
+
+    @contextmanager
+    def open_finders(load_model, workers, scheduler, options):
+        made.append(load_model)
+        yield HERE
+
+    monkeypatch.setattr("darcnn.runtime.cli._open_finders", open_finders)
+    run(
+        slides / "a.png", "--model", "oracle", "--out", tmp_path / "out", "--engine", tmp_path, "--workers", 2
+    )
+    assert made[0].keywords["engine"] == tmp_path.resolve()
 
 
 def test_a_stack_is_run_as_a_volume_and_one_plane_of_it_as_an_image(loaded, tmp_path):

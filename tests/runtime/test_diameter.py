@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import darcnn.runtime
 from darcnn.runtime import Segmenter
-from darcnn.runtime.diameter import choose_diameter, estimate_diameter, finds_unasked
+from darcnn.runtime.diameter import choose_diameter, estimate_diameter, finds_unasked, settle_diameter
+from darcnn.runtime.engines.oracle import OracleEngine, make_oracle_manifest
+from darcnn.runtime.fit import warn_of_size
 from darcnn.runtime.pipeline import run_slide
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.run_options import RunOptions
@@ -54,6 +58,44 @@ def test_the_estimate_is_near_the_truth_and_grows_with_the_image(segmenter, pict
     assert (
         1 / 1.7 < found / (enlarged * truth) < 1.7
     )  # of a dozen nuclei between 13 and 42 px, half of them cut
+
+
+def test_a_few_large_nuclei_are_not_outvoted_by_specks(segmenter, root: Path) -> None:
+    """Enlarged, the noise between nuclei looks like specks: 8 px was measured where 71 are right."""
+    with Image.open(root / "tests" / "data" / "target" / "u2os_2abc40c118.png") as picture:
+        image = picture.convert("L")
+    small = estimate(segmenter, image, 1.0)
+    for enlarged in (3.0, 6.0, 8.0):
+        assert estimate(segmenter, image, enlarged) == pytest.approx(enlarged * small, rel=0.25)
+
+
+@given(
+    st.lists(st.floats(10, 60), min_size=4, max_size=20),
+    st.floats(10, 300),
+    st.integers(0, 400),
+)
+def test_the_typical_size_is_of_what_covers_the_image(
+    sizes: list[float], factor: float, n_specks: int
+) -> None:
+    """Whatever the number of specks of 3 px: the objects cover more ground unless there are many of them."""
+    model = make_oracle_manifest(OracleEngine(tile_px=32), halo_px=8).input
+    large = factor * np.array(sizes)
+
+    def look(scale: float) -> tuple[np.ndarray, np.ndarray]:
+        both = np.concatenate([large, np.full(n_specks, 3.0)])
+        return both, np.ones(len(both))
+
+    found = settle_diameter(model, look)
+    assert found is not None
+    assert 3.0 <= found <= large.max()
+    if n_specks * 3.0 < large.sum() and large.min() > 1.5 * 3.0 and n_specks > len(sizes):
+        assert found >= large.min()
+
+
+def test_what_was_measured_is_doubted_where_it_was_not_or_looks_like_noise() -> None:
+    assert "too few objects were seen to measure their size" in warn_of_size(None)
+    assert "measured as 5 px wide" in warn_of_size(5.2)
+    assert warn_of_size(13.0) is None
 
 
 def test_an_image_without_objects_has_no_diameter(segmenter) -> None:

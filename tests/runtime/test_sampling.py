@@ -135,12 +135,27 @@ def test_the_window_comes_before_the_resampling() -> None:
 
 
 def test_rules_without_statistics_read_nothing() -> None:
-    image = noise(30, 30).astype(np.uint16)
+    image = noise(30, 30).astype(np.uint8)
     with ArrayReader(image) as reader:
         plan = make_plan(reader.info.levels[0], 30, 30)
         info_only = type("Blind", (), {"info": reader.info})()
-        assert measure_slide(info_only, plan, IntensityRule("full_range"), channels=1) == Window(0, 65535)
+        assert measure_slide(info_only, plan, IntensityRule("full_range"), channels=1) == Window(0, 255)
         assert measure_slide(info_only, plan, IntensityRule("range", 3, 9), channels=1) == Window(3, 9)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_colours_of_cameras_with_few_bits_are_refused_where_nobody_says_what_is_white(bits: int) -> None:
+    image = np.random.default_rng(0).integers(0, 2**bits, (40, 50, 3)).astype(np.uint16)
+    rule = IntensityRule("full_range")
+    for dark in (image, np.zeros_like(image)):
+        with ArrayReader(dark, is_rgb=True) as reader:
+            plan = make_plan(reader.info.levels[0], 50, 40)
+            if bits == 16 or not dark.any():
+                assert measure_slide(reader, plan, rule, channels=3) == Window(0, 65535)
+            else:
+                fix = rf"65535 is white; pass window=Window\(0, {2**bits - 1}\) if the camera has {bits}"
+                with pytest.raises(InputError, match=fix):
+                    measure_slide(reader, plan, rule, channels=3)
 
 
 def test_colours_with_fractions_end_at_one_or_are_refused() -> None:

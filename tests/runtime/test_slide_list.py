@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.readers.base import make_slide_name
 from darcnn.runtime.sinks.result_folder import make_folder_name
-from darcnn.runtime.slide_list import place_results
+from darcnn.runtime.slide_list import find_unread, place_results
 
 names = st.text("aAb.", min_size=1, max_size=2).filter(lambda name: name.strip("."))
 
@@ -35,6 +35,14 @@ def test_folders_are_kept_only_where_names_clash_and_as_many_as_it_takes() -> No
     assert place_results(slides[:1]) == (Path(),)
     assert place_results(["s3://b/1/f.ome.zarr", "s3://b/2/f.ome.zarr"]) == (Path("1"), Path("2"))
     assert place_results(["s3://b/A:1/f.ome.zarr", Path("/2/f.tif")]) == (Path("A_1"), Path("2"))
+
+
+def test_images_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
+    for name in ("a.png", "b.ND2", "c.lif", "d.vsi", "e.npy", "notes.txt"):
+        (tmp_path / name).touch()
+    (line,) = find_unread([str(tmp_path), str(tmp_path / "b.ND2"), "https://a.org/b.zarr"])
+    assert "left out, for they are not read: b.ND2, c.lif, d.vsi and 1 more; export OME-TIFF" in line
+    assert not list(find_unread([str(tmp_path / "a.png")]))
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_a_missing_backend_is_said_with_what_to_install(monkeypatch):
 def test_an_engine_is_read_as_it_was_written(tmp_path, bundle, facts):
     folder = engine_folder(facts, tmp_path)
     write_engine(folder, facts, PLANS)
-    write_engine(folder, facts, PLANS)  # again: replaced
+    write_engine(folder, facts, PLANS, overwrite=True)
     found = read_engine(folder, bundle, version="1.7.1", capability="sm86")
     assert (found.facts, found.plans) == (facts, PLANS)
     assert list(find_engines(bundle, "tensorrt-rtx", tmp_path)) == [folder]

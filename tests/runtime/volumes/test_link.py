@@ -67,6 +67,16 @@ def test_objects_one_behind_the_other_are_cut_at_the_waist() -> None:
     assert [len(chain) for chain in link_sections(planes, min_planes=2)] == [5, 6]
 
 
+def test_a_column_is_cut_at_slight_waists_and_a_single_object_is_not() -> None:
+    """Nuclei on top of one another, 8 px wide and 8 planes deep: their sections hardly shrink between."""
+    sides = [6, 8, 8, 8, 8, 8, 8, 6] * 3
+    planes = [[square(z, 10 - side // 2, 10 - side // 2, side)] for z, side in enumerate(sides)]
+    assert [len(chain) for chain in link_sections(planes)] == [7, 8, 9]
+    assert [len(chain) for chain in link_sections(planes[:8])] == [8]
+    wide_planes = [[square(z, 0, 0, 3 * side)] for z, side in enumerate(sides)]  # one that is as wide as deep
+    assert [len(chain) for chain in link_sections(wide_planes)] == [24]
+
+
 def test_no_flat_pieces_are_cut_off_unless_planes_lie_far_apart() -> None:
     sides = [4, 8, 9, 8, 4, 8, 9, 8, 4]
     planes = [[square(z, 10 - side // 2, 10 - side // 2, side)] for z, side in enumerate(sides)]

@@ -287,14 +287,16 @@ def test_table_and_labels_count_the_same_voxels(tmp_path: Path) -> None:
 
 def test_a_series_is_told_to_be_one(oracle16: Segmenter, balls: np.ndarray, tmp_path: Path) -> None:
     wide = np.pad(balls, ((0, 0), (0, 250), (0, 250)))  # its labels have two levels
-    tifffile.imwrite(tmp_path / "s.tif", wide.astype(np.uint16), metadata={"axes": "TYX"})
-    summary = run_volume(oracle16, tmp_path / "s.tif", tmp_path / "out")
+    metadata = {"axes": "TYX", "PhysicalSizeX": 0.3, "PhysicalSizeY": 0.3}
+    tifffile.imwrite(tmp_path / "s.ome.tif", wide.astype(np.uint16), metadata=metadata)
+    summary = run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out")
     assert any("a series along t" in warning for warning in summary.warnings)
     labels = zarr.open_group(summary.folder / "labels.ome.zarr", mode="r")
     image = labels.attrs["ome"]["multiscales"][0]
     assert [axis["name"] for axis in image["axes"]] == ["t", "y", "x"]
     scales = [level["coordinateTransformations"][0]["scale"] for level in image["datasets"]]
-    assert scales == [[1, 1, 1], [1, 2, 2]]
+    assert np.allclose(scales, [[1, 300, 300], [1, 600, 600]])
+    assert [axis.get("unit") for axis in image["axes"]] == [None, "nanometer", "nanometer"]
     assert np.array_equal(labels["1"][:], labels["0"][:, ::2, ::2])
     assert labels["1"][:].any()
 

@@ -1,0 +1,191 @@
+"""Compiled engines on a GPU that is a fake: which one is taken, what is given back, what is said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from darcnn.runtime.bundle import open_bundle
+from darcnn.runtime.engines import cuda, engine_cache, tensorrt
+from darcnn.runtime.engines.choose import open_engine
+from darcnn.runtime.engines.engine_cache import EngineFacts, store_engine, write_engine
+from darcnn.runtime.engines.tensorrt import has_engine, open_engine_in, open_tensorrt
+from darcnn.runtime.errors import DeviceError, UsageError
+from darcnn.runtime.load import find_bundle, load, shipped_models
+
+from .fake_gpu import FakeCudart, FakeTensorRt
+
+RTX = "tensorrt-rtx"
+PLANS = {"detect": b"detect", "mask": b"mask"}
+
+
+@pytest.fixture
+def bundle(tiny_bundle):
+    return open_bundle(tiny_bundle)
+
+
+@pytest.fixture
+def facts(bundle):
+    sizes = bundle.manifest.input
+    return EngineFacts(
+        bundle.manifest.name, bundle.sha256, RTX, "1.7.1", ("sm86",), None, sizes.batch, sizes.tile_px
+    )
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_cache, "_cache_root", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def use(monkeypatch, bundle):
+    """Return what puts a fake GPU and a fake TensorRT in the place of the real ones."""
+
+    def put(gpu=None, **options):
+        gpu, trt = gpu or FakeCudart(), FakeTensorRt(bundle, **options)
+        monkeypatch.setattr(cuda, "_cudart", lambda: gpu)
+        monkeypatch.setattr(tensorrt, "load_backend", lambda backend: trt)
+        return gpu, trt
+
+    return put
+
+
+def test_all_that_an_engine_holds_is_given_back(use, bundle, facts):
+    gpu, _ = use()
+    store_engine(facts, PLANS)
+    engine = open_tensorrt(bundle, RTX)
+    tiles = np.zeros((2, 8, 8, 3), np.uint8)
+    for _ in range(4):  # recorded and launched as one from the third on
+        found = engine.detect(tiles)
+        engine.masks(found, np.float32([[0, 0, 8, 8]]), np.array([0]))
+    assert [kind for kind, _ in (one for one in gpu.held if isinstance(one, tuple))] == ["recorded"] * 2
+    engine.close()
+    engine.close()
+    assert gpu.held == {}
+
+
+@pytest.mark.parametrize("n_th", [1, 3, 5, 6, 8])
+def test_where_memory_gives_out_all_is_given_back(use, bundle, facts, n_th):
+    gpu, _ = use(FakeCudart(fails_at_malloc=n_th))
+    store_engine(facts, PLANS)
+    with pytest.raises(DeviceError, match="free GPU memory, or choose another --backend"):
+        open_tensorrt(bundle, RTX)
+    assert gpu.held == {}
+
+
+def test_a_second_graph_that_does_not_load_gives_back_the_first(use, bundle, facts):
+    gpu, _ = use(refused={"mask"})
+    store_engine(facts, PLANS)
+    with pytest.raises(DeviceError, match=r"does not load mask\.plan"):
+        open_tensorrt(bundle, RTX)
+    assert gpu.held == {}
+
+
+def test_a_context_that_cannot_be_made_is_said(use, bundle, facts):
+    gpu, _ = use(has_contexts=False)
+    store_engine(facts, PLANS)
+    with pytest.raises(DeviceError, match="no memory on it to run the detect graph; free GPU memory"):
+        open_tensorrt(bundle, RTX)
+    assert gpu.held == {}
+
+
+def test_the_next_engine_is_tried_where_one_does_not_load(use, bundle, facts):
+    use(refused={"detect new"})
+    store_engine(facts, PLANS)
+    store_engine(replace(facts, precision="fp16"), {**PLANS, "detect": b"detect new"})
+    assert "fp32" in open_tensorrt(bundle, RTX).spec.name
+
+
+def test_only_an_engine_in_the_precision_asked_for_is_taken(use, bundle, facts):
+    use()
+    store_engine(facts, PLANS)
+    assert has_engine(bundle, RTX)
+    assert has_engine(bundle, RTX, precision="fp32")
+    assert not has_engine(bundle, RTX, precision="fp16")
+    with pytest.raises(DeviceError, match=r"computes in fp32, not in fp16; run .* --precision fp16`"):
+        open_engine(bundle, backend=RTX, precision="fp16")
+    store_engine(replace(facts, precision="fp16"), PLANS)
+    assert "fp16" in open_engine(bundle, backend=RTX, precision="fp16").spec.name
+    assert "fp32" in open_engine(bundle, backend=RTX, precision="fp32").spec.name
+
+
+@pytest.mark.parametrize("is_compatible", [False, True])
+def test_code_in_a_plan_runs_only_where_the_plan_is_version_compatible(use, bundle, facts, is_compatible):
+    _, trt = use()
+    store_engine(replace(facts, is_version_compatible=is_compatible), PLANS)
+    open_tensorrt(bundle, RTX)
+    assert [runtime.engine_host_code_allowed for runtime in trt.runtimes] == [is_compatible]
+
+
+def test_an_engine_of_tensorrt_serves_the_kind_of_gpu_that_it_was_built_on(use, bundle, facts):
+    gpu, _ = use(FakeCudart(name="NVIDIA A100", capability=(8, 0)))
+    here = replace(facts, backend="tensorrt", targets=(), device=cuda.gpu_name())
+    store_engine(replace(here, device=f"{here.device}1"), PLANS)  # of another driver
+    assert has_engine(bundle, "tensorrt")
+    gpu.properties.name = b"NVIDIA L4"
+    with pytest.raises(DeviceError, match=r"was built on NVIDIA A100 sm80 .*, this GPU is NVIDIA L4 sm80"):
+        open_tensorrt(bundle, "tensorrt")
+
+
+def test_without_targets_an_engine_serves_sm80_and_later(use, bundle, facts):
+    store_engine(replace(facts, targets=()), PLANS)
+    use(FakeCudart(capability=(8, 9)))
+    assert has_engine(bundle, RTX)
+    use(FakeCudart(capability=(7, 5)))
+    with pytest.raises(DeviceError, match=r"for sm80 and later.*--target sm75 --precision fp16`$"):
+        open_tensorrt(bundle, RTX)
+
+
+def test_the_command_that_builds_an_engine_can_be_pasted(use, bundle, tmp_path):
+    use()
+    path = tmp_path / "my models" / "it's.darcnn"
+    with pytest.raises(DeviceError) as caught:
+        open_tensorrt(replace(bundle, path=path), RTX)
+    assert f"'{tmp_path}/my models/it'\"'\"'s.darcnn' --backend tensorrt-rtx`" in caught.value.fix
+    shipped = find_bundle(shipped_models()[0])
+    with pytest.raises(DeviceError, match=f"run `darcnn-export engine {shipped.manifest.name} --backend"):
+        open_tensorrt(shipped, RTX)
+
+
+def test_an_engine_in_a_folder_of_the_users_own_is_run(use, tiny_bundle, bundle, facts, tmp_path):
+    use()
+    write_engine(tmp_path / "mine", facts, PLANS)
+    for backend in ("auto", RTX):
+        with load(tiny_bundle, backend=backend, engine=tmp_path / "mine") as segmenter:
+            assert segmenter.engine.spec.name == "tensorrt-rtx 1.7.1 fp32 sm86"
+    with pytest.raises(
+        UsageError, match="is an engine of tensorrt-rtx, not of tensorrt; leave out --backend"
+    ):
+        open_engine_in(tmp_path / "mine", bundle, "tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "cpu"}, "--engine: a compiled engine does not run on cpu"),
+        ({"backend": "openvino"}, "--engine: is for tensorrt and tensorrt-rtx, not for openvino"),
+    ],
+)
+def test_an_engine_goes_with_no_other_backend(tiny_bundle, tmp_path, options, words):
+    with pytest.raises(UsageError, match=words):
+        load(tiny_bundle, engine=tmp_path, **options)
+
+
+def test_an_engine_in_a_folder_that_does_not_fit_is_refused_with_the_reason(use, bundle, facts, tmp_path):
+    use(version="1.8")
+    write_engine(tmp_path / "mine", facts, PLANS)
+    with pytest.raises(DeviceError, match=r"built by tensorrt-rtx 1\.7\.1, this is 1\.8"):
+        open_engine(bundle, engine=tmp_path / "mine")
+    with pytest.raises(DeviceError, match="no readable engine"):
+        open_engine(bundle, engine=tmp_path / "none")
+
+
+def test_advice_of_the_gpu_names_what_can_be_done(monkeypatch):
+    gpu = FakeCudart()
+    gpu.cudaGetDeviceCount = lambda: (gpu.cudaError_t.cudaSuccess, 0)
+    monkeypatch.setattr(cuda, "_cudart", lambda: gpu)
+    with pytest.raises(DeviceError, match="check the NVIDIA driver, or choose another --backend"):
+        cuda.gpu_name()
