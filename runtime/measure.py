@@ -28,6 +28,7 @@ _PIXEL_MOMENT = 1.0 / 12.0
 
 _BOX_COLUMNS = ("bbox_x0", "bbox_y0", "bbox_x1", "bbox_y1")
 _UM_COLUMNS = ("area_um2", "perimeter_um", "major_axis_um", "minor_axis_um")
+_PX_COLUMNS = ("perimeter_px", "major_axis_px", "minor_axis_px")
 
 
 def measure(
@@ -95,6 +96,7 @@ def object_schema(channel_names: Sequence[str]) -> pa.Schema:
         pa.field("y", pa.float64()),
         *(pa.field(name, pa.int32()) for name in _BOX_COLUMNS),
         pa.field("area_px", pa.int64()),
+        *(pa.field(name, pa.float32()) for name in _PX_COLUMNS),
         *(pa.field(name, pa.float32()) for name in _UM_COLUMNS),
         pa.field("eccentricity", pa.float32()),
         pa.field("solidity", pa.float32()),
@@ -206,31 +208,39 @@ def _boxes(instances: Instances) -> dict[str, NDArray[np.int32]]:
 def _shapes(
     ground: _Ground, polygons: NDArray[np.object_], mpp: tuple[float, float] | None
 ) -> dict[str, NDArray[np.float64] | None]:
-    """Return the um columns, eccentricity and solidity; lengths in um where `mpp` is known."""
-    step_x, step_y = mpp if mpp is not None else (1.0, 1.0)
-    dx = (ground.x - ground.mean_x[ground.owner]) * step_x
-    dy = (ground.y - ground.mean_y[ground.owner]) * step_y
-    xx = ground.mean(dx * dx) + _PIXEL_MOMENT * step_x**2
-    yy = ground.mean(dy * dy) + _PIXEL_MOMENT * step_y**2
+    """Return the px and um columns, eccentricity and solidity; lengths in um where `mpp` is known."""
+    dx, dy = ground.x - ground.mean_x[ground.owner], ground.y - ground.mean_y[ground.owner]
+    xx, yy = (ground.mean(d * d) + _PIXEL_MOMENT for d in (dx, dy))
     xy = ground.mean(dx * dy)
-    middle, spread = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
-    longest, shortest = middle + spread, np.maximum(middle - spread, 0.0)
     hull = shapely.area(shapely.convex_hull(polygons))
     solidity = np.divide(shapely.area(polygons), hull, out=np.full(len(hull), np.nan), where=hull > 0)
-    rings = shapely.transform(polygons, lambda points: points * (step_x, step_y))
-    lengths: dict[str, NDArray[np.float64] | None] = {
-        "area_um2": ground.area * step_x * step_y,
-        "perimeter_um": shapely.length(rings),
-        "major_axis_um": 4.0 * np.sqrt(longest),  # axes of the ellipse with the same second moments
-        "minor_axis_um": 4.0 * np.sqrt(shortest),
-    }
-    if mpp is None:
-        lengths = dict.fromkeys(lengths)
-    return {
-        **lengths,
-        "eccentricity": np.sqrt(1.0 - shortest / longest),
+    longest, shortest = _axes(xx, yy, xy)
+    columns: dict[str, NDArray[np.float64] | None] = {
+        "perimeter_px": shapely.length(polygons),
+        "major_axis_px": longest,
+        "minor_axis_px": shortest,
         "solidity": np.minimum(solidity, 1.0),  # rounding alone can exceed it
+        **dict.fromkeys(_UM_COLUMNS),
     }
+    if mpp is not None:
+        step_x, step_y = mpp
+        rings = shapely.transform(polygons, lambda points: points * (step_x, step_y))
+        longest, shortest = _axes(xx * step_x**2, yy * step_y**2, xy * step_x * step_y)
+        columns |= {
+            "area_um2": ground.area * step_x * step_y,
+            "perimeter_um": shapely.length(rings),
+            "major_axis_um": longest,
+            "minor_axis_um": shortest,
+        }
+    return {**columns, "eccentricity": np.sqrt(1.0 - (shortest / longest) ** 2)}
+
+
+def _axes(
+    xx: NDArray[np.float64], yy: NDArray[np.float64], xy: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the axes of the ellipses that have these second moments, the longer ones first."""
+    middle, spread = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
+    return 4.0 * np.sqrt(middle + spread), 4.0 * np.sqrt(np.maximum(middle - spread, 0.0))
 
 
 def _brightness(

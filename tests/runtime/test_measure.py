@@ -69,7 +69,8 @@ def test_columns_come_in_the_order_of_the_schema(labels, pixels):
     table = measure(from_labels(labels), pixels, Region(0, 0, 160, 120), 1.0, ["a", "b"], None)
     assert table.schema == object_schema(["a", "b"])
     assert " ".join(table.column_names) == (
-        "id geometry score x y bbox_x0 bbox_y0 bbox_x1 bbox_y1 area_px area_um2 perimeter_um major_axis_um "
+        "id geometry score x y bbox_x0 bbox_y0 bbox_x1 bbox_y1 area_px perimeter_px major_axis_px "
+        "minor_axis_px area_um2 perimeter_um major_axis_um "
         "minor_axis_um eccentricity solidity mean_intensity_a std_intensity_a mean_intensity_b "
         "std_intensity_b truncated"
     )
@@ -82,6 +83,8 @@ def test_lengths_follow_the_pixel_size_of_each_axis():
     assert row["area_um2"] == pytest.approx(100 * 0.125)
     assert row["perimeter_um"] == pytest.approx(2 * (5.0 + 2.5))
     assert row["major_axis_um"] == pytest.approx(2 * row["minor_axis_um"])
+    assert row["perimeter_px"] == pytest.approx(40)
+    assert row["major_axis_px"] == row["minor_axis_px"] == pytest.approx(row["major_axis_um"] / 0.5)
 
 
 def test_um_columns_are_null_without_a_pixel_size(labels, pixels):
