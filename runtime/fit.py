@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ModelFit", "warn_of_size"]
+from darcnn.runtime.manifest import ModelInput
+
+__all__ = ["ModelFit", "warn_of_kind", "warn_of_size"]
 
 _MIN_OBJECTS = 10  # fewer tell nothing
 _MAX_RATIO = 1.6  # of typical and nominal diameter; the shipped models learned from 1.4 either way
@@ -72,6 +74,20 @@ def warn_of_size(measured_px: float | None) -> str | None:
             f"the objects were measured as {measured_px:.0f} px wide, which is what noise looks like: "
             "look at the overview; pass --diameter if they are larger"
         )
+    return None
+
+
+def warn_of_kind(model: ModelInput, rule: str | None) -> str | None:
+    """Return what a user should know of an image that looks like none of the model's.
+
+    Args:
+        model: what it sees.
+        rule: by which tissue was told from background (`TissueMask.rule`).
+    """
+    if model.channels == 1 and rule == "stain on glass":
+        return "the image looks like stain on glass, and the model sees grey values: is it the right model?"
+    if model.channels == 3 and model.intensity.kind == "full_range" and rule == "bright on dark":
+        return "the image is bright on dark, and the model sees the colours of stain: is it the right model?"
     return None
 
 

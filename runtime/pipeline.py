@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.diameter import choose_diameter, finds_unasked
 from darcnn.runtime.errors import InputError, UsageError
-from darcnn.runtime.fit import ModelFit, warn_of_size
+from darcnn.runtime.fit import ModelFit, warn_of_kind, warn_of_size
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.ground import Ground, survey_ground
 from darcnn.runtime.intensity import Window
+from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.measure import object_schema
 from darcnn.runtime.outputs import add_formats, write_outputs
 from darcnn.runtime.parts import Parts
@@ -209,7 +210,7 @@ def _fill(
         ModelFit(model.nominal_diameter_px / plan.scale),
         n_tiles=len(ground.tiles),
         n_tiles_skipped=len(plan.tiles) - len(ground.tiles),
-        size_warning=warn_of_size(diameter_px) if wish.is_measured else None,
+        doubts=_doubts(wish, model, ground, diameter_px),
     )
     tally.add_seconds({"diameter": looked - before, "tissue": time.perf_counter() - looked})
     mended = MendedReader(reader)  # not that of the diameter: a run that goes on does not look for it again
@@ -246,6 +247,12 @@ def _fill(
         ground=ground.describe(task.mpp),
         tally=tally,
     )
+
+
+def _doubts(wish: _Wish, model: ModelInput, ground: Ground, diameter_px: float | None) -> tuple[str, ...]:
+    rule = None if ground.tissue is None else ground.tissue.rule
+    of_size = warn_of_size(diameter_px) if wish.is_measured else None
+    return tuple(doubt for doubt in (warn_of_kind(model, rule), of_size) if doubt is not None)
 
 
 def _diameter(segmenter: Segmenter, reader: Reader, wish: _Wish) -> float | None:

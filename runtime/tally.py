@@ -30,7 +30,7 @@ class Tally(StageSeconds):
     n_tiles_with_objects: int = 0
     n_tiles_saturated: int = 0
     unreadable: Mapping[int, Region] = field(default_factory=dict)  # damaged tiles, cores in level-0 pixels
-    size_warning: str | None = None  # of the objects' size as it was measured
+    doubts: tuple[str, ...] = ()  # about the model and the objects' size, before any was found
     has_holes: bool = False  # damage where tissue, brightness or overview are seen
 
     def count(self, row: FinalRow) -> None:
@@ -84,9 +84,7 @@ class Tally(StageSeconds):
                 f"tiles that hold as many objects as the model can report: {self.n_tiles_saturated}; "
                 "some objects may be missing there"
             )
-        if self.size_warning is not None:
-            warnings.append(self.size_warning)
-        warnings.extend(self.fit.warnings())
+        warnings.extend((*self.doubts, *self.fit.warnings()))
         if not has_pixel_size:
             warnings.append("pixel size unknown: micrometre columns are empty")
         return tuple(warnings)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darcnn.runtime.fit import ModelFit
+from darcnn.runtime.engines.oracle import OracleEngine, make_oracle_manifest
+from darcnn.runtime.fit import ModelFit, warn_of_kind
+from darcnn.runtime.intensity import IntensityRule
 
 FAST = settings(deadline=None, max_examples=50)
 
@@ -51,3 +55,21 @@ def test_it_does_not_matter_in_how_many_parts_objects_come(
     parts.add(areas[:cut], scores[:cut])
     parts.add(areas[cut:], scores[cut:])
     assert list(whole.warnings()) == list(parts.warnings())
+
+
+@pytest.mark.parametrize(
+    ("channels", "kind", "rule", "words"),
+    [
+        (1, "percentile", "stain on glass", "looks like stain on glass"),
+        (3, "full_range", "bright on dark", "is bright on dark"),
+        (3, "percentile", "bright on dark", None),
+        (3, "full_range", "stain on glass", None),
+        (1, "percentile", "bright on dark", None),
+        (1, "percentile", None, None),
+    ],
+)
+def test_an_image_of_another_kind_is_told(channels, kind, rule, words):
+    model = make_oracle_manifest(OracleEngine(tile_px=32), halo_px=8).input
+    told = warn_of_kind(replace(model, channels=channels, intensity=IntensityRule(kind)), rule)
+    assert (told is None) == (words is None)
+    assert words is None or words in told
