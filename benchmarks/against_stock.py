@@ -44,7 +44,7 @@ _NMS = 0.95  # what is untrained overlaps: at 0.5 next to nothing would be left
 
 
 @click.command()
-@click.option("--threads", type=int, default=2, show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--rounds", type=int, default=7, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
 def main(threads: int, rounds: int, out: Path | None) -> None:
@@ -169,4 +169,6 @@ def _stock_session(threads: int, image: torch.Tensor) -> onnxruntime.InferenceSe
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

@@ -15,6 +15,7 @@ import os
 import platform
 import time
 from contextlib import ExitStack
+from itertools import cycle, islice
 from pathlib import Path
 
 import click
@@ -54,11 +55,13 @@ def main(model: str, slide: Path, n_tiles: int, backends: tuple[str, ...], out: 
                 click.echo(f"{backend:14} not measured: {err}")
             else:
                 stack.callback(engines[backend].close)
+        if not engines:
+            raise click.UsageError("no backend serves here; name another with --backend")
         first = next(iter(engines.values()))
         tiles = _read_tiles(slide, Segmenter(first, bundle.manifest), n_tiles)
         seconds: dict[str, list[tuple[float, float]]] = {backend: [] for backend in engines}
         found: dict[str, list[tuple[NDArray[np.float32], NDArray[np.float32]]]] = {b: [] for b in engines}
-        for number, tile in enumerate([*tiles[:_BURN_IN], *tiles]):
+        for number, tile in enumerate([*islice(cycle(tiles), _BURN_IN), *tiles]):
             for backend, engine in engines.items():
                 times, objects = _run(engine, tile, bundle.manifest.limits.min_score)
                 if number >= _BURN_IN:
@@ -134,4 +137,6 @@ def _spread(seconds: NDArray[np.float64]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

@@ -106,4 +106,6 @@ def _peak_gb() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

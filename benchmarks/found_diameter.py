@@ -54,4 +54,6 @@ def _median_diameter(segmenter: Segmenter, paths: list[Path]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

@@ -80,4 +80,6 @@ def _draw(
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

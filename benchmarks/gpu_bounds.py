@@ -74,4 +74,6 @@ def count(content: bytes) -> Cost:
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

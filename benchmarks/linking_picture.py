@@ -68,4 +68,6 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

@@ -302,4 +302,6 @@ def _say(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

@@ -141,4 +141,6 @@ def _score(network: Darcnn, recipe: Recipe, head: Heads, labelled: Path, every: 
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

@@ -128,4 +128,6 @@ def _apart(parity: Parity) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

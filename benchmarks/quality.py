@@ -102,4 +102,6 @@ def _row(folder: Path, segment: Callable[[Reader], Instances]) -> dict[str, floa
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

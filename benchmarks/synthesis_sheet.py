@@ -88,4 +88,6 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

@@ -119,4 +119,6 @@ def _mirrored(at: NDArray[np.int64], n: int) -> NDArray[np.int64]:
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

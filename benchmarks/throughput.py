@@ -74,12 +74,24 @@ class Figures:
 @click.option(
     "--synthetic",
     "sides",
-    type=int,
+    type=click.IntRange(1024),
     multiple=True,
     help="Also a slide of this side, px, made of the example.",
 )
-@click.option("--filled", type=float, default=1.0, show_default=True, help="Share of its side with tissue.")
-@click.option("--sample", type=int, default=40, show_default=True, help="Tiles for decode and engine alone.")
+@click.option(
+    "--filled",
+    type=click.FloatRange(0.01, 1),
+    default=1.0,
+    show_default=True,
+    help="Share of its side with tissue.",
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(1),
+    default=40,
+    show_default=True,
+    help="Tiles for decode and engine alone.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw them here as PNG.")
 def main(
@@ -94,6 +106,8 @@ def main(
     plot: Path | None,
 ) -> None:
     """Time a model on SLIDES."""
+    if not slides and not sides:
+        raise click.UsageError("nothing to measure: name a slide, or pass --synthetic")
     folder = Path(tempfile.mkdtemp())
     try:
         made = [folder / f"synthetic-{side}.tif" for side in sides]
@@ -218,4 +232,6 @@ def _draw(figures: list[Figures], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

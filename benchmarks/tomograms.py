@@ -139,4 +139,6 @@ def main(model: str, folder: Path, diameter: float | None, out: Path | None) -> 
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

@@ -114,4 +114,6 @@ def _profile(step: Callable[[int], None], steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

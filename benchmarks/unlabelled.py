@@ -90,4 +90,6 @@ def _typical_diameter(truth: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

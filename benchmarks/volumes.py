@@ -130,4 +130,6 @@ def main(model: str, folder: Path, shape: str, pixels: bool, out: Path | None) -
 
 
 if __name__ == "__main__":
-    main()
+    from one_line import run
+
+    run(main)

@@ -8,11 +8,18 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from darcnn.export.printing import describe_bundle, parity_table
+from darcnn.export.parity import (
+    Parity,
+    compare_bundles,
+    compare_runtimes,
+    compare_with_checkpoint,
+    limits_of,
+    verify_bundle,
+)
+from darcnn.export.printing import describe_bundle, parity_record, parity_table, to_json
 from darcnn.runtime.bundle import Bundle, open_bundle, write_bundle
 from darcnn.runtime.engines.tensorrt_build import BACKENDS as TENSORRT
 from darcnn.runtime.engines.tensorrt_build import BuildOptions, build_engine
@@ -26,18 +33,13 @@ from darcnn.runtime.errors import (
     UsageError,
 )
 from darcnn.runtime.load import find_bundle
-from darcnn.runtime.manifest import Manifest
 from darcnn.runtime.options import BACKENDS
-
-if TYPE_CHECKING:
-    from darcnn.export.parity import Parity
-    from darcnn.export.tiles import TileSource
-    from darcnn.training.config import Recipe
-    from darcnn.training.model.network import Darcnn
+from darcnn.runtime.sinks.atomic import atomic_file, translated
 
 __all__ = ["cli", "main"]
 
-_NEEDS = ("torch", "torchvision", "timm", "safetensors", "onnx", "onnxscript")
+_NEEDS = ("torch", "torchvision", "timm", "safetensors", "onnx", "onnxscript")  # of what exports a network
+_MAX_WORKSPACE_MIB = 1 << 20  # 1 TiB
 
 _folder = click.Path(path_type=Path, file_okay=False)
 _file = click.Path(path_type=Path, dir_okay=False)
@@ -99,13 +101,13 @@ def bundle(
 
     Of the folder of a whole run, the round that is trusted most on the unlabelled images is taken.
     """
-    _require_export()
-    from darcnn.export.pack import make_licence, make_members, make_training, options_of
-    from darcnn.export.tiles import images_of, learned_images, measure_mpp
+    _require(*_NEEDS)
+    from darcnn.export.pack import make_licence, make_members, make_training, manifest_of_recipe, options_of
+    from darcnn.export.tiles import images_of, learned_images, measure_mpp, read_tiles
     from darcnn.training.checkpoint import load_network
     from darcnn.training.trust import checkpoint_in
 
-    _refuse_existing(out, overwrite)
+    _check_place(out, overwrite)
     chosen = checkpoint_in(checkpoint)
     if chosen != checkpoint:
         click.echo(f"taking the most trusted round, {chosen.name}", err=True)
@@ -122,13 +124,15 @@ def bundle(
         if target.mpp is not None:
             click.echo(f"the images tell the scale: {target.mpp:g} um per network pixel", err=True)
     recipe = replace(recipe, target=target)
-    manifest = _make_manifest(network, recipe, name, tile or recipe.export.tile_px, batch=batch, **given)
+    tile = recipe.export.tile_px if tile is None else tile
+    manifest = manifest_of_recipe(network, recipe, name, tile, batch=batch, **given)
     click.echo(f"exporting {name}, stage {info.stage}, step {info.step}", err=True)
     members = make_members(network, options_of(manifest), make_training(info), terms)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "draft.darcnn"
         write_bundle(draft, manifest, members)
-        parity = _compare(open_bundle(draft), network, sources)
+        opened = open_bundle(draft)
+        parity = verify_bundle(opened, network, read_tiles(sources, opened))
     click.echo(parity_table(parity), err=True)
     if not parity.agrees:
         raise InputError(
@@ -141,8 +145,8 @@ def bundle(
 
 
 @cli.command()
-@click.argument("bundle", type=_file)
-@click.option("--checkpoint", required=True, type=_folder, help="The folder that the bundle was made of.")
+@click.argument("model")
+@click.option("--checkpoint", type=_folder, help="The folder that the bundle was made of.")
 @click.option("--data", type=_folder, help="Images to verify on; the recipe's by default.")
 @click.option(
     "--backend",
@@ -152,36 +156,39 @@ def bundle(
     help="What runs the bundle, repeatable; by default ONNX Runtime, and OpenVINO where it is installed.",
 )
 @_precision
+@click.option("--json", "record", type=_file, help="Write rows, versions, limits and the verdict here.")
 def verify(
-    bundle: Path, checkpoint: Path, data: Path | None, backends: tuple[str, ...], precision: str
+    model: str,
+    checkpoint: Path | None,
+    data: Path | None,
+    backends: tuple[str, ...],
+    precision: str,
+    record: Path | None,
 ) -> int:
-    """Compare BUNDLE with the checkpoint that it was made of; exit code 1 where they disagree."""
-    _require_export()
-    from darcnn.export.tiles import images_of
-    from darcnn.training.checkpoint import load_network
-    from darcnn.training.trust import checkpoint_in
+    """Compare MODEL with the checkpoint that it was made of; exit code 1 where they disagree.
 
-    opened = _in_precision(open_bundle(bundle), precision)
-    network, info = load_network(checkpoint_in(checkpoint))
-    if opened.precision == "int8":
-        raise UsageError(
-            "is in int8, which finds other boxes than PyTorch",
-            where=bundle,
-            fix="score it with `darcnn-train evaluate`, or verify the one that it was made of",
-        )
-    if network.preset.name != opened.manifest.preset:
-        raise UsageError(
-            f"holds preset {network.preset.name}, the bundle {opened.manifest.preset}",
-            where=checkpoint,
-            fix="give the folder that the bundle was made of",
-        )
+    Without a checkpoint, what runs it is compared: each backend with the bundle itself in ONNX Runtime.
+    """
+    if record is not None:
+        _check_place(record, overwrite=True)
+    opened = find_bundle(model)
+    derived = _in_precision(opened, precision)
+    limits_of(derived.precision, str(opened.path))
     has_openvino = importlib.util.find_spec("openvino") is not None
-    sources, agrees = images_of(info.recipe, data), True
-    for backend in backends or ("onnxruntime", *(["openvino"] if has_openvino else [])):
-        parity = _compare(opened, network, sources, backend)
+    backends = backends or ("onnxruntime", *(["openvino"] if has_openvino else []))
+    if checkpoint is None:
+        found = compare_runtimes(opened, derived, data, backends, tell=_tell)
+    else:
+        _require(*_NEEDS)
+        found = compare_with_checkpoint(derived, checkpoint, data, backends, tell=_tell)
+    compared: dict[str, Parity] = {}
+    for backend, parity in found:
+        compared[backend] = parity
         click.echo(f"{backend}\n{parity_table(parity)}")
-        agrees = agrees and parity.agrees
-    return 0 if agrees else EXIT_PARTIAL
+    if record is not None:
+        with translated(record), atomic_file(record) as file:
+            file.write(to_json(parity_record(derived, compared)))
+    return 0 if all(parity.agrees for parity in compared.values()) else EXIT_PARTIAL
 
 
 @cli.command()
@@ -197,9 +204,12 @@ def verify(
     "--target", "targets", multiple=True, help="GPUs to compile for, sm86 say; tensorrt-rtx only, repeatable."
 )
 @_precision
-@click.option("--workspace", type=click.IntRange(1), help="Most scratch memory of a layer, MiB.")
+@click.option(
+    "--workspace", type=click.IntRange(1, _MAX_WORKSPACE_MIB), help="Most scratch memory of a layer, MiB."
+)
 @click.option("--version-compatible", is_flag=True, help="Later versions run it too; tensorrt only.")
 @click.option("--out", type=_folder, help="Folder to write; the user's cache by default, where runs look.")
+@click.option("--overwrite", is_flag=True, help="Replace what is in the folder --out.")
 def engine(
     model: str,
     backend: str,
@@ -208,6 +218,7 @@ def engine(
     workspace: int | None,
     version_compatible: bool,
     out: Path | None,
+    overwrite: bool,
 ) -> None:
     """Compile the graphs of MODEL, a bundle or the name of a shipped one, into a TensorRT engine."""
 
@@ -217,7 +228,7 @@ def engine(
 
     options = BuildOptions(backend, targets, workspace, version_compatible)
     opened = _in_precision(find_bundle(model), precision)
-    folder = build_engine(opened, options, out=out, progress=show)
+    folder = build_engine(opened, options, out=out, overwrite=overwrite, progress=show)
     size = sum(path.stat().st_size for path in folder.iterdir())
     click.echo(f"{folder}: {size / 1e6:.1f} MB")
 
@@ -243,16 +254,21 @@ def quantise(
 
     Score both on labelled images (darcnn-train evaluate) before you use it: findings differ.
     """
-    _require_export()
-    from darcnn.export.pack import write_quantised
+    _require("onnx")
+    from darcnn.export.quantise import quantise as to_int8
+    from darcnn.export.quantise import write_quantised
     from darcnn.export.tiles import images_in, read_tiles
 
-    _refuse_existing(out, overwrite)
+    _check_place(out, overwrite)
     opened = find_bundle(model)
     chosen = read_tiles(images_in(data, diameter), opened, limit=tiles)
-    click.echo(f"calibrating on {len(chosen)} tiles", err=True)
-    write_quantised(out, opened, list(chosen.values()), has_offsets=not tensorrt)
+    few = "" if len(chosen) == tiles else f" of the {tiles} asked for: give more images"
+    click.echo(f"calibrating on {len(chosen)} tiles{few}", err=True)
+    quantised = to_int8(opened, list(chosen.values()), has_offsets=not tensorrt)
+    write_quantised(out, opened, quantised, n_tiles=len(chosen))
     click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    parity = compare_bundles(opened, quantised, chosen, backend="onnxruntime")
+    click.echo(f"on these tiles, {parity.unmatched:.0%} of its objects and of those in float32 are unmatched")
 
 
 @cli.command()
@@ -278,67 +294,38 @@ def info(model: str) -> None:
     click.echo("\n".join(describe_bundle(find_bundle(model))))
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
+def _check_place(out: Path, overwrite: bool) -> None:
+    """Refuse a place where nothing can be written, before the work is done."""
+    with translated(out):
+        exists = out.exists()
+    if exists and not overwrite:
         raise OutputError("exists already", where=out, fix="pass --overwrite, or choose another name")
+    if not out.parent.is_dir():
+        raise OutputError(
+            "its folder does not exist", where=out, fix="make the folder, or choose another name"
+        )
 
 
 def _in_precision(bundle: Bundle, precision: str) -> Bundle:
     if precision == "fp32":
         return bundle
-    _require_export()
+    _require("onnx")
     from darcnn.export.half import derive_half
 
     return derive_half(bundle)
 
 
-def _require_export() -> None:
-    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
+        install = "'darcnn[export]'" if len(packages) > 1 else missing[0]
         raise UsageError(
-            f"needs {', '.join(missing)}", where="darcnn-export", fix="run pip install 'darcnn[export]'"
+            f"needs {', '.join(missing)}", where="darcnn-export", fix=f"run pip install {install}"
         )
 
 
-def _make_manifest(network: Darcnn, recipe: Recipe, name: str, tile_px: int, **sizes: int) -> Manifest:
-    from darcnn.export.pack import make_manifest
-    from darcnn.export.static import ExportOptions
-    from darcnn.training.engine import halo_for
-
-    target, limit = recipe.target, recipe.export.max_diameters
-    options = ExportOptions(
-        channels=target.channels,
-        tile_px=tile_px,
-        halo_px=halo_for(target.nominal_diameter_px, max(network.preset.strides_px)),
-        **sizes,
-    )
-    return make_manifest(
-        network,
-        options,
-        name=name,
-        intensity=target.intensity,
-        nominal_diameter_px=target.nominal_diameter_px,
-        mpp=target.mpp,
-        min_score=recipe.export.min_score,
-        finds_diameter=target.finds_diameter,
-        found_diameter_px=recipe.export.found_diameter_px,
-        slab=target.slab,
-        max_diameter_px=None if limit is None else limit * target.nominal_diameter_px,
-    )
-
-
-def _compare(
-    bundle: Bundle, network: Darcnn, sources: list[TileSource], backend: str = "onnxruntime"
-) -> Parity:
-    from darcnn.export.parity import verify_bundle
-    from darcnn.export.tiles import read_tiles
-
-    tiles = read_tiles(sources, bundle)
-    click.echo(f"comparing on {len(tiles)} tiles", err=True)
-    parity = verify_bundle(bundle, network, tiles, backend=backend)
-    if parity.n_objects == 0:
-        click.echo("no object on any tile: only the features were compared", err=True)
-    return parity
+def _tell(words: str) -> None:
+    click.echo(words, err=True)
 
 
 def _read_text(path: Path) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from darcnn.export.graph import check_graph
+from darcnn.export.operations import check_graph
 from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.graphs import OUTPUTS
 from darcnn.runtime.errors import UsageError

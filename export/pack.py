@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from darcnn.export.graph import export_detect, export_mask
-from darcnn.export.quantise import quantise
+from darcnn.export.printing import to_json
 from darcnn.export.static import AtlasPool, ExportOptions
-from darcnn.runtime.bundle import MEMBER_CAPS, Bundle, write_bundle
+from darcnn.runtime.bundle import write_bundle
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.manifest import FORMAT, Anchors, Limits, Manifest, ModelInput
 from darcnn.runtime.slab import Slab
 from darcnn.training.checkpoint import CheckpointInfo
-from darcnn.training.config import recipe_to_table
+from darcnn.training.config import Recipe, recipe_to_table
+from darcnn.training.engine import halo_for
 from darcnn.training.model.network import Darcnn
 
 __all__ = [
@@ -29,9 +25,9 @@ __all__ = [
     "make_manifest",
     "make_members",
     "make_training",
+    "manifest_of_recipe",
     "options_of",
     "write_model_bundle",
-    "write_quantised",
 ]
 
 
@@ -98,6 +94,34 @@ def make_manifest(
     )
 
 
+def manifest_of_recipe(network: Darcnn, recipe: Recipe, name: str, tile_px: int, **sizes: int) -> Manifest:
+    """Return the manifest of a bundle of `network`, trained by `recipe`; `sizes` are of `ExportOptions`.
+
+    Raises:
+        UsageError: the tile is too small for its halo or does not fit the network.
+    """
+    target, limit = recipe.target, recipe.export.max_diameters
+    options = ExportOptions(
+        channels=target.channels,
+        tile_px=tile_px,
+        halo_px=halo_for(target.nominal_diameter_px, max(network.preset.strides_px)),
+        **sizes,
+    )
+    return make_manifest(
+        network,
+        options,
+        name=name,
+        intensity=target.intensity,
+        nominal_diameter_px=target.nominal_diameter_px,
+        mpp=target.mpp,
+        min_score=recipe.export.min_score,
+        finds_diameter=target.finds_diameter,
+        found_diameter_px=recipe.export.found_diameter_px,
+        slab=target.slab,
+        max_diameter_px=None if limit is None else limit * target.nominal_diameter_px,
+    )
+
+
 def options_of(manifest: Manifest) -> ExportOptions:
     """Return the options that a bundle's graphs were made with."""
     sizes, limits = manifest.input, manifest.limits
@@ -144,30 +168,9 @@ def make_members(
     return {
         "detect.onnx": export_detect(network, options),
         "mask.onnx": export_mask(network, options),
-        "training.json": _as_text(training),
+        "training.json": to_json(training),
         "LICENSE": licence.encode(),
     }
-
-
-def write_quantised(
-    path: Path, bundle: Bundle, tiles: Sequence[NDArray[np.uint8]], *, has_offsets: bool
-) -> None:
-    """Write `bundle` with its encoders in int8, called as the file `path`, which is replaced.
-
-    Args:
-        path: of the new bundle.
-        bundle: in float32.
-        tiles: (S, S, C) uint8 to calibrate on.
-        has_offsets: as `quantise` explains.
-    Raises:
-        UsageError: the bundle is not in float32, or there is no tile.
-        OutputError: the file cannot be written.
-    """
-    quantised = quantise(bundle, tiles, has_offsets=has_offsets)
-    training = json.loads(bundle.read("training.json")) | {"calibration_tiles": len(tiles)}
-    members = {name: quantised.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
-    members["training.json"] = _as_text(training)
-    write_bundle(path, replace(quantised.manifest, name=path.stem), members)
 
 
 def write_model_bundle(
@@ -180,10 +183,6 @@ def write_model_bundle(
         BundleError: a graph is larger than readers accept.
     """
     write_bundle(path, manifest, make_members(network, options_of(manifest), training, licence))
-
-
-def _as_text(training: Mapping[str, Any]) -> bytes:
-    return (json.dumps(_finite(training), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _limits(network: Darcnn, options: ExportOptions, min_score: float) -> Limits:
@@ -218,14 +217,3 @@ def _signatures(network: Darcnn, options: ExportOptions) -> dict[str, dict[str, 
             "masks": ("float32", (boxes, network.preset.mask_px, network.preset.mask_px)),
         },
     }
-
-
-def _finite(value: Any) -> Any:
-    """Return `value` with null for every number that JSON does not have: NaN and the infinities."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return value

@@ -1,37 +1,48 @@
-"""Does a bundle find what the network finds? Both run on real tiles, and their objects are compared."""
+"""Does a bundle find what the network finds? Both run on real tiles, and their objects are compared.
+
+PyTorch is needed only where a network is the reference; a bundle may be compared with another one instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from darcnn.export.graph import freeze_network
-from darcnn.export.pack import options_of
-from darcnn.export.static import ExportOptions, pack_atlas
 from darcnn.runtime.boxes import non_maximum_suppression, pairwise_iou
 from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.choose import open_engine
 from darcnn.runtime.engines.protocol import Engine
-from darcnn.training.model.network import Darcnn
+from darcnn.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from darcnn.export.static import ExportOptions
+    from darcnn.training.model.network import Darcnn
 
 __all__ = [
+    "COLUMNS",
+    "LIMITS",
+    "MAX_UNMATCHED",
     "Objects",
     "Parity",
     "TileParity",
+    "compare_bundles",
     "compare_objects",
+    "compare_runtimes",
+    "compare_with_checkpoint",
     "find_with_engine",
     "find_with_torch",
+    "limits_of",
     "verify_bundle",
 ]
 
-T = TypeVar("T")
 Tiles = Mapping[str, NDArray[np.uint8]]  # name -> (S, S, C)
+Tell = Callable[[str], None]
 
 STRONG_SCORE = 0.1  # weaker objects may flip at the score threshold, 0.05
 MATCH_IOU = 0.9
@@ -48,6 +59,14 @@ LIMITS = {
     # float16 has 11 bits: a box that lies between two pyramid levels may be pooled from the other one
     "fp16": {"box_px": 0.5, "box_median_px": 0.05, "score": 0.02, "mask": 0.05, "features": 1e-2},
 }
+# What differs, and what it is called in the table and where it is complained of.
+COLUMNS = {
+    "box_px": "box px",
+    "box_median_px": "median px",
+    "score": "score",
+    "mask": "mask",
+    "features": "features",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +81,18 @@ class Objects:
 
 @dataclass(frozen=True, slots=True)
 class TileParity:
-    """How far apart network and bundle are on one tile."""
+    """How far apart the reference, the network as a rule, and the bundle are on one tile."""
 
     tile: str
-    n_torch: int  # objects with a score above 0.1
-    n_onnx: int
-    n_matched: int  # of n_torch
+    n_reference: int  # objects of the reference with a score above 0.1
+    n_bundle: int  # of the bundle
+    n_matched: int  # of n_reference
     n_unmatched: int  # of both sides together
     box_px: float  # largest difference of a side, matched objects
     box_median_px: float
     score: float  # largest difference, matched objects
     mask: float  # largest mean difference of a mask, matched objects
-    features: float  # largest difference of h_p, relative to the largest feature
+    features: float | None  # largest difference of h_p by the largest feature; None: a side keeps its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +101,47 @@ class Parity:
 
     tiles: tuple[TileParity, ...]
     precision: str = "fp32"  # of the bundle's layers
+    reference: str = "torch"  # what the bundle was compared with
 
     @property
     def n_objects(self) -> int:
         """Strong objects of both sides together."""
-        return sum(tile.n_torch + tile.n_onnx for tile in self.tiles)
+        return sum(tile.n_reference + tile.n_bundle for tile in self.tiles)
+
+    @property
+    def n_unmatched(self) -> int:
+        """Those of them that the other side lacks."""
+        return sum(tile.n_unmatched for tile in self.tiles)
+
+    @property
+    def unmatched(self) -> float:
+        """The share of objects that the other side lacks; 0 where there is none."""
+        return self.n_unmatched / max(self.n_objects, 1)
+
+    def worst(self, column: str) -> float | None:
+        """Return the largest difference of one of `COLUMNS`, NaN if there is one; None if none is known."""
+        values = [getattr(tile, column) for tile in self.tiles]
+        known = [value for value in values if value is not None]
+        return float(np.max(known)) if known else None
 
     @property
     def complaints(self) -> tuple[str, ...]:
-        """What does not agree; empty if all does."""
-        unmatched = sum(tile.n_unmatched for tile in self.tiles)
-        found = [f"{unmatched} of {self.n_objects} objects unmatched"] * (
-            unmatched > MAX_UNMATCHED * self.n_objects
-        )
-        for name, limit in LIMITS[self.precision].items():
-            worst = max((float(getattr(tile, name)) for tile in self.tiles), default=0.0)
-            if not worst < limit:  # NaN disagrees
-                found.append(f"{name} differs by {worst:.3g}, limit {limit:g}")
+        """What does not agree, by the columns of the table; empty if all does.
+
+        Raises:
+            UsageError: nobody knows how far apart bundles of this precision may be.
+        """
+        limits = limits_of(self.precision)
+        if not self.n_objects and self.worst("features") is None:
+            return ("nothing was compared: no object on any tile, and no features",)
+        found = [
+            f"unmatched {self.unmatched:.1%} ({self.n_unmatched} of {self.n_objects} objects), "
+            f"limit {MAX_UNMATCHED:.0%}"
+        ] * (self.unmatched > MAX_UNMATCHED)
+        for name, limit in limits.items():
+            worst = self.worst(name)
+            if worst is not None and not worst < limit:  # NaN disagrees
+                found.append(f"{COLUMNS[name]} differs by {worst:.3g}, limit {limit:g}")
         return tuple(found)
 
     @property
@@ -114,19 +157,112 @@ def verify_bundle(bundle: Bundle, network: Darcnn, tiles: Tiles, *, backend: str
     bundle's are, and its limits are those of the bundle. ONNX Runtime runs on the CPU here.
 
     Raises:
+        UsageError: the bundle is in a precision that has no limits.
         DeviceError: the backend is not installed, or needs a GPU or an engine that is not there.
     """
-    options = options_of(bundle.manifest)
-    reference = _with_limits(freeze_network(network), options)
+    from darcnn.export.graph import freeze_network
+    from darcnn.export.pack import options_of
+
+    limits_of(bundle.precision, str(bundle.path))
+    reference = _with_limits(freeze_network(network), options_of(bundle.manifest))
+    pairs = (
+        (name, find_with_torch(reference, tiles[name]), one) for name, one in _find(bundle, tiles, backend)
+    )
+    return Parity(tuple(compare_objects(*pair) for pair in pairs), bundle.precision)
+
+
+def compare_bundles(reference: Bundle, bundle: Bundle, tiles: Tiles, *, backend: str) -> Parity:
+    """Compare `bundle`, run with `backend`, with what `reference` finds in ONNX Runtime on the CPU.
+
+    Both must have the same sizes: one was derived from the other, or they are the same.
+
+    Raises:
+        DeviceError: the backend is not installed, or needs a GPU or an engine that is not there.
+    """
+    expected = dict(_find(reference, tiles, "onnxruntime"))
+    pairs = ((name, expected[name], one) for name, one in _find(bundle, tiles, backend))
+    return Parity(tuple(compare_objects(*pair) for pair in pairs), bundle.precision, "float32")
+
+
+def compare_with_checkpoint(
+    bundle: Bundle, checkpoint: Path, data: Path | None, backends: Sequence[str], *, tell: Tell
+) -> Iterator[tuple[str, Parity]]:
+    """Yield how each backend compares with the network in the folder `checkpoint`, on images of its kind.
+
+    Raises:
+        UsageError: the network is of another preset, or there is no image.
+    """
+    from darcnn.export.tiles import images_of, read_tiles
+    from darcnn.training.checkpoint import load_network
+    from darcnn.training.trust import checkpoint_in
+
+    network, info = load_network(checkpoint_in(checkpoint))
+    if network.preset.name != bundle.manifest.preset:
+        raise UsageError(
+            f"holds preset {network.preset.name}, the bundle {bundle.manifest.preset}",
+            where=checkpoint,
+            fix="give the folder that the bundle was made of",
+        )
+    tiles = read_tiles(images_of(info.recipe, data), bundle)
+    tell(f"comparing on {len(tiles)} tiles")
+    for backend in backends:
+        yield backend, verify_bundle(bundle, network, tiles, backend=backend)
+
+
+def compare_runtimes(
+    opened: Bundle, derived: Bundle, data: Path | None, backends: Sequence[str], *, tell: Tell
+) -> Iterator[tuple[str, Parity]]:
+    """Yield how `derived`, made of `opened` or the same, compares in each backend with `opened` itself.
+
+    Raises:
+        UsageError: there is no image, or nothing to compare with.
+    """
+    from darcnn.export.tiles import images_in, read_tiles
+
+    if data is None:
+        raise UsageError(
+            "no images to compare on", where="--data", fix="give a folder of images, or pass --checkpoint"
+        )
+    others = [name for name in backends if name != "onnxruntime" or derived is not opened]
+    if not others:  # it would be compared with itself
+        raise UsageError(
+            "the bundle in ONNX Runtime is what others are compared with",
+            where="--backend",
+            fix="name another one, run pip install 'darcnn[openvino]', or pass --checkpoint",
+        )
+    tiles = read_tiles(images_in(data), opened)
+    tell(f"comparing on {len(tiles)} tiles")
+    for backend in others:
+        yield backend, compare_bundles(opened, derived, tiles, backend=backend)
+
+
+def _find(bundle: Bundle, tiles: Tiles, backend: str) -> Iterator[tuple[str, Objects]]:
     device = "cpu" if backend == "onnxruntime" else "auto"
     with closing(open_engine(bundle, device=device, backend=backend)) as engine:
-        found = find_with_engine(engine, tiles, bundle.manifest.limits.nms_threshold)
-        pairs = ((name, find_with_torch(reference, tiles[name]), one) for name, one in found)
-        return Parity(tuple(compare_objects(*pair) for pair in pairs), bundle.precision)
+        yield from find_with_engine(engine, tiles, bundle.manifest.limits.nms_threshold)
+
+
+def limits_of(precision: str, where: str = "the bundle") -> Mapping[str, float]:
+    """Return how far a bundle of this precision may be from its reference, column by column.
+
+    Raises:
+        UsageError: nobody knows.
+    """
+    if precision not in LIMITS:
+        raise UsageError(
+            f"is in {precision}, for which there are no limits: it may find other boxes than float32",
+            where=where,
+            fix="score it with `darcnn-train evaluate`, or verify the one that it was made of",
+        )
+    return LIMITS[precision]
 
 
 def find_with_torch(network: Darcnn, tile: NDArray[np.uint8]) -> Objects:
     """Return what `network` finds on `tile` (S, S, C), by its own evaluation path."""
+    import torch
+
+    from darcnn.export.static import pack_atlas
+
     size = tile.shape[:2]
     with torch.no_grad():
         image = torch.tensor(tile).float().permute(2, 0, 1)[None]
@@ -160,7 +296,7 @@ def find_with_engine(engine: Engine, tiles: Tiles, nms_threshold: float) -> Iter
 
 
 def compare_objects(tile: str, ours: Objects, theirs: Objects) -> TileParity:
-    """Match the objects of PyTorch (`ours`) and of the bundle (`theirs`) by IoU and measure the differences.
+    """Match objects of the reference (`ours`) and of the bundle (`theirs`) by IoU; measure the differences.
 
     Suppression leaves no two objects of one side with IoU above 0.5, so at 0.9 no object has two matches.
     A strong object may match one that is weak on the other side: the score difference then tells.
@@ -176,8 +312,8 @@ def compare_objects(tile: str, ours: Objects, theirs: Objects) -> TileParity:
     mask = np.abs(ours.masks[rows] - theirs.masks[partners]).mean((1, 2))
     return TileParity(
         tile=tile,
-        n_torch=int(is_strong.sum()),
-        n_onnx=int(is_strong_too.sum()),
+        n_reference=int(is_strong.sum()),
+        n_bundle=int(is_strong_too.sum()),
         n_matched=len(rows),
         n_unmatched=int((is_strong & ~has_match).sum() + (is_strong_too & ~has_match_too).sum()),
         box_px=float(box.max(initial=0.0)),
@@ -188,10 +324,10 @@ def compare_objects(tile: str, ours: Objects, theirs: Objects) -> TileParity:
     )
 
 
-def _features_apart(ours: NDArray[np.float32] | None, theirs: NDArray[np.float32] | None) -> float:
-    """Return the largest difference, relative to our largest feature; 0 where one side keeps its own."""
+def _features_apart(ours: NDArray[np.float32] | None, theirs: NDArray[np.float32] | None) -> float | None:
+    """Return the largest difference, relative to our largest feature; None where one side keeps its own."""
     if ours is None or theirs is None:
-        return 0.0
+        return None
     return float(np.abs(ours - theirs).max()) / (float(np.abs(ours).max()) or 1.0)
 
 

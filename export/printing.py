@@ -1,42 +1,124 @@
-"""What `darcnn-export` prints of a bundle and of a comparison."""
+"""What `darcnn-export` prints and records of a bundle and of a comparison."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
 
+from darcnn.export.parity import COLUMNS, LIMITS, MAX_UNMATCHED, Parity
 from darcnn.runtime.bundle import Bundle
+from darcnn.runtime.errors import BundleError
 from darcnn.runtime.slab import Slab
 
-if TYPE_CHECKING:
-    from darcnn.export.parity import Parity
+__all__ = ["describe_bundle", "parity_record", "parity_table", "read_training", "to_json"]
 
-__all__ = ["describe_bundle", "parity_table"]
+_VERSIONS = ("darcnn", "numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch")
 
 
 def parity_table(parity: Parity) -> str:
-    """Return the comparison as a table, one line a tile, and the verdict."""
-    lines = [f"{'tile':32} {'torch':>6} {'bundle':>6} {'matched':>8} {'box px':>8} {'score':>8} {'mask':>8}"]
+    """Return the comparison as a table, one line a tile, the worst of all of them, and the verdict."""
+    heads = "".join(f" {heading:>9}" for heading in COLUMNS.values())
+    lines = [f"{'tile':32} {parity.reference:>7} {'bundle':>6} {'matched':>7} {'unmatched':>9}{heads}"]
     for one in parity.tiles:
-        counts = f"{one.n_torch:6d} {one.n_onnx:6d} {one.n_matched:8d}"
-        lines.append(f"{one.tile[-32:]:32} {counts} {one.box_px:8.4f} {one.score:8.5f} {one.mask:8.5f}")
-    verdict = "they agree" if parity.agrees else f"they disagree: {', '.join(parity.complaints)}"
+        share = one.n_unmatched / max(one.n_reference + one.n_bundle, 1)
+        counts = f"{one.n_reference:7d} {one.n_bundle:6d} {one.n_matched:7d} {share:9.1%}"
+        lines.append(f"{one.tile[-32:]:32} {counts}" + _differences(asdict(one)))
+    sums = (
+        sum(getattr(one, name) for one in parity.tiles) for name in ("n_reference", "n_bundle", "n_matched")
+    )
+    counts = "{:7d} {:6d} {:7d}".format(*sums) + f" {parity.unmatched:9.1%}"
+    lines.append(f"{'all, and the worst':32} {counts}" + _differences({n: parity.worst(n) for n in COLUMNS}))
+    verdict = f"they disagree: {', '.join(parity.complaints)}"
+    if parity.agrees:
+        verdict = "they agree" + (
+            "" if parity.n_objects else ", but only in the features: no tile has an object"
+        )
     return "\n".join([*lines, verdict])
 
 
-def _describe_slab(slab: Slab | None) -> list[str]:
-    if slab is None:
-        return []
-    return [f"slab       {slab.depth:g} diameters averaged, smoothed by {slab.smoothing:g}"]
+def _differences(row: Mapping[str, float | None]) -> str:
+    values = (row[name] for name in COLUMNS)
+    return "".join(f" {'-':>9}" if value is None else f" {value:9.5f}" for value in values)
+
+
+def parity_record(bundle: Bundle, compared: Mapping[str, Parity]) -> dict[str, Any]:
+    """Return comparisons, one a backend, as what `to_json` takes: rows, versions, limits, verdict."""
+    return {
+        "bundle": bundle.manifest.name,
+        "sha256": bundle.sha256,
+        "precision": bundle.precision,
+        "limits": {"unmatched": MAX_UNMATCHED, **LIMITS[bundle.precision]},
+        "versions": dict(_versions()),
+        "agrees": all(parity.agrees for parity in compared.values()),
+        "backends": {
+            backend: {
+                "reference": parity.reference,
+                "agrees": parity.agrees,
+                "complaints": parity.complaints,
+                "objects": parity.n_objects,
+                "unmatched": parity.unmatched,
+                "tiles": [asdict(tile) for tile in parity.tiles],
+            }
+            for backend, parity in compared.items()
+        },
+    }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in _VERSIONS:
+        try:
+            yield package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+
+
+def to_json(table: Mapping[str, Any]) -> bytes:
+    """Return `table` as text, with null for every number that JSON does not have: NaN and the infinities."""
+    return (json.dumps(_finite(table), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return value
+
+
+def read_training(bundle: Bundle) -> dict[str, Any]:
+    """Return what training.json of `bundle` says.
+
+    Raises:
+        BundleError: it is no table in JSON.
+    """
+    try:
+        table = json.loads(bundle.read("training.json"))
+    except (ValueError, RecursionError) as err:
+        raise BundleError(
+            "training.json is not JSON", where=bundle.path, fix="export the model again"
+        ) from err
+    if not isinstance(table, dict):
+        raise BundleError("training.json is not a table", where=bundle.path, fix="export the model again")
+    return table
 
 
 def describe_bundle(bundle: Bundle) -> list[str]:
-    """Return what `bundle` is, line by line: manifest, sizes, hashes, figures of its training."""
+    """Return what `bundle` is, line by line: manifest, sizes, hashes, figures of its training.
+
+    Raises:
+        BundleError: the record of its training is no table in JSON.
+    """
     manifest = bundle.manifest
     sizes, limits, rule = manifest.input, manifest.limits, manifest.input.intensity
     window = "" if rule.kind == "full_range" else f" {rule.low:g} to {rule.high:g}"
-    training: dict[str, Any] = json.loads(bundle.read("training.json"))
-    lines = [
+    training = read_training(bundle)
+    return [
         f"{manifest.name}: {manifest.preset}, {manifest.precision}, format {manifest.format}",
         f"file       {bundle.path.stat().st_size / 1e6:.1f} MB, sha256 {bundle.sha256}",
         f"input      {sizes.batch} x {sizes.tile_px} x {sizes.tile_px} x {sizes.channels}, "
@@ -50,9 +132,40 @@ def describe_bundle(bundle: Bundle) -> list[str]:
         f"score {limits.min_score:g} (graph {limits.score_threshold:g}), NMS {limits.nms_threshold:g}",
         f"training   stage {training.get('stage')}, step {training.get('step')}",
         f"data       {training.get('data_licence')}",
+        *_describe_figures("as measured when it was trained", training.get("figures")),
+        *_describe_figures("of the float32 bundle that it was made of", training.get("float32_figures")),
+        *(
+            f"member     {name:14} {len(bundle.read(name)):>10} bytes  {digest}"
+            for name, digest in manifest.files.items()
+        ),
     ]
-    lines += [f"figure     {key} {value}" for key, value in dict(training.get("figures") or {}).items()]
-    return lines + [
-        f"member     {name:14} {len(bundle.read(name)):>10} bytes  {digest}"
-        for name, digest in manifest.files.items()
-    ]
+
+
+def _describe_slab(slab: Slab | None) -> list[str]:
+    if slab is None:
+        return []
+    return [f"slab       {slab.depth:g} diameters averaged, smoothed by {slab.smoothing:g}"]
+
+
+def _describe_figures(whose: str, figures: object) -> list[str]:
+    rows = list(_figure_rows("", figures))
+    return [f"figures    {whose}:", *(f"  {row}" for row in rows)] if rows else []
+
+
+def _figure_rows(name: str, figures: object) -> Iterator[str]:
+    """Yield a line for each table of numbers within `figures`, however deep it lies."""
+    if not isinstance(figures, Mapping):
+        if figures is not None:
+            yield f"{name} {_rounded(figures)}".strip()
+        return
+    plain = {key: value for key, value in figures.items() if not isinstance(value, Mapping)}
+    if plain:
+        listed = ", ".join(f"{key} {_rounded(value)}" for key, value in plain.items())
+        yield f"{name}: {listed}" if name else listed
+    for key, value in figures.items():
+        if isinstance(value, Mapping):
+            yield from _figure_rows(f"{name}, {key}" if name else str(key), value)
+
+
+def _rounded(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from darcnn.export.graph import MIN_HALF_ELEMENTS, QUANTISED_OPS, check_graph, store_as_half, strip_notes
-from darcnn.runtime.bundle import Bundle
+from darcnn.export.operations import MIN_HALF_ELEMENTS, QUANTISED_OPS, check_graph, store_as_half, strip_notes
+from darcnn.export.printing import read_training, to_json
+from darcnn.runtime.bundle import MEMBER_CAPS, Bundle, write_bundle
 from darcnn.runtime.errors import UsageError
 
-__all__ = ["quantise"]
+__all__ = ["quantise", "write_quantised"]
 
 # What computes in int8, or passes int8 on: activations must be among it, so that a convolution is measured
 # behind its activation, where the range is small.
@@ -73,6 +75,23 @@ def quantise(bundle: Bundle, tiles: Sequence[NDArray[np.uint8]], *, has_offsets:
     content: bytes = quantised.SerializeToString(deterministic=True)
     check_graph(content, QUANTISED_OPS)
     return bundle.with_graphs({"detect.onnx": content}, precision="int8")
+
+
+def write_quantised(path: Path, bundle: Bundle, quantised: Bundle, *, n_tiles: int) -> None:
+    """Write `quantised`, what `quantise` made of `bundle` on so many tiles, as the file `path`, replacing it.
+
+    The figures of the training are of the float32 bundle, and are called so: int8 finds other boxes.
+
+    Raises:
+        BundleError: the record of the training is no table in JSON.
+        OutputError: the file cannot be written.
+    """
+    training = read_training(bundle)
+    figures = training.pop("figures", None)
+    training |= {"float32_figures": figures, "calibration_tiles": n_tiles}
+    members = {name: quantised.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
+    members["training.json"] = to_json(training)
+    write_bundle(path, replace(quantised.manifest, name=path.stem), members)
 
 
 @contextmanager

@@ -46,6 +46,8 @@ def images_of(recipe: Recipe, folder: Path | None = None) -> list[TileSource]:
     Raises:
         UsageError: there is none.
     """
+    if folder is not None:
+        _check_folder(folder)
     found = _named_in(recipe, Path(recipe.data) if folder is None else folder)
     if found:
         return found
@@ -102,6 +104,7 @@ def images_in(folder: Path, diameter_px: float | None = None) -> list[TileSource
     Raises:
         UsageError: there is none.
     """
+    _check_folder(folder)
     found = [TileSource(path, diameter_px) for path in sorted(folder.rglob("*")) if is_readable(path)]
     if not found:
         raise _no_image(folder)
@@ -128,7 +131,8 @@ def read_tiles(
     chosen = spread_evenly(sources, limit)
     tiles: dict[str, NDArray[np.uint8]] = {}
     with Segmenter(open_engine(bundle, device="cpu"), bundle.manifest) as segmenter:
-        for source in chosen:
+        for number, source in enumerate(chosen):
+            n_tiles = limit * (number + 1) // len(chosen) - limit * number // len(chosen)
             with ExitStack() as stack:
                 reader = _open_middle(source, segmenter, stack)
                 facts = reader.info
@@ -136,7 +140,7 @@ def read_tiles(
                 size = choose_diameter(segmenter, reader, diameter_px=source.diameter_px, channel=channel)
                 plan = segmenter.plan(facts, diameter_px=size, pixels=facts.mpp is None, channel=channel)
                 sampler = segmenter.sampler(reader, plan, segmenter.measure(reader, plan))
-                for tile in spread_evenly(plan.tiles, max(1, limit // len(chosen))):
+                for tile in spread_evenly(plan.tiles, n_tiles):
                     tiles[f"{facts.name} {tile.index}"] = sampler.read(tile)
     return tiles
 
@@ -161,6 +165,13 @@ def _channel_for(channels: int, facts: SlideInfo) -> int | None:
         return None
     sees_all = sees_separate_channels(available=available, is_rgb=False, channels=channels, channel=None)
     return None if sees_all else 0
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(
+            f"there is no folder {folder}", where="--data", fix="check the path; it is a folder of images"
+        )
 
 
 def _no_image(folder: object) -> UsageError:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.engine_cache import CompiledEngine
 from darcnn.runtime.engines.graphs import INPUTS, OUTPUTS, expected_signatures
 from darcnn.runtime.errors import OutputError, UsageError
-from darcnn.runtime.sinks.atomic import atomic_folder, translated
+from darcnn.runtime.sinks.atomic import translated
 
 __all__ = ["ServedGraph", "plan_repository", "write_repository"]
 
@@ -72,24 +72,50 @@ def plan_repository(bundle: Bundle, engine: CompiledEngine | None = None) -> lis
 def write_repository(folder: Path, graphs: list[ServedGraph], *, overwrite: bool = False) -> None:
     """Write `graphs` into the repository `folder`, beside what is there; each appears whole or not at all.
 
+    Drafts, and what is replaced until the new is in, lie in a folder of their own beside the repository: a
+    server that watches the repository takes every folder in it for a model.
+
     Raises:
-        OutputError: one is there already and `overwrite` is false, or it cannot be written.
+        OutputError: one is there already and `overwrite` is false, something else than a folder has its name,
+            or it cannot be written. What was there stays.
     """
-    places = [folder / graph.name for graph in graphs]
-    for place in places:
-        if place.exists() and not overwrite:
-            raise OutputError(
-                "exists already", where=place, fix="pass --overwrite, or choose another repository"
-            )
-    with translated(folder), ExitStack() as stack:
-        for graph, place in zip(graphs, places, strict=True):
-            draft = stack.enter_context(atomic_folder(place))
-            (draft / _VERSION).mkdir()
-            (draft / _VERSION / graph.file).write_bytes(graph.content)
-            (draft / "config.pbtxt").write_text(graph.config, encoding="utf-8")
-        for place in places:  # all is written: the old may go
-            if place.exists():
-                shutil.rmtree(place)
+    with translated(folder):
+        for graph in graphs:
+            _check_place(folder / graph.name, overwrite)
+        beside = folder.resolve().parent
+        beside.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".darcnn-triton-", dir=beside) as scratch:
+            drafts, replaced = Path(scratch) / "drafts", Path(scratch) / "replaced"
+            replaced.mkdir()
+            for graph in graphs:
+                _write_graph(drafts / graph.name, graph)
+            folder.mkdir(exist_ok=True)
+            with ExitStack() as undo:
+                for graph in graphs:
+                    place, old = folder / graph.name, replaced / graph.name
+                    if place.exists():
+                        place.replace(old)
+                        undo.callback(old.replace, place)
+                    (drafts / graph.name).replace(place)
+                    undo.callback(place.replace, drafts / graph.name)
+                undo.pop_all()  # all are in
+
+
+def _check_place(place: Path, overwrite: bool) -> None:
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        raise OutputError(
+            "is a link or a file, which is not replaced",
+            where=place,
+            fix="remove it, or choose another repository",
+        )
+    if place.exists() and not overwrite:
+        raise OutputError("exists already", where=place, fix="pass --overwrite, or choose another repository")
+
+
+def _write_graph(folder: Path, graph: ServedGraph) -> None:
+    (folder / _VERSION).mkdir(parents=True)
+    (folder / _VERSION / graph.file).write_bytes(graph.content)
+    (folder / "config.pbtxt").write_text(graph.config, encoding="utf-8")
 
 
 def _config(bundle: Bundle, graph: str, name: str, backend: str) -> Iterator[str]:

@@ -27,7 +27,11 @@ def run(capsys):
     return call
 
 
-@pytest.mark.parametrize("command", ["bundle", "verify", "info", "engine", "triton"])
+def members_of(bundle):
+    return {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
+
+
+@pytest.mark.parametrize("command", ["bundle", "verify", "info", "engine", "quantise", "triton"])
 def test_every_command_has_help(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -46,7 +50,7 @@ def test_verify_passes_with_the_checkpoint_it_was_made_of(run, bundle_path, chec
     assert "they agree" in out
     rows = [line.split() for line in out.splitlines() if line.startswith("discs")]
     n_backends = 1 + (importlib.util.find_spec("openvino") is not None)
-    assert len(rows) == 6 * n_backends  # three pictures, two tiles each
+    assert len(rows) == 8 * n_backends  # of three pictures
     assert sum(int(row[4]) for row in rows) > 50
 
 
@@ -55,11 +59,11 @@ def test_verify_compares_half_precision_with_pytorch_in_float32(run, bundle_path
         "verify", bundle_path, "--checkpoint", checkpoint, "--precision", "fp16", "--backend", "onnxruntime"
     )
     assert (code, "they agree" in out) == (0, True)
-    assert max(float(line.split()[-2]) for line in out.splitlines() if line.startswith("discs")) > 1e-5
+    assert max(float(line.split()[-3]) for line in out.splitlines() if line.startswith("discs")) > 1e-5
 
 
 def test_the_checkpoint_of_another_preset_is_refused(run, bundle, checkpoint, tmp_path):
-    members = {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
+    members = members_of(bundle)
     path = tmp_path / "other.darcnn"
     write_bundle(path, replace(bundle.manifest, preset="resnet50"), members)
     code, _, err = run("verify", path, "--checkpoint", checkpoint)
@@ -77,7 +81,7 @@ def test_verify_fails_with_another_checkpoint(run, bundle_path, make_network, ma
 
 
 def test_nothing_is_written_where_the_graphs_disagree(run, bundle, checkpoint, tmp_path, monkeypatch):
-    members = {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
+    members = members_of(bundle)
     monkeypatch.setattr(pack, "make_members", lambda *arguments: members)
     monkeypatch.setitem(parity.LIMITS["fp32"], "score", 0.0)
     out = tmp_path / "new.darcnn"
@@ -96,7 +100,7 @@ def test_a_bundle_is_not_replaced_unasked(run, bundle_path, checkpoint):
 
 
 def test_overwrite_replaces_the_bundle(run, bundle, checkpoint, tmp_path, monkeypatch):
-    members = {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
+    members = members_of(bundle)
     monkeypatch.setattr(pack, "make_members", lambda *arguments: members)
     out = tmp_path / "old.darcnn"
     out.write_bytes(b"old")
@@ -131,7 +135,19 @@ def test_info_says_what_the_bundle_is(run, bundle):
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--proposals", "3841"], "up to 3840"),
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--detections", "401"], "chosen from"),
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--licence", "nowhere.txt"], "nowhere.txt"),
+        (["bundle", "{checkpoint}", "--out", "new.darcnn", "--tile", "0"], "--tile"),
+        (["bundle", "{checkpoint}", "--out", "no/such/new.darcnn"], "folder does not exist"),
+        (["bundle", "{checkpoint}", "--out", "new.darcnn", "--data", "nosuch"], "no folder nosuch"),
+        (["verify", "nuclei-he"], "--data"),
+        (["verify", "nuclei-he", "--data", "nosuch"], "no folder nosuch"),
+        (["verify", "nuclei-he", "--data", "{empty}"], "no image"),
+        (["verify", "nuclei-he", "--data", "{empty}", "--backend", "onnxruntime"], "name another one"),
+        (["verify", "particles-cryoet", "--data", "{empty}"], "int8"),
+        (["verify", "nuclei-he", "--data", "{empty}", "--json", "no/such/file"], "folder does not exist"),
         (["quantise", "nuclei-he", "--data", "{empty}", "--out", "new.darcnn"], "--data"),
+        (["quantise", "nuclei-he", "--data", "nosuch", "--out", "new.darcnn"], "no folder nosuch"),
+        (["quantise", "nuclei-he", "--data", "{empty}", "--out", "no/such/new.darcnn"], "does not exist"),
+        (["quantise", "nuclei-he", "--data", "{empty}", "--out", "a" * 300 + ".darcnn"], "too long"),
         (["triton", "nowhere.darcnn", "--out", "repository"], "nowhere.darcnn"),
         (["engine", "nowhere.darcnn", "--precision", "fp16"], "nowhere.darcnn"),
     ],
@@ -147,6 +163,63 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, word, checkpoint,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
 
 
+def test_runtimes_are_compared_without_a_checkpoint_and_recorded(run, bundle_path, pictures, tmp_path):
+    record = tmp_path / "verdict.json"
+    options = ("--precision", "fp16", "--backend", "onnxruntime", "--json", record)
+    code, out, _ = run("verify", bundle_path, "--data", pictures, *options)
+    assert (code, "they agree" in out) == (0, True)
+    told = json.loads(record.read_text())
+    assert (told["agrees"], told["precision"], told["limits"]["score"]) == (True, "fp16", 0.02)
+    assert {"darcnn", "onnxruntime"} <= set(told["versions"])
+    found = told["backends"]["onnxruntime"]
+    assert (found["reference"], len(found["tiles"])) == ("float32", 8)
+    assert found["objects"] == sum(tile["n_reference"] + tile["n_bundle"] for tile in found["tiles"])
+    assert max(tile["score"] for tile in found["tiles"]) > 1e-5
+
+
+@pytest.mark.parametrize("training", [b"nothing", b"\xff", b"[1]", b"[" * 100_000])
+def test_a_bundle_with_a_broken_record_is_told_of_in_one_line(run, bundle, tmp_path, training):
+    path = tmp_path / "odd.darcnn"
+    write_bundle(path, bundle.manifest, members_of(bundle) | {"training.json": training})
+    code, out, err = run("info", path)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "training.json is not" in err
+
+
+@pytest.mark.parametrize(
+    ("figures", "shown"),
+    [
+        ([1, 2], "  [1, 2]"),
+        ("good", "  good"),
+        ({"AJI": 0.123456, "set": {"all": {"F1": 1 / 3}}}, "  AJI 0.123"),
+        ({"set": {"all": {"F1": 1 / 3, "n": 7}}}, "  set, all: F1 0.333, n 7"),
+    ],
+)
+def test_info_prints_figures_rounded_whatever_they_are(run, bundle, tmp_path, figures, shown):
+    path = tmp_path / "odd.darcnn"
+    training = json.dumps({"figures": figures}).encode()
+    write_bundle(path, bundle.manifest, members_of(bundle) | {"training.json": training})
+    code, out, _ = run("info", path)
+    lines = out.splitlines()
+    assert code == 0
+    assert shown in lines
+    assert lines[lines.index(shown) - 1] == "figures    as measured when it was trained:"
+
+
+def test_half_precision_needs_onnx_only(bundle_path, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'darcnn[tensorrt-rtx]'")
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'torchvision', 'timm', 'onnxscript'))); "
+        "from darcnn.export.cli import main; main(sys.argv[1:])"
+    )
+    out = tmp_path / "engine"
+    options = ["--precision", "fp16", "--target", "sm86", "--out", str(out)]
+    command = [sys.executable, "-c", code, "engine", str(bundle_path), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (out / "detect.plan").is_file()
+
+
 def test_without_torch_the_commands_name_the_extra(run, checkpoint, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else found(name))
@@ -154,6 +227,14 @@ def test_without_torch_the_commands_name_the_extra(run, checkpoint, monkeypatch)
     assert code == 2
     assert len(err.splitlines()) == 1
     assert "pip install 'darcnn[export]'" in err
+
+
+def test_half_precision_without_onnx_asks_for_onnx_alone(run, bundle_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnx" else found(name))
+    code, _, err = run("engine", bundle_path, "--precision", "fp16")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert err.strip().endswith("run pip install onnx")
 
 
 def test_the_command_is_imported_without_torch():
@@ -176,6 +257,11 @@ def test_an_engine_is_built_for_gpus_that_are_not_here(run, bundle_path, tmp_pat
     half = tmp_path / "half"
     assert run("engine", bundle_path, "--target", "sm75", "--precision", "fp16", "--out", half)[0] == 0
     assert json.loads((half / "engine.json").read_text())["facts"]["precision"] == "fp16"
+    code, _, error = run("engine", bundle_path, "--target", "sm86", "--out", out)
+    assert (code, len(error.splitlines()), "--overwrite" in error) == (2, 1, True)
+    assert run("engine", bundle_path, "--target", "sm86", "--out", out, "--overwrite")[0] == 0
+    assert json.loads((out / "engine.json").read_text())["facts"]["targets"] == ["sm86"]
+    assert run("engine", bundle_path, "--workspace", 1 << 21, "--out", tmp_path / "other")[0] == 2
     code, _, error = run("engine", bundle_path, "--target", "sm99", "--out", tmp_path / "other")
     assert code == 2
     assert "no target 'sm99'" in error

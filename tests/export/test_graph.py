@@ -13,7 +13,8 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from darcnn.export.graph import OPSET, QUANTISED_OPS, STANDARD_OPS, _to_onnx, check_graph, freeze_network
+from darcnn.export.graph import _to_onnx, freeze_network
+from darcnn.export.operations import OPSET, QUANTISED_OPS, STANDARD_OPS, check_graph
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.load import find_bundle, shipped_models
 from darcnn.training.model.backbone import to_three_channels

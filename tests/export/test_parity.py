@@ -11,7 +11,17 @@ import torch
 from PIL import Image
 
 from darcnn.export.pack import make_manifest, write_model_bundle
-from darcnn.export.parity import Objects, Parity, compare_objects, find_with_engine, verify_bundle
+from darcnn.export.parity import (
+    COLUMNS,
+    Objects,
+    Parity,
+    compare_bundles,
+    compare_objects,
+    find_with_engine,
+    limits_of,
+    verify_bundle,
+)
+from darcnn.export.printing import parity_table
 from darcnn.export.static import ExportOptions
 from darcnn.export.tiles import TileSource, read_tiles
 from darcnn.runtime.bundle import open_bundle
@@ -39,7 +49,7 @@ def test_the_bundle_finds_what_the_network_finds_on_a_real_slide(
     tiles = {"slide": real_tile, **tiles}  # two calls of two tiles
     parity = verify_bundle(bundle, network, tiles, backend=backend)
     assert len(parity.tiles) == 3
-    assert min(tile.n_torch for tile in parity.tiles) >= 20
+    assert min(tile.n_reference for tile in parity.tiles) >= 20
     assert parity.agrees, parity.complaints
 
 
@@ -85,7 +95,7 @@ def test_the_bundle_of_separate_channels_agrees_on_the_middle_of_a_stack(
 
 def test_equal_objects_agree():
     parity = compare_objects("t", some_objects(), some_objects())
-    assert (parity.n_torch, parity.n_onnx, parity.n_matched, parity.n_unmatched) == (100, 100, 100, 0)
+    assert (parity.n_reference, parity.n_bundle, parity.n_matched, parity.n_unmatched) == (100, 100, 100, 0)
     assert Parity((parity,)).agrees
 
 
@@ -98,8 +108,8 @@ def shift_one_box(objects):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (shift_one_box, "box_px"),
-        (lambda o: replace(o, boxes=o.boxes + np.float32(0.1)), "box_median_px"),
+        (shift_one_box, "box px"),
+        (lambda o: replace(o, boxes=o.boxes + np.float32(0.1)), "median px"),
         (lambda o: replace(o, scores=o.scores + np.float32(0.02)), "score"),
         (lambda o: replace(o, masks=1 - o.masks), "mask"),
         (lambda o: replace(o, masks=np.full_like(o.masks, np.nan)), "mask"),
@@ -128,6 +138,59 @@ def test_objects_weaker_than_a_tenth_may_come_and_go():
     parity = Parity((compare_objects("t", weak, none),))
     assert parity.n_objects == 0
     assert parity.agrees
+
+
+def nothing_found(atlas=None):
+    return Objects(np.zeros((0, 4), "f4"), np.zeros(0, "f4"), np.zeros((0, 28, 28), "f4"), atlas)
+
+
+def test_nothing_agrees_where_nothing_was_compared():
+    for tiles in ((), (compare_objects("t", nothing_found(np.ones((5, 2), "f4")), nothing_found()),)):
+        parity = Parity(tiles)  # an engine that keeps its features, and no object
+        assert not parity.agrees
+        assert "nothing was compared" in parity_table(parity)
+    only_features = Parity((compare_objects("t", *[nothing_found(np.ones((5, 2), "f4"))] * 2),))
+    assert only_features.agrees
+    assert "only in the features" in parity_table(only_features)
+
+
+def test_no_number_on_any_tile_disagrees():
+    broken = replace(some_objects(), masks=np.full((100, 28, 28), np.nan, np.float32))
+    tiles = [compare_objects("t", some_objects(), one) for one in (some_objects(), broken)]
+    for both in (tiles, tiles[::-1]):
+        assert Parity(tuple(both)).complaints == ("mask differs by nan, limit 0.02",)
+
+
+def test_the_table_shows_all_that_is_complained_of():
+    worse = shift_one_box(some_objects())
+    worse = replace(worse, boxes=worse.boxes[:90], scores=worse.scores[:90] + np.float32(0.05))
+    worse = replace(worse, masks=1 - worse.masks[:90], atlas=worse.atlas * np.float32(1.1))
+    parity = Parity((compare_objects("t", some_objects(), worse),))
+    heading, row, total, verdict = parity_table(parity).splitlines()
+    for column in ("unmatched", *COLUMNS.values()):
+        assert column in heading
+    assert sum(parity.complaints[0].startswith(c) for c in ("unmatched",)) == 1
+    assert {c.split(" differs")[0] for c in parity.complaints[1:]} <= set(COLUMNS.values())
+    assert len(parity.complaints) == 5
+    assert "5.3%" in verdict
+    assert row.split()[1:] == total.split()[4:]
+
+
+def test_a_precision_without_limits_is_refused_in_one_line(bundle, network):
+    odd = bundle.with_graphs({}, precision="bf16")
+    for call in (
+        lambda: verify_bundle(odd, network, {}),
+        lambda: limits_of("int8"),
+        lambda: Parity((), "bf16").complaints,
+    ):
+        with pytest.raises(UsageError, match="there are no limits"):
+            call()
+
+
+def test_a_bundle_is_compared_with_the_one_that_it_was_derived_from(bundle, real_tile):
+    parity = compare_bundles(bundle, bundle, {"slide": real_tile}, backend="onnxruntime")
+    assert parity.n_objects >= 40
+    assert (parity.reference, parity.unmatched, parity.worst("box_px")) == ("float32", 0, 0)
 
 
 class UnfinishedEngine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 from onnx import TensorProto
 
 from darcnn.export import cli
-from darcnn.export.graph import OPSET, QUANTISED_OPS
 from darcnn.export.half import derive_half
+from darcnn.export.operations import OPSET, QUANTISED_OPS
 from darcnn.export.parity import compare_objects, find_with_engine
 from darcnn.export.quantise import quantise
 from darcnn.export.tiles import images_in, read_tiles
@@ -22,7 +23,7 @@ from darcnn.runtime.bundle import open_bundle
 from darcnn.runtime.engines.engine_cache import read_engine
 from darcnn.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from darcnn.runtime.engines.tensorrt_build import BuildOptions, build_engine
-from darcnn.runtime.errors import BundleError, UsageError
+from darcnn.runtime.errors import UsageError
 from darcnn.runtime.load import find_bundle
 
 pytestmark = pytest.mark.slow
@@ -67,7 +68,10 @@ def test_the_file_is_a_bundle_in_int8_and_smaller(shipped, quantised):
     assert quantised.manifest.input == shipped.manifest.input
     assert len(quantised.read("detect.onnx")) < 0.7 * len(shipped.read("detect.onnx"))
     assert quantised.read("mask.onnx") == shipped.read("mask.onnx")
-    assert json.loads(quantised.read("training.json"))["calibration_tiles"] == 2
+    training = json.loads(quantised.read("training.json"))
+    assert training["calibration_tiles"] == 2
+    assert "figures" not in training  # they are those of the bundle in float32
+    assert training["float32_figures"] == json.loads(shipped.read("training.json"))["figures"]
 
 
 def test_only_standard_operations_and_q_dq_are_used(quantised):
@@ -106,8 +110,8 @@ def test_int8_finds_much_the_same(shipped, quantised, tile):
         with closing(OnnxRuntimeEngine(one, device="cpu")) as engine:
             found += [objects for _, objects in find_with_engine(engine, {"slide": tile}, 0.5)]
     parity = compare_objects("slide", *found)
-    assert parity.n_torch >= 20
-    assert parity.n_matched > 0.6 * parity.n_torch
+    assert parity.n_reference >= 20
+    assert parity.n_matched > 0.6 * parity.n_reference
     assert 1e-3 < parity.features < 0.5
 
 
@@ -116,8 +120,17 @@ def test_without_offsets_tensorrt_rtx_compiles_it(shipped, quantised, tile, tmp_
     signed = quantise(shipped, [tile], has_offsets=False)
     build_engine(signed, BuildOptions("tensorrt-rtx", ("sm86", "sm89")), out=tmp_path / "engine")
     assert read_engine(tmp_path / "engine", signed).facts.precision == "int8"
-    with pytest.raises(BundleError, match="cannot compile"):
+    with pytest.raises(UsageError, match="does not compile"):
         build_engine(quantised, BuildOptions("tensorrt-rtx", ("sm86",)), out=tmp_path / "other")
+
+
+def test_the_command_says_how_far_apart_they_are_and_that_images_are_few(tmp_path, capsys):
+    out = tmp_path / "few.darcnn"
+    assert call("quantise", "nuclei-he", "--data", TISSUE, "--diameter", 19, "--tiles", 4, "--out", out) == 0
+    captured = capsys.readouterr()
+    assert "calibrating on 3 tiles of the 4 asked for: give more images" in captured.err
+    share = int(re.search(r"on these tiles, (\d+)% of its objects", captured.out)[1])
+    assert 2 < share < 40
 
 
 def test_what_is_int8_already_is_refused_in_one_line(quantised, checkpoint, tmp_path, pictures, capsys):

@@ -176,7 +176,7 @@ def test_the_modules_find_what_the_network_finds(make_network, real_tile, preset
     network = make_network(preset)
     ours, theirs = find_with_torch(network, real_tile), run_eagerly(network, OPTIONS, real_tile)
     parity = compare_objects("slide", ours, theirs)
-    assert parity.n_torch >= 20
+    assert parity.n_reference >= 20
     assert parity.n_unmatched == 0
     assert parity.box_px < 0.05
     assert parity.score < 1e-3

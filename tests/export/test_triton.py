@@ -7,6 +7,7 @@ import json
 import re
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -144,4 +145,63 @@ def test_a_repository_that_cannot_be_written_leaves_nothing(bundle, tmp_path):
     broken = [graphs[0], replace(graphs[1], file="no/such/folder")]
     with pytest.raises(OutputError):
         write_repository(tmp_path, broken)
+    assert list(tmp_path.iterdir()) == []
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_what_cannot_be_replaced_is_told_of_before_anything_is_deleted(bundle, tmp_path):
+    graphs, repository = plan_repository(bundle), tmp_path / "repository"
+    write_repository(repository, graphs)
+    (repository / "tiny_mask").rename(tmp_path / "elsewhere")
+    (repository / "tiny_mask").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    before = contents(tmp_path)
+    with pytest.raises(OutputError, match="link or a file"):
+        write_repository(repository, graphs, overwrite=True)
+    assert contents(tmp_path) == before
+    (repository / "tiny_mask").unlink()
+    (repository / "tiny_mask").write_text("a file")
+    with pytest.raises(OutputError, match="link or a file"):
+        write_repository(repository, graphs, overwrite=True)
+    assert (repository / "tiny_detect" / "1" / "model.onnx").is_file()
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_what_was_there_stays_until_the_new_is_in(bundle, tmp_path, monkeypatch, failing):
+    graphs, repository = plan_repository(bundle), tmp_path / "repository"
+    write_repository(repository, graphs)
+    before, replace_, calls = contents(tmp_path), Path.replace, []
+
+    def fail_once(self, target):
+        calls.append(self)
+        if len(calls) == failing + 1:
+            raise OSError("the disk went away")
+        return replace_(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail_once)
+    with pytest.raises(OutputError, match="disk went away"):
+        write_repository(repository, [replace(g, content=b"new") for g in graphs], overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_drafts_never_lie_in_the_repository(bundle, tmp_path, monkeypatch):
+    repository, seen, write = tmp_path / "repository", [], Path.write_bytes
+    write_repository(repository, plan_repository(bundle))
+
+    def watch(self, content):
+        seen.append({path.name for path in repository.iterdir()})
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", watch)
+    write_repository(repository, plan_repository(bundle), overwrite=True)
+    assert seen == [{"tiny_detect", "tiny_mask"}] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["repository"]
+
+
+def test_a_name_that_no_disk_takes_is_one_line(bundle, tmp_path):
+    named = replace(bundle, manifest=replace(bundle.manifest, name="n" * 300))
+    with pytest.raises(OutputError, match="too long"):
+        write_repository(tmp_path / "repository", plan_repository(named))
     assert list(tmp_path.iterdir()) == []
