@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from darcnn.runtime.intensity import Window
 from darcnn.runtime.live import Calibration, LiveSegmenter
 from darcnn.runtime.load import load
 from darcnn.runtime.options import BACKENDS
@@ -40,6 +41,9 @@ _BASE_PX = (
 _MIN_FRAMES = 3
 _FLOOD_PER_S = 100.0  # far more than the engine can do: does it keep the producer?
 _FLOOD_PER_FRAME = 25  # frames of a flood for each that is asked for
+
+
+_CAMERA = Window(0, 4095)  # of 12 bits, as the frames are
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +68,10 @@ class Camera:
 
     def open(self, frame: NDArray[np.uint16], **options: Any) -> LiveSegmenter:
         """Return a live segmenter calibrated on `frame`, pixels taken as they are."""
-        segmenter = self.load()
-        with ArrayReader(frame) as reader:
-            window = segmenter.measure(reader, segmenter.plan(reader.info, pixels=True))
+        segmenter, window = self.load(), _CAMERA
+        if segmenter.manifest.input.intensity.needs_statistics:
+            with ArrayReader(frame) as reader:
+                window = segmenter.measure(reader, segmenter.plan(reader.info, pixels=True))
         size = segmenter.manifest.input.nominal_diameter_px
         return LiveSegmenter(segmenter, calibration=Calibration(window=window, diameter_px=size), **options)
 

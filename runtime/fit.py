@@ -59,19 +59,26 @@ class ModelFit:
             )
 
 
-def warn_of_size(measured_px: float | None) -> str | None:
-    """Return what a user should know of a size that a model measured, level-0 pixels; None: it found nothing.
+def warn_of_size(model: ModelInput, diameter_px: float | None, *, has_pixel_size: bool) -> str | None:
+    """Return what a user should know of how a model measured the size of objects, None if nothing.
 
-    >>> warn_of_size(20.0)
+    Args:
+        model: what it sees.
+        diameter_px: what `choose_diameter` gave, level-0 pixels.
+        has_pixel_size: the size of a pixel is known.
     """
-    if measured_px is None:
+    nominal_px = model.nominal_diameter_px
+    if diameter_px is None or diameter_px == nominal_px:  # what is measured is not the very number
+        if diameter_px is not None:
+            instead = f"they were taken to be {nominal_px:.0f} px wide"
+        elif has_pixel_size and model.mpp is not None:
+            instead = "the pixel size was taken to tell the scale"
+        else:
+            instead = "pixels were taken as they are"
+        return f"too few objects to measure their size, and {instead}: pass --diameter if there are any"
+    if diameter_px < _SMALLEST_PX:
         return (
-            "too few objects were seen to measure their size, and pixels were taken as they are: "
-            "where there are objects, pass --diameter"
-        )
-    if measured_px < _SMALLEST_PX:
-        return (
-            f"the objects were measured as {measured_px:.0f} px wide, which is what noise looks like: "
+            f"the objects were measured as {diameter_px:.0f} px wide, which is what noise looks like: "
             "look at the overview; pass --diameter if they are larger"
         )
     return None

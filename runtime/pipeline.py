@@ -169,6 +169,8 @@ def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
     diameter_px = segmenter.manifest.input.nominal_diameter_px if is_measured else given
     segmenter.plan(info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel)
     options = {key: value for key, value in asdict(chosen).items() if key not in _NOT_ASKED}
+    if chosen.window is None:  # results from before there was one stay what was asked for
+        del options["window"]
     asked = {
         "model": model_hash(segmenter.manifest),
         "min_score": segmenter.min_score,
@@ -210,7 +212,7 @@ def _fill(
         ModelFit(model.nominal_diameter_px / plan.scale),
         n_tiles=len(ground.tiles),
         n_tiles_skipped=len(plan.tiles) - len(ground.tiles),
-        doubts=_doubts(wish, model, ground, diameter_px),
+        doubts=_doubts(wish, model, ground, diameter_px, has_pixel_size=plan.mpp is not None),
     )
     tally.add_seconds({"diameter": looked - before, "tissue": time.perf_counter() - looked})
     mended = MendedReader(reader)  # not that of the diameter: a run that goes on does not look for it again
@@ -249,9 +251,13 @@ def _fill(
     )
 
 
-def _doubts(wish: _Wish, model: ModelInput, ground: Ground, diameter_px: float | None) -> tuple[str, ...]:
+def _doubts(
+    wish: _Wish, model: ModelInput, ground: Ground, diameter_px: float | None, *, has_pixel_size: bool
+) -> tuple[str, ...]:
     rule = None if ground.tissue is None else ground.tissue.rule
-    of_size = warn_of_size(diameter_px) if wish.is_measured else None
+    of_size = None
+    if wish.is_measured:
+        of_size = warn_of_size(model, diameter_px, has_pixel_size=has_pixel_size)
     return tuple(doubt for doubt in (warn_of_kind(model, rule), of_size) if doubt is not None)
 
 

@@ -223,11 +223,11 @@ def _check_white(sample: NDArray[Any], info: SlideInfo) -> None:
     if info.dtype == np.uint16 and 0 < highest < 2**_FEW_BITS:
         bits = next(n for n in _CAMERA_BITS if highest < 2**n)
         white = 2**bits - 1
-        said = f"window=Window(0, {white})" if info.path is None else f"--window 0,{white}"
+        said = f"window=Window(0, {white})" if info.path is None else f"darcnn-run --window 0,{white}"
         raise InputError(
             f"its values reach {highest:.0f}, where of 16 bits 65535 is white",
             where=where,
-            fix=f"pass {said} if the camera has {bits} bits",
+            fix=f"give {said} if the camera has {bits} bits, or store them in all 16",
         )
 
 

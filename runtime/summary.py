@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +16,7 @@ from darcnn.runtime.pipeline import RunSummary
 from darcnn.runtime.readers.base import make_slide_name, without_secrets
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.sinks.atomic import atomic_file, translated
+from darcnn.runtime.sinks.result_folder import drop_lock
 
 __all__ = ["SUMMARY_FILE", "SlideOutcome", "write_summary"]
 
@@ -86,9 +87,7 @@ def _alone(out_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        with suppress(OSError):  # someone else has it now
-            (out_dir / _LOCK).unlink(missing_ok=True)
+        drop_lock(lock)
 
 
 def _earlier_rows(path: Path, names: Set[str]) -> list[list[str]]:

@@ -68,12 +68,13 @@ class Calibrator:
         self._is_each = given == "each"
         self._given = given if isinstance(given, Calibration) else Calibration()
         self.known = given if isinstance(given, Calibration) else None
-        self.is_sure = False  # the frame seen last, or one before that taught, had objects to learn from
+        self._is_learned = False
+        self._windows: dict[np.dtype[Any], Window] = {}  # of rules that need no statistics
 
     def settle(
         self, segmenter: Segmenter, reader: Reader, dtype: np.dtype[Any], *, renew: bool
-    ) -> Calibration:
-        """Return the calibration that the frame in `reader` is to be seen with.
+    ) -> tuple[Calibration, bool]:
+        """Return the calibration that the frame in `reader` is to be seen with, and whether it tells enough.
 
         What is learned from a frame without objects (a dark one, an empty corner) holds for that frame only:
         the next one teaches anew.
@@ -86,20 +87,36 @@ class Calibrator:
         Raises:
             InputError: the frame is of another type than the calibration.
         """
-        current = self.known
-        if renew or self._is_each or not self.is_sure:
+        if self._is_learned and not (renew or self._is_each):
+            assert self.known is not None  # learned
+            current, is_sure = self.known, True
+        else:
             given = Calibration() if renew or self._is_each else self._given
             current, is_sure = _learn(segmenter, reader, given, dtype)
             if is_sure:  # what is known stays known
-                self.known, self.is_sure = current, True
-        assert current is not None  # learned above, now or before
+                self.known, self._is_learned = current, True
         if current.dtype is not None and not _is_same_type(current.dtype, dtype):
             raise InputError(
                 f"holds {dtype}, the calibration was made for {current.dtype}",
                 where="frame",
                 fix="push frames of one type, or push this one with calibrate=True",
             )
-        return current
+        return current, is_sure
+
+    def window(
+        self, segmenter: Segmenter, reader: Reader, plan: SlidePlan, calibration: Calibration
+    ) -> Window:
+        """Return the raw values that become black and white; a rule without statistics is asked once a type.
+
+        Raises:
+            InputError: the values of the frame are not those that the rule takes for granted.
+        """
+        if calibration.window is not None:
+            return calibration.window
+        kind = reader.info.dtype
+        if kind not in self._windows:
+            self._windows[kind] = segmenter.measure(reader, plan)
+        return self._windows[kind]
 
     @staticmethod
     def plan(segmenter: Segmenter, reader: Reader, calibration: Calibration) -> SlidePlan:
@@ -116,8 +133,10 @@ def _learn(
 ) -> tuple[Calibration, bool]:
     """Return `given` with what it lacks and the model needs, from the frame; and whether to keep it."""
     model, learned, is_sure = segmenter.manifest.input, given, True
+    looks_for_size = False
     size = reader.info.mpp[0] if reader.info.mpp is not None else None
     if given.diameter_px is None and finds_unasked(model, size is not None):
+        looks_for_size = True
         diameter = estimate_diameter(segmenter, reader)
         learned = replace(learned, diameter_px=diameter, pixel_size_um=size)
         is_sure = diameter is not None
@@ -125,7 +144,7 @@ def _learn(
         plan = Calibrator.plan(segmenter, reader, learned)
         window = segmenter.measure(reader, plan)
         learned = replace(learned, window=window, dtype=dtype)
-        if learned.diameter_px == given.diameter_px:  # no objects were looked for
+        if not looks_for_size:
             sizes, _ = look_for_sizes(segmenter, reader, plan.scale, window=window)
             is_sure = len(sizes) > 0
     if learned != given:

@@ -36,7 +36,7 @@ class Ledger:
         self._untold = _Backlog()
         self._is_iterated = on_result is None  # else nobody may ever ask for what the iteration lost
         self._n_told = 0
-        self._teller: int | None = None  # the thread that calls the callback now
+        self._here = threading.local()  # has `is_telling` in a thread that calls the callback now
         self._n_callback_errors = 0
         self._is_ended = False
         self.stopwatch = Stopwatch()
@@ -67,7 +67,7 @@ class Ledger:
                 result = self._untold.take()
             if result is None:
                 return
-            self._teller = threading.get_ident()
+            self._here.is_telling = True
             try:
                 self._on_result(result)
             except Exception:  # the caller's code: the acquisition goes on without it
@@ -75,7 +75,7 @@ class Ledger:
                     self._n_callback_errors += 1
                 _log.exception("on_result raised on frame %r; the next frame goes on", result.key)
             finally:
-                self._teller = None
+                self._here.is_telling = False
                 with self._changed:
                     self._n_told += 1
                     self._changed.notify_all()
@@ -86,7 +86,7 @@ class Ledger:
         Raises:
             UsageError: this is the thread that calls the callback, and it does so now.
         """
-        if self._teller == threading.get_ident():
+        if getattr(self._here, "is_telling", False):
             raise UsageError(
                 "would wait for itself",
                 where="on_result",
@@ -95,6 +95,8 @@ class Ledger:
 
     def read(self) -> LiveResult | None:
         """Return the next result in order, waiting for it; None once no more can come."""
+        if not len(self._unread):
+            self.check_wait()
         with self._changed:
             self._is_iterated = True
             self._changed.wait_for(lambda: len(self._unread) > 0 or self._is_ended)
@@ -111,8 +113,13 @@ class Ledger:
         with self._changed:
             return self._changed.wait_for(is_settled, timeout)
 
+    @property
+    def is_ended(self) -> bool:
+        """Whether the thread that calls the callback is gone: whoever settles a frame now must `tell`."""
+        return self._is_ended
+
     def end(self) -> None:
-        """Say that no more results can come."""
+        """Say that no more results can come, but of a push that is under way."""
         with self._changed:
             self._is_ended = True
             self._changed.notify_all()

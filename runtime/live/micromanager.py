@@ -22,6 +22,7 @@ from darcnn.runtime.live.visits import (
     CameraAxes,
     FoundObject,
     Rank,
+    check_axes,
     choose_objects,
     locate_objects,
     order_visits,
@@ -66,7 +67,7 @@ class LiveAcquisition:
         self._core = core
         self._live = live
         self._pixel_size_um = pixel_size_um
-        self._axes = axes
+        self._axes = check_axes(axes)
         self._changed = threading.Condition()
         self._n_arrived = 0  # frames that were accepted, also those that could not be pushed
         self._pending: deque[tuple[Ticket, tuple[float, float], float | None]] = deque()
@@ -108,10 +109,10 @@ class LiveAcquisition:
         if not self.accepts(event):
             return
         size = self._pixel_size_um or float(meta.get("pixel_size_um") or 0.0) or None
-        x, y, z = self._place(event, meta)
         try:
+            x, y, z = self._place(event, meta)
             ticket = self._live.push(image, key=_name_event(event), pixel_size_um=size)
-        except DarcnnError as err:
+        except (DarcnnError, RuntimeError) as err:  # the latter is the core's: there is no stage to ask
             _log.error("frame %s was not segmented: %s", _name_event(event), err)
             with self._changed:
                 self.n_lost += 1

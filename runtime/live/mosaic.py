@@ -95,7 +95,7 @@ class _Canvas:
     def __init__(self, grid: MosaicGrid) -> None:
         self._grid = grid
         self._missing = set(range(len(grid)))
-        self._early: dict[int, NDArray[Any]] = {}  # fields without objects, before any could be learned from
+        self._early: dict[int, NDArray[Any]] = {}  # fields that wait for one that tells how to look at them
         self._reader: MosaicReader | None = None
         self._plan: SlidePlan | None = None
         self._sampler: TileSampler | None = None
@@ -126,19 +126,26 @@ class _Canvas:
             raise InputError("comes after `finish`", where="field", fix="begin another mosaic")
         if index not in self._missing:
             raise InputError("is in already", where="field", fix="push each position of the grid once")
-        if self._reader is not None:
-            self._reader.add(index, field)
-            self._arrive({index})
-            return
+        if self._reader is None:
+            self._reader = MosaicReader(self._grid, field)
+        self._reader.add(index, field)
+        try:
+            if self._plan is None:
+                self._begin(field, segmenter, calibrator, must=False)
+        except BaseException:  # it may come again, and no other field pays for it
+            self._reader.keep(set(self._early))
+            self._reader = self._reader if self._early else None
+            raise
         self._early[index] = field
         self._missing.remove(index)
-        self._begin(field, segmenter, calibrator, must=False)
+        self._take_early()
 
     def give_up_missing(self, segmenter: Segmenter, calibrator: Calibrator) -> None:
         """Go on as if the fields that are missing were black."""
-        self._is_finished = True
-        if self._reader is None and self._early:
+        if self._plan is None and self._early:
             self._begin(next(iter(self._early.values())), segmenter, calibrator, must=True)
+            self._take_early()
+        self._is_finished = True
         if self._sampler is not None:
             seen = self._sampler
             self._pass_over(
@@ -181,25 +188,27 @@ class _Canvas:
         self, field: NDArray[Any], segmenter: Segmenter, calibrator: Calibrator, *, must: bool
     ) -> None:
         """Plan the mosaic by a field, if that tells how or it `must` be; the others wait until one does."""
-        size = self._grid.pixel_size_um
+        reader, size = self._reader, self._grid.pixel_size_um
+        assert reader is not None  # made of the first field
         with ArrayReader(field, mpp=size) as first:
-            calibration = calibrator.settle(segmenter, first, field.dtype, renew=False)
-            if not (calibrator.is_sure or must):
+            calibration, is_sure = calibrator.settle(segmenter, first, field.dtype, renew=False)
+            if not (is_sure or must):
                 return
-            reader = MosaicReader(self._grid, field)
             plan = calibrator.plan(segmenter, reader, calibration)
-            window = calibration.window or segmenter.measure(first, plan)  # nothing else is there yet
+            window = calibrator.window(segmenter, first, plan, calibration)  # nothing else is there yet
         sampler = segmenter.sampler(reader, plan, window)
         covering = self._grid.covering
         self._settler = SeamSettler(plan, self._grid.shape)
-        self._reader, self._plan, self._sampler = reader, plan, sampler
+        self._plan, self._sampler = plan, sampler
         self._todo = {tile.index: tile for tile in plan.tiles}
         self._pass_over(tile.index for tile in plan.tiles if not covering(sampler.source(tile)))  # in a gap
         self._looked_at = {index: covering(sampler.source(widen(tile))) for index, tile in self._todo.items()}
-        early, self._early = self._early, {}
-        for index, one in early.items():
-            reader.add(index, one)
-        self._arrive(set(early))
+
+    def _take_early(self) -> None:
+        """Let the fields that waited for a plan be looked at, once there is one."""
+        if self._plan is not None:
+            early, self._early = set(self._early), {}
+            self._arrive(early)
 
     def _arrive(self, fields: set[int]) -> None:
         self._missing -= fields

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.geometry import Level, Region
-from darcnn.runtime.live.visits import CameraAxes
+from darcnn.runtime.live.visits import CameraAxes, check_axes
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.base import PlaneReader
 from darcnn.runtime.readers.protocol import Pixels, SlideInfo
@@ -76,7 +76,7 @@ class MosaicGrid:
                 where="grid",
                 fix="give sizes above 0",
             )
-        places = (axes or CameraAxes()).to_picture(stage) / pixel_size_um  # (N, 2) px
+        places = check_axes(axes).to_picture(stage) / pixel_size_um  # (N, 2) px
         if not np.isfinite(places).all():
             raise UsageError("a position is not finite", where="grid", fix="give micrometres")
         corners = np.rint(places - places.min(axis=0)).astype(np.int64)

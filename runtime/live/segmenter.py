@@ -138,7 +138,7 @@ class LiveSegmenter(Closing):
                 deadline_ms=deadline_ms,
             )
 
-        ticket = self._put(make, key)
+        ticket = self._settle_at_once(make, key) if deadline_ms == 0 else self._put(make, key)
         self._ledger.stopwatch.add_push(1e3 * (time.perf_counter() - start))
         return ticket
 
@@ -171,7 +171,11 @@ class LiveSegmenter(Closing):
         check_process(self._pid)
         self._ledger.check_wait()
         if not self._ledger.wait_settled(timeout):
-            raise TimeoutError(f"{self.stats().pending} frames have no result after {timeout:g} s")
+            pending = self.stats().pending
+            what = (
+                f"{pending} frames have no result" if pending else "on_result was not called with all results"
+            )
+            raise TimeoutError(f"{what} after {timeout:g} s")
 
     def end(self) -> None:
         """Take no more frames; those that wait are computed, then the iteration ends."""
@@ -209,6 +213,18 @@ class LiveSegmenter(Closing):
         ticket = self._enqueue(make, key)
         if ticket.is_ready:
             self._queue.wake()  # `on_result` is the worker's to call
+            if self._ledger.is_ended:
+                self._ledger.tell()
+        return ticket
+
+    def _settle_at_once(self, make: Callable[[Ticket], Work], key: Hashable) -> Ticket:
+        """Return the ticket of a push whose time is up as it comes: it takes no room from others."""
+        if self._queue.is_ended:
+            raise _closed()
+        ticket = self._ledger.issue(key)
+        with self._settling(ticket):
+            self._ledger.settle(ticket, give_up(make(ticket)))
+        self._queue.wake()
         return ticket
 
     def _enqueue(self, make: Callable[[Ticket], Work], key: Hashable) -> Ticket:
@@ -219,32 +235,36 @@ class LiveSegmenter(Closing):
             try:
                 has_room, victim = self._queue.make_room()
             except QueueClosedError as err:
-                raise UsageError(
-                    "takes no more frames", where="LiveSegmenter", fix="push before it is ended or closed"
-                ) from err
+                raise _closed() from err
             ticket = self._ledger.issue(key)
             if victim is not None:
                 drop(victim, self._ledger, "newer frames came before the engine was free")
             if not has_room:
                 self._ledger.settle(ticket, dropped(ticket, "the queue was full"))
                 return ticket
-            try:
+            with self._settling(ticket):
                 work = make(ticket)
-                if work.is_overdue(time.perf_counter()):
+                if work.is_overdue(time.perf_counter()):  # it waited for room
                     self._ledger.settle(ticket, give_up(work))
                 else:
                     self._queue.put(work)
-            except QueueClosedError:
-                self._ledger.settle(ticket, dropped(ticket, "the segmenter was closed"))
-            except DarcnnError as err:
-                error = type(err)(err.problem, where=name_frame(ticket), fix=err.fix)
-                self._ledger.settle(ticket, failed(ticket, error))
-            except Exception as err:  # of the array's library, or no memory: this frame's
-                self._ledger.settle(ticket, failed(ticket, err))
-            except BaseException:  # Ctrl-C: whoever waits for the frame must not wait for ever
-                self._ledger.settle(ticket, dropped(ticket, "the push was interrupted"))
-                raise
             return ticket
+
+    @contextlib.contextmanager
+    def _settling(self, ticket: Ticket) -> Iterator[None]:
+        """Give the frame its result where making or queueing its work fails."""
+        try:
+            yield
+        except QueueClosedError:
+            self._ledger.settle(ticket, dropped(ticket, "the segmenter was closed"))
+        except DarcnnError as err:
+            error = type(err)(err.problem, where=name_frame(ticket), fix=err.fix)
+            self._ledger.settle(ticket, failed(ticket, error))
+        except Exception as err:  # of the array's library, or no memory: this frame's
+            self._ledger.settle(ticket, failed(ticket, err))
+        except BaseException:  # Ctrl-C: whoever waits for the frame must not wait for ever
+            self._ledger.settle(ticket, dropped(ticket, "the push was interrupted"))
+            raise
 
 
 def _shut(worker: Worker) -> None:
@@ -252,6 +272,10 @@ def _shut(worker: Worker) -> None:
     worker.stop()
     with contextlib.suppress(DeviceError):
         worker.join(_CLOSE_S)
+
+
+def _closed() -> UsageError:
+    return UsageError("takes no more frames", where="LiveSegmenter", fix="push before it is ended or closed")
 
 
 def _check_number(name: str, value: float | None, *, lowest: float) -> None:

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.live.ticket import LiveResult
 
-__all__ = ["CameraAxes", "FoundObject", "Rank", "choose_objects", "locate_objects", "order_visits"]
+__all__ = [
+    "CameraAxes",
+    "FoundObject",
+    "Rank",
+    "check_axes",
+    "choose_objects",
+    "locate_objects",
+    "order_visits",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +58,17 @@ class CameraAxes:
         """Return (..., 2) of the picture, x y, for (..., 2) of the stage, in the same unit."""
         along = offsets * np.array([self.x, self.y], np.float64)
         return along[..., ::-1] if self.is_turned else along
+
+
+def check_axes(axes: CameraAxes | None) -> CameraAxes:
+    """Return how the camera sits, by default as the stage's axes run.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if axes is not None and not isinstance(axes, CameraAxes):
+        raise UsageError(f"{axes!r} is no CameraAxes", where="axes", fix="give CameraAxes(-1, 1), say")
+    return axes or CameraAxes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +110,7 @@ def locate_objects(
         if instances is not None and len(instances):
             _log.warning("frame %s has no pixel size: its objects have no place on the stage", result.key)
         return []
-    axes = axes or CameraAxes()
+    axes = check_axes(axes)
     extent = np.array(instances.shape[::-1])  # x y
     found = []
     for score, origin, mask in zip(instances.scores, instances.origins, instances.masks, strict=True):

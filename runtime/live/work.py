@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -157,9 +158,9 @@ class FrameWork(Work):
                 raise InputError(
                     f"has {channels} channels (they come last)", where="frame", fix="push one: frame[..., 0]"
                 )
-            calibration = calibrator.settle(segmenter, reader, self._frame.dtype, renew=self._calibrates)
+            calibration, _ = calibrator.settle(segmenter, reader, self._frame.dtype, renew=self._calibrates)
             self._plan = calibrator.plan(segmenter, reader, calibration)
-            window = calibration.window or segmenter.measure(reader, self._plan)
+            window = calibrator.window(segmenter, reader, self._plan, calibration)
         self._sampler = segmenter.sampler(reader, self._plan, window)
         self.tiles.extend(self._plan.tiles)
         self.n_tiles = len(self.tiles)
@@ -191,10 +192,14 @@ def name_frame(ticket: Ticket) -> str:
 def without_frames(error: Exception) -> Exception:
     """Return the error without its traceback, which keeps the frame in memory; the log has it (debug)."""
     _log.debug("a frame failed", exc_info=error)
-    link: BaseException | None = error
-    while link is not None:
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
+    links: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while links:
+        link = links.pop()
+        if link is not None and id(link) not in seen:  # an error may be its own cause
+            seen.add(id(link))
+            link.__traceback__ = None
+            links += [link.__cause__, link.__context__]
     return error
 
 
@@ -211,5 +216,6 @@ def in_words_of_push(ticket: Ticket) -> Iterator[None]:
         raise InputError(str(err), where=name_frame(ticket), fix="push an image that fits the model") from err
     except (InputError, UsageError) as err:
         fix = err.fix.replace(" (--mpp, of volumes --voxel-size)", " (pixel_size_um)")
+        fix = re.sub(r"window=(Window\(.*?\))", r"calibration=Calibration(window=\1)", fix)
         fix = fix.replace("--mpp", "pixel_size_um").replace("--diameter", "Calibration(diameter_px=...)")
         raise InputError(err.problem, where=name_frame(ticket), fix=fix) from err

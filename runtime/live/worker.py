@@ -49,6 +49,7 @@ class Worker:
         self._calibrator = calibrator
         self._open: deque[Work] = deque()  # oldest first; delivered in this order
         self._is_stopped = False
+        self._leaving, self._is_leaving = threading.Lock(), False
         self._doing = "the warm-up"
         self._pid = os.getpid()
         self._is_warm = threading.Event()
@@ -76,8 +77,11 @@ class Worker:
             return  # a fork: the thread is not here, and locks may be held for ever
         self._is_stopped = True
         self._engine.stop()
-        for work in self._queue.clear():
-            drop(work, self._ledger, "the segmenter was closed")
+        with self._leaving:  # not while the thread hands out its last results
+            waiting = self._queue.clear()
+            if not self._is_leaving:
+                for work in waiting:
+                    drop(work, self._ledger, "the segmenter was closed")
 
     def join(self, timeout: float) -> None:
         """Wait for the thread's end; returns at once in the thread itself, or in a fork.
@@ -112,11 +116,14 @@ class Worker:
             reason = "the worker of the segmenter failed, see the log"
             _log.exception("the worker of a live segmenter failed")
         finally:
-            for work in (*self._open, *self._queue.clear()):
-                drop(work, self._ledger, reason)
+            with self._leaving:
+                self._is_leaving = True
+                for work in (*self._open, *self._queue.clear()):
+                    drop(work, self._ledger, reason)
             self._open.clear()
             self._ledger.tell()
             self._ledger.end()
+            self._ledger.tell()  # what a push that was under way has settled meanwhile
             self._segmenter.close()
 
     def _warm_up(self) -> None:

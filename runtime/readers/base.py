@@ -235,7 +235,7 @@ def make_slide_name(path: Location) -> str:
     if isinstance(path, str):
         path = Path(urlsplit(path).path.rstrip("/"))
     for folder in path.parents:
-        if folder.suffix.lower() == ".zarr":
+        if folder.suffix.lower() == ".zarr" and not path.suffix:  # a file may lie in a folder of that name
             return "-".join([make_slide_name(folder), *path.relative_to(folder).parts])
     stem = path.stem
     inner = ".nii" if suffix_of(path) == ".nii.gz" else ".ome"

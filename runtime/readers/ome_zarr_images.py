@@ -27,7 +27,8 @@ def list_images(path: Location) -> list[Location]:
             wells = [_inside(path, well["path"]) for well in attributes["plate"]["wells"]]
             return [image for well in wells for image in _fields(well, unreadable)]
         if "bioformats2raw.layout" in attributes and "multiscales" not in attributes:
-            return [_inside(path, name) for name in _series(group)] or [path]
+            names = _series(group)
+            return [_inside(path, name) for name in names] if len(names) > 1 else [path]
     except unreadable:  # opening it says why
         return [path]
     return _fields(path, unreadable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ __all__ = [
     "TABLE_FILE",
     "ResultFolder",
     "claim_folder",
+    "drop_lock",
     "hold_folder",
     "make_folder_name",
 ]
@@ -125,7 +127,7 @@ def claim_folder(folder: Path, *, overwrite: bool, restart: bool = False) -> Ite
         yield claimed
     finally:
         _clear(folder, keeps_parts=any((folder / _PARTS).glob("row-*.parquet")))
-        _unlock(folder, lock)
+        drop_lock(lock)
         if not _is_complete(folder):
             with suppress(OSError):
                 folder.rmdir()
@@ -144,7 +146,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
         _remove_drafts(folder)
         yield
     finally:
-        _unlock(folder, lock)
+        drop_lock(lock)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -180,10 +182,13 @@ def _lock(folder: Path) -> FileLock:
     return lock
 
 
-def _unlock(folder: Path, lock: FileLock) -> None:
-    lock.release()  # before the file goes: Windows removes no open files
-    with suppress(OSError):  # someone else has it now, or it is not empty: both are as they should be
-        (folder / _LOCK).unlink(missing_ok=True)
+def drop_lock(lock: FileLock) -> None:
+    """Release a lock and remove its file, of which nobody must get hold in between."""
+    if os.name == "nt":  # where no open file can be removed, that of another who has it by then included
+        lock.release()
+    with suppress(OSError):
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def _clear(folder: Path, *, keeps_parts: bool) -> None:

@@ -34,7 +34,12 @@ def join_sections(views: Sequence[View], parts: Parts, folder: Path) -> tuple[So
     for view in views:
         stack, path = view.stack, folder / f"solids-{view.stack.axis}.arrow"
         planes = _planes(views, view, parts)
-        chains = link_sections(planes, min_planes=stack.n_joined, plane_px=stack.plane_px)
+        chains = link_sections(
+            planes,
+            min_planes=stack.n_joined,
+            plane_px=stack.plane_px,
+            has_depth=not stack.volume.info.is_series,
+        )
         write_solids(path, (solid_of(chain, axis=stack.axis, n_planes=len(stack)) for chain in chains))
         found[stack.axis] = SolidFile(path)
     by_axis = {str(axis): len(solids) for axis, solids in found.items()}
@@ -45,7 +50,8 @@ def join_sections(views: Sequence[View], parts: Parts, folder: Path) -> tuple[So
         write_solids(path, agree([first, *others]))
     else:
         rows = np.arange(len(first))
-        if not stack.volume.info.is_series:  # a cell may pass through the picture in a moment
+        # slabs have a rule of their own, and of a series a cell may be seen in one moment
+        if stack.axis == "z" and stack.n_joined == 1 and not stack.volume.info.is_series:
             rows = _find_deep(first, stack.axis, n_planes=len(stack))
         write_solids(path, (first[int(row)] for row in rows))
     chosen = SolidFile(path)

@@ -30,7 +30,11 @@ _BRIDGED = 1  # planes in a row on which an object may be missed
 
 
 def link_sections(
-    planes: Iterable[list[Section]], *, min_planes: int = 1, plane_px: float = 1.0
+    planes: Iterable[list[Section]],
+    *,
+    min_planes: int = 1,
+    plane_px: float = 1.0,
+    has_depth: bool = True,
 ) -> Iterator[Chain]:
     """Yield the chains of the sections of consecutive planes, each as soon as it has ended.
 
@@ -48,13 +52,14 @@ def link_sections(
         planes: the sections of each plane; four planes are in memory at once.
         min_planes: of a chain.
         plane_px: distance of two planes in pixels of a plane.
+        has_depth: planes lie one behind the other. Of moments of a series rule 4 means nothing.
     """
-    linker = _Linker()
+    linker, depth_px = _Linker(), plane_px if has_depth else None
     for current, after in _pairs(planes):
         for chain in linker.add(current, after):
-            yield from _finish(chain, min_planes, plane_px)
+            yield from _finish(chain, min_planes, depth_px)
     for chain in linker.active:
-        yield from _finish(chain, min_planes, plane_px)
+        yield from _finish(chain, min_planes, depth_px)
 
 
 def _pairs(planes: Iterable[list[Section]]) -> Iterator[tuple[list[Section], list[Section]]]:
@@ -177,9 +182,10 @@ def _boxes(sections: list[Section]) -> NDArray[np.object_]:
     return boxes
 
 
-def _finish(chain: Chain, min_planes: int, plane_px: float) -> Iterator[Chain]:
-    """Yield the chain, cut at its waists, without what is too short."""
-    waist = _find_waist([section.area_px for section in chain], min_planes, plane_px)
+def _finish(chain: Chain, min_planes: int, plane_px: float | None) -> Iterator[Chain]:
+    """Yield the chain, cut at its waists if planes have a distance, without what is too short."""
+    areas = [section.area_px for section in chain]
+    waist = None if plane_px is None else _find_waist(areas, min_planes, plane_px)
     if waist is not None:
         yield from _finish(chain[:waist], min_planes, plane_px)
         yield from _finish(chain[waist:], min_planes, plane_px)

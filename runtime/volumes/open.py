@@ -32,6 +32,7 @@ __all__ = ["is_volume", "open_volume"]
 
 _MRC = (".mrc", ".rec", ".map", ".st")
 _PACKED = (".gz", ".bz2")
+_NM_PER_UM = 1000.0
 
 
 def is_volume(path: Location, *, t: int | None = None) -> bool:
@@ -77,9 +78,16 @@ def open_volume(
     else:
         volume = _unpack_stack(path, scratch, t, channel)
     if voxel_nm is not None:
-        told = replace(volume.info, voxel_nm=voxel_nm, voxel_source="--voxel-size", is_depth_known=True)
-        volume.info = told
+        volume.info = _with_voxel_size(volume.info, voxel_nm)
     return volume
+
+
+def _with_voxel_size(info: VolumeInfo, voxel_nm: tuple[float, float, float]) -> VolumeInfo:
+    """Return the facts with the size that the user gave; moments of a series have no distance."""
+    if info.is_series:
+        _, y, x = (one / _NM_PER_UM for one in voxel_nm)
+        return replace(info, pixel_um=(y, x), voxel_source="--voxel-size")
+    return replace(info, voxel_nm=voxel_nm, voxel_source="--voxel-size", is_depth_known=True)
 
 
 def _inner_suffix(path: Path) -> str | None:

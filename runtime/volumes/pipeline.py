@@ -158,7 +158,8 @@ def _size_warnings(
     model, given = segmenter.manifest.input, chosen.diameter_px
     if not is_size_measured(model, volume, chosen.first_axis, diameter_px=given, pixels=chosen.pixels):
         return []
-    warning = warn_of_size(diameter_px)
+    has_pixel_size = volume.info.pixel_nm(chosen.first_axis) is not None
+    warning = warn_of_size(model, diameter_px, has_pixel_size=has_pixel_size)
     return [] if warning is None else [warning]
 
 
@@ -215,7 +216,9 @@ def _summarize(
 
 def _asked(segmenter: Segmenter, path: Location, chosen: VolumeOptions) -> dict[str, Any]:
     """Return all that the objects depend on."""
-    others = ("overwrite", "restart", "row_filter", "also")
+    others = ["overwrite", "restart", "row_filter", "also"]
+    if chosen.window is None:  # results from before there was one stay what was asked for
+        others.append("window")
     return {
         "model": model_hash(segmenter.manifest),
         "min_score": segmenter.min_score,

@@ -71,6 +71,14 @@ def test_a_converted_file_stands_for_its_images(tmp_path: Path, is_listed: bool)
     assert list_images(tmp_path / "c.zarr") == [tmp_path / "c.zarr" / name for name in names]
 
 
+def test_a_converted_file_of_one_image_stays_what_it_is(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "c.zarr", zarr_format=2)
+    group.attrs["bioformats2raw.layout"] = 3
+    write_image(tmp_path / "c.zarr" / "0")
+    assert list_images(tmp_path / "c.zarr") == [tmp_path / "c.zarr"]
+    assert make_slide_name(tmp_path / "c.zarr" / "scan.tif") == "scan"
+
+
 def test_what_is_damaged_stands_for_itself(tmp_path: Path) -> None:
     endless = zarr.create_group(tmp_path / "a.zarr", zarr_format=2)
     endless.attrs["plate"] = {"wells": [{"path": "."}, {"path": "."}]}

@@ -153,7 +153,7 @@ def test_colours_of_cameras_with_few_bits_are_refused_where_nobody_says_what_is_
             if bits == 16 or not dark.any():
                 assert measure_slide(reader, plan, rule, channels=3) == Window(0, 65535)
             else:
-                fix = rf"65535 is white; pass window=Window\(0, {2**bits - 1}\) if the camera has {bits}"
+                fix = rf"65535 is white; give window=Window\(0, {2**bits - 1}\) if the camera has {bits}"
                 with pytest.raises(InputError, match=fix):
                     measure_slide(reader, plan, rule, channels=3)
 

@@ -172,3 +172,37 @@ def test_what_is_no_calibration_is_refused_before_anything_is_loaded():
         UsageError, match="'every' is no calibration; give a Calibration, or one of first, each"
     ):
         LiveSegmenter("no such model", calibration="every")
+
+
+def test_a_frame_that_tells_no_size_teaches_nothing_else(field, caplog):
+    """One nucleus is too little to tell a size; its brightness must not be kept either."""
+    one = np.full_like(field, np.median(field))
+    one[40:70, 40:70] = field[40:70, 40:70]
+    with LiveSegmenter(fluorescence()) as live:
+        live.push(one).result(60)
+        learned = live.calibration
+        live.push(field).result(60)
+        assert live.calibration.diameter_px is not None
+        assert learned is None or learned.diameter_px is not None
+
+
+def test_a_frame_of_few_bits_is_refused_in_words_of_python_once(make_engine, to_segmenter, frame_of):
+    segmenter = to_segmenter(make_engine())
+    asked = []
+    measure = segmenter.__class__.measure
+
+    def watched(self, reader, plan):
+        asked.append(reader.info.dtype)
+        return measure(self, reader, plan)
+
+    dark = frame_of().astype(np.uint16)
+    bright = dark * 257
+    bright[0] = 65535
+    with pytest.MonkeyPatch.context() as patch, LiveSegmenter(segmenter) as live:
+        patch.setattr(segmenter.__class__, "measure", watched)
+        advice = r"give calibration=Calibration\(window=Window\(0, 255\)\) if the camera"
+        with pytest.raises(InputError, match=advice):
+            live.push(dark + 3).result(10)
+        assert live.push(bright).result(10).status == "done"
+        assert live.push(dark).result(10).status == "done"  # as bright as it may be
+        assert len(asked) == 2

@@ -210,6 +210,20 @@ def test_where_an_event_plans_no_place_the_frame_says_where_the_stage_was(core, 
     assert (abs(one.x_um - 500) < 24, abs(one.y_um + 700) < 24, one.z_um) == (True, True, 3.0)
 
 
+def test_an_acquisition_without_a_stage_is_not_stopped(core, open_live, frame_of, monkeypatch, caplog):
+    def fail():
+        raise RuntimeError('No device with label ""')
+
+    with (
+        caplog.at_level(logging.ERROR),
+        LiveAcquisition(core, open_live(), pixel_size_um=LOW_UM) as acquisition,
+    ):
+        monkeypatch.setattr(acquisition._core, "getXYPosition", fail)
+        acquisition._on_frame(frame_of(), useq.MDAEvent(), {})
+    assert acquisition.n_lost == 1
+    assert "No device with label" in caplog.text
+
+
 def test_one_thread_may_ask_while_frames_come_in_another(core, open_live, frame_of):
     live, errors = open_live(), []
     with LiveAcquisition(core, live, pixel_size_um=LOW_UM) as acquisition:

@@ -12,6 +12,7 @@ from darcnn.runtime.engines.oracle import encode_labels
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.live import Calibration, CameraAxes, LiveSegmenter, MosaicGrid
+from darcnn.runtime.live.calibration import Calibrator
 from darcnn.runtime.load import load
 from darcnn.runtime.pipeline import RunOptions
 from darcnn.runtime.readers.array import ArrayReader
@@ -232,6 +233,7 @@ def test_positions_become_pixels_whatever_way_the_stage_runs():
         ([(0, 0, 0)], {}, "give x and y of each field"),
         ([(0, 0)], {"field_px": (256.5, 256)}, "of pixels whole ones"),
         ([("a", 0)], {}, "no grid"),
+        ([(0, 0)], {"axes": (-1, 1)}, "is no CameraAxes"),
     ],
 )
 def test_a_grid_that_makes_no_sense_is_refused(positions, options, words):
@@ -266,6 +268,46 @@ def test_real_nuclei_of_a_mosaic_are_those_of_a_run_on_the_stitched_picture(root
     assert sorted(written["area_px"].to_pylist()) == sorted(int(mask.sum()) for mask in found.masks)
 
 
+def test_a_field_that_fails_first_may_come_again_and_spoils_no_other(open_live, monkeypatch):
+    picture = encode_labels(scatter(40, 80, 7))
+    grid, fields = cut(picture, 2, 1, 40, 0)
+    failing = [True]
+    settle = Calibrator.settle
+
+    def fail_once(self, *rest, **options):
+        if failing.pop() if failing else False:
+            raise RuntimeError("the engine failed")
+        return settle(self, *rest, **options)
+
+    monkeypatch.setattr(Calibrator, "settle", fail_once)
+    mosaic = open_live().mosaic(grid)
+    with pytest.raises(RuntimeError, match="the engine failed"):
+        mosaic.push(fields[0][..., :1].astype(np.uint16), at_um=grid.positions_um[0]).result(10)
+    results = [mosaic.push(fields[n], at_um=grid.positions_um[n]).result(10) for n in (0, 1)]
+    results.append(mosaic.finish().result(10))
+    assert len(join(grid.shape, results)) > 0
+    assert len(join(grid.shape, results)) == len(open_live().push(picture).result(10).instances)
+
+
+def test_fields_that_wait_for_one_with_objects_must_be_of_its_type(open_live, monkeypatch):
+    picture = encode_labels(scatter(40, 120, 8))
+    grid, fields = cut(picture, 3, 1, 40, 0)
+    n_seen = []
+
+    def settle(self, segmenter, reader, dtype, *, renew):
+        n_seen.append(1)
+        return Calibration(), len(n_seen) > 2  # the third field tells
+
+    monkeypatch.setattr(Calibrator, "settle", settle)
+    mosaic = open_live().mosaic(grid)
+    assert len(mosaic.push(fields[0], at_um=grid.positions_um[0]).result(10).instances) == 0
+    with pytest.raises(InputError, match="push fields of one type"):
+        mosaic.push(fields[1].astype(np.uint16), at_um=grid.positions_um[1]).result(10)
+    results = [mosaic.push(fields[n], at_um=grid.positions_um[n]).result(10) for n in (1, 2)]
+    assert len(results[0].instances) == 0
+    assert len(results[1].instances) == len(open_live().push(picture).result(10).instances) > 0
+
+
 @pytest.mark.slow
 def test_empty_corners_come_first_and_spoil_nothing(root):
     with Image.open(root / "tests" / "data" / "target" / "u2os_2abc40c118.png") as picture:
@@ -278,8 +320,8 @@ def test_empty_corners_come_first_and_spoil_nothing(root):
             mosaic = live.mosaic(grid)
             for n in order:
                 mosaic.push((noise, field)[n], at_um=grid.positions_um[n]).result(120)
-            stats = live.calibration
-        assert stats.diameter_px is not None
+            learned = live.calibration
+        assert learned.diameter_px is not None
     with LiveSegmenter(load("nuclei-fluorescence")) as live:
         mosaic = live.mosaic(grid)
         assert len(mosaic.push(noise, at_um=(0, 0)).result(60).instances) == 0

@@ -77,6 +77,13 @@ def test_a_column_is_cut_at_slight_waists_and_a_single_object_is_not() -> None:
     assert [len(chain) for chain in link_sections(wide_planes)] == [24]
 
 
+def test_a_cell_that_swells_and_shrinks_in_time_is_one_track() -> None:
+    sides = [20 + round(2 * np.sin(t / 5)) for t in range(120)]
+    planes = [[square(t, 30 - side // 2, 30 - side // 2, side)] for t, side in enumerate(sides)]
+    assert [len(chain) for chain in link_sections(planes, has_depth=False)] == [120]
+    assert len(list(link_sections(planes))) > 1
+
+
 def test_no_flat_pieces_are_cut_off_unless_planes_lie_far_apart() -> None:
     sides = [4, 8, 9, 8, 4, 8, 9, 8, 4]
     planes = [[square(z, 10 - side // 2, 10 - side // 2, side)] for z, side in enumerate(sides)]

@@ -178,6 +178,10 @@ def test_a_series_of_planes_is_a_volume_along_t_and_one_moment_is_not(tmp_path: 
     with open_volume(path, tmp_path) as volume:
         assert volume.info.shape == VALUES.shape
         assert volume.info.voxel_nm is None  # moments have no distance
+    with open_volume(path, tmp_path, voxel_nm=(5.0, 400.0, 900.0)) as volume:
+        assert volume.info.voxel_nm is None
+        assert volume.info.pixel_nm("z") == pytest.approx(600.0)
+        assert volume.info.label_steps_nm == (1.0, 400.0, 900.0)
 
 
 def test_a_series_in_ome_zarr_is_a_volume_along_t_too(tmp_path: Path) -> None:
