@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from darcnn.runtime.readers.ome_zarr import Multiscale, OmeZarrReader, open_mult
 from darcnn.runtime.readers.protocol import Location, SlideInfo
 from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, check_room, in_nanometres
 
-__all__ = ["unpack_zarr"]
+__all__ = ["read_channels", "unpack_zarr"]
 
 _BYTES = 64 << 20  # unpacked at once, about
 _MOST_MISSING = 100  # chunks by files that are there: empty chunks are left out, but hardly all of them
@@ -41,15 +42,12 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
     del place[along]
     shape = (n_planes, info.height_px0, info.width_px0)
     check_room(path, scratch, shape, info.dtype)
-    array = image.arrays[0]
-    _check_chunks(array, path)
-    chunk = array.chunks[image.axes.index(along)] if along in image.axes else 1
-    step = max(1, _BYTES // (shape[1] * shape[2] * info.dtype.itemsize) // chunk) * chunk
+    _check_chunks(image.arrays[0], path)
     target = scratch / f".{make_slide_name(path)}.unpacked"
     try:
         with target.open("wb") as file:
-            for start in range(0, n_planes, step):
-                values = _read(image, place, slice(start, min(n_planes, start + step)), path)
+            for span in _spans(image, along, plane_bytes=shape[1] * shape[2] * info.dtype.itemsize):
+                values = _read(image, place, span, path)
                 file.write(values.astype(info.dtype).tobytes())
     except BaseException:
         target.unlink(missing_ok=True)
@@ -66,9 +64,36 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
         None if voxel is None else info.mpp_source,
         is_series=is_series,
         pixel_um=info.mpp[::-1] if is_series and info.mpp is not None else None,
+        channel_names=info.channel_names if len(info.channel_names) > 1 and not info.is_rgb else (),
         is_depth_known=section is not None,
     )
     return Volume(facts, Stored(target, info.dtype), scratch=target)
+
+
+def read_channels(path: Location, *, t: int | None, is_series: bool) -> Iterator[NDArray[Any]]:
+    """Yield all channels of each plane of an OME-Zarr image, (H, W, C); of a series of each moment.
+
+    Raises:
+        InputError: it cannot be read any more.
+    """
+    image = open_multiscale(path)
+    sizes = dict(zip(image.axes, image.arrays[0].shape, strict=True))
+    along, fixed = ("t", {"z": 0}) if is_series else ("z", {"t": t or 0})
+    plane_bytes = sizes["y"] * sizes["x"] * sizes.get("c", 1) * image.arrays[0].dtype.itemsize
+    for planes in _spans(image, along, plane_bytes=plane_bytes):
+        channels = [_read(image, {**fixed, "c": c}, planes, path) for c in range(sizes.get("c", 1))]
+        yield from np.stack(channels, axis=-1)
+
+
+def _spans(image: Multiscale, along: str, *, plane_bytes: int) -> Iterator[slice]:
+    """Yield which planes to read at once: whole chunks, of bounded size where these allow it."""
+    n_planes, chunk = 1, 1
+    if along in image.axes:
+        axis = image.axes.index(along)
+        n_planes, chunk = image.arrays[0].shape[axis], image.arrays[0].chunks[axis]
+    step = max(1, _BYTES // plane_bytes // chunk) * chunk
+    for start in range(0, n_planes, step):
+        yield slice(start, min(n_planes, start + step))
 
 
 def _check_chunks(array: zarr.Array[Any], path: Location) -> None:

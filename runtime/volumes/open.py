@@ -197,6 +197,7 @@ def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str |
         is_rgb=info.is_rgb,
         is_series=is_series,
         pixel_um=info.mpp[::-1] if is_series and info.mpp is not None else None,
+        channel_names=info.channel_names if len(info.channel_names) > 1 and not info.is_rgb else (),
         is_depth_known=section_um is not None,
         n_unread=info.n_unread,
     )

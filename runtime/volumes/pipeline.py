@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from darcnn.runtime.errors import InputError
@@ -60,14 +59,13 @@ from darcnn.runtime.volumes.find import (
     plan_views,
 )
 from darcnn.runtime.volumes.joining import join_sections
-from darcnn.runtime.volumes.labels import Numbered, write_label_volume
-from darcnn.runtime.volumes.measure import measure_solids, solid_schema
+from darcnn.runtime.volumes.labels import write_label_volume
+from darcnn.runtime.volumes.numbering import number_solids, table_columns
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import EXTRA_VOLUME_FORMATS, VolumeOptions
 from darcnn.runtime.volumes.overview import write_overview, write_scroll
 from darcnn.runtime.volumes.particles import write_points, write_star
 from darcnn.runtime.volumes.record import VolumeCounts, describe_views, describe_volume
-from darcnn.runtime.volumes.solid import SolidFile
 from darcnn.runtime.volumes.stack import Stack
 from darcnn.runtime.volumes.volume import AXES, Volume
 
@@ -107,10 +105,7 @@ def run_volume(
     chosen, start = options or VolumeOptions(), time.perf_counter()
     name = make_slide_name(path)
     folder = out_dir / make_folder_name(name)
-    row_filter = None
     check_formats(chosen.also, EXTRA_VOLUME_FORMATS)
-    if chosen.row_filter is not None:
-        row_filter = parse_filter(chosen.row_filter, solid_schema().names)
     asked = _asked(segmenter, path, chosen)
     final = {**asked, "filter": chosen.row_filter}
     if not chosen.overwrite and (earlier := read_record(folder / RUN_FILE, final)) is not None:
@@ -124,7 +119,7 @@ def run_volume(
                 path, claimed.built, t=chosen.t, channel=chosen.channel, voxel_nm=chosen.voxel_nm
             )
         with volume:
-            _check_volume(volume, chosen, row_filter, segmenter.manifest.input)
+            row_filter = _check_volume(volume, chosen, segmenter.manifest.input)
             with times.stage("intensity"):
                 diameter, views = _plan(segmenter, volume, chosen, noted)
             with translated(folder):
@@ -133,7 +128,7 @@ def run_volume(
                 _find(segmenter, views, parts, folder, progress, find_blocks)
             described = describe_volume(volume, asked)
             with translated(folder):
-                counts = _finish(claimed, views, parts, row_filter, segmenter, times)
+                counts = _finish(claimed, views, parts, row_filter, chosen.t, segmenter, times)
                 with times.stage("also"):
                     write_formats(claimed.built, path, described, chosen.also)
             record = {
@@ -239,11 +234,11 @@ def _fingerprint(path: Location) -> dict[str, Any]:
         return fingerprint(reader.info)
 
 
-def _check_volume(
-    volume: Volume, chosen: VolumeOptions, row_filter: RowFilter | None, model: ModelInput
-) -> None:
-    """Raise what makes the volume useless for the options or the model."""
-    voxel = volume.info.voxel_nm
+def _check_volume(volume: Volume, chosen: VolumeOptions, model: ModelInput) -> RowFilter | None:
+    """Raise what makes the volume useless for the options or the model; return the filter on its objects."""
+    voxel, row_filter = volume.info.voxel_nm, None
+    if chosen.row_filter is not None:
+        row_filter = parse_filter(chosen.row_filter, table_columns(volume.info))
     if volume.info.is_rgb and model.channels == _COLOURS:
         raise InputError(
             "is a stack of colour pictures; of volumes the model would see the mean of their colours",
@@ -259,6 +254,7 @@ def _check_volume(
             where=volume.info.path,
             fix="pass --axis z, or --voxel-size if the file is wrong",
         )
+    return row_filter
 
 
 def _find(
@@ -293,6 +289,7 @@ def _finish(
     views: Sequence[View],
     parts: Parts,
     row_filter: RowFilter | None,
+    t: int | None,
     segmenter: Segmenter,
     times: StageSeconds,
 ) -> VolumeCounts:
@@ -301,7 +298,7 @@ def _finish(
     info, model = volume.info, segmenter.manifest.name
     with times.stage("link"):
         solids, by_axis = join_sections(views, parts, built)
-        numbered, table = _number(solids, info.voxel_nm, row_filter)
+        numbered, table = number_solids(solids, info, row_filter, t=t)
     with times.stage("table"), atomic_file(built / TABLE_FILE) as file:
         pq.write_table(table, file, compression="zstd")
     with times.stage("labels"):
@@ -323,18 +320,3 @@ def _finish(
         write_overview(built / OVERVIEW_FILE, stacks, window, numbered, model_name=model)
         write_scroll(built / SCROLL_FILE, stacks[0], window, numbered)
     return VolumeCounts(len(numbered.rows), len(solids), by_axis, sum(len(view.stack) for view in views))
-
-
-def _number(
-    solids: SolidFile, voxel_nm: tuple[float, float, float] | None, row_filter: RowFilter | None
-) -> tuple[Numbered, pa.Table]:
-    """Return the reported objects, numbered from 1 in the order z y x of their boxes, and their table."""
-    order = np.lexsort(solids.boxes.T[::-1])  # by z0, then y0, x0, z1, y1, x1
-    tables = list(measure_solids((solids[int(row)] for row in order), voxel_nm))
-    table = pa.concat_tables(tables) if tables else solid_schema().empty_table()
-    if row_filter is not None:
-        keeps = row_filter.keep(table)
-        order, table = order[keeps], table.filter(pa.array(keeps))
-    ids = np.arange(1, len(order) + 1)
-    table = table.set_column(0, table.schema.field("id"), pa.array(ids, pa.int64()))
-    return Numbered(solids, order, ids), table

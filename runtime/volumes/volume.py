@@ -40,6 +40,7 @@ class VolumeInfo:
     is_rgb: bool = False  # its values are means of red, green and blue
     is_series: bool = False  # z is time
     pixel_um: tuple[float, float] | None = None  # of a series: micrometres per pixel along y, x
+    channel_names: tuple[str, ...] = ()  # of a file with several, of which `Volume.read` returns one
     is_depth_known: bool = True  # else planes are taken to lie as far apart as pixels
     n_unread: int = 0  # further images of the file (scenes)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from darcnn.runtime.engines.oracle import OracleEngine, make_oracle_manifest
+from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.segmenter import Segmenter
 
 HALO_PX = 16
@@ -50,3 +52,11 @@ def mrc_file(tmp_path: Path, balls: np.ndarray) -> Path:
         file.set_data(balls.astype(np.uint16))  # mode 6
         file.voxel_size = 12.0
     return path
+
+
+@pytest.fixture
+def oracle16(oracle: Segmenter) -> Segmenter:
+    """Return the oracle for 16-bit files that hold bytes."""
+    manifest = oracle.manifest
+    rule = IntensityRule("range", 0.0, 255.0)
+    return Segmenter(oracle.engine, replace(manifest, input=replace(manifest.input, intensity=rule)))

@@ -36,14 +36,6 @@ _FIELD = Path(__file__).parents[2] / "data/target/u2os_2abc40c118.png"
 _TISSUE = next((Path(__file__).parents[2] / "data/tissue").glob("*.png"))
 
 
-@pytest.fixture
-def oracle16(oracle: Segmenter) -> Segmenter:
-    """Return the oracle for 16-bit files that hold bytes."""
-    manifest = oracle.manifest
-    rule = IntensityRule("range", 0.0, 255.0)
-    return Segmenter(oracle.engine, replace(manifest, input=replace(manifest.input, intensity=rule)))
-
-
 def same_objects(labels: np.ndarray, truth: np.ndarray) -> bool:
     """Tell whether both volumes hold the same objects, whatever their numbers."""
     pairs = np.unique(np.stack([labels.ravel(), truth.ravel()]), axis=1)
