@@ -22,7 +22,7 @@ _COLOURS = ("tab:green", "tab:orange", "tab:blue", "tab:red")
 
 
 def _section(plane: int, x: int, width: int) -> Section:
-    return Section(plane, x, 0, np.ones((_HEIGHT, width), np.bool_), 0.9, 0.0, False)
+    return Section(plane, x, 0, np.ones((_HEIGHT, width), np.bool_), 0.9, False)
 
 
 def cases() -> dict[str, tuple[list[list[Section]], int]]:

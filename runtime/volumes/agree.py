@@ -71,7 +71,6 @@ def _vote(members: list[Solid]) -> Solid | None:
     return Solid(
         *cropped((z, y, x), mask),
         score=float(np.mean([one.score for one in members])),
-        mean=float(np.mean([one.mean for one in members])),
         truncated=any(one.truncated for one in members),
         n_planes=max(one.n_planes for one in members),
     )

@@ -1,4 +1,4 @@
-"""How bright the objects of a volume are in each of its channels: its planes are read once more."""
+"""How bright the objects of a volume are, over the very voxels that the labels give them."""
 
 from __future__ import annotations
 
@@ -12,44 +12,56 @@ from numpy.typing import NDArray
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr
 from darcnn.runtime.readers.open import open_source
-from darcnn.runtime.volumes.labels import Numbered, draw_slabs
+from darcnn.runtime.volumes.labels import Numbered, draw_slabs, slab_depth
 from darcnn.runtime.volumes.ome_zarr import read_channels
-from darcnn.runtime.volumes.volume import VolumeInfo
+from darcnn.runtime.volumes.volume import Volume, VolumeInfo
 
-__all__ = ["measure_channels"]
+__all__ = ["measure_brightness"]
 
 
-def measure_channels(numbered: Numbered, info: VolumeInfo, *, t: int | None) -> NDArray[np.float64]:
-    """Return the mean of each channel over the voxels of each object, (N, C); NaN where no value is finite.
+def measure_brightness(numbered: Numbered, volume: Volume, *, t: int | None) -> NDArray[np.float64]:
+    """Return the mean of the volume over each object, and of each channel of a file with several.
+
+    The planes of the volume are read once more, one after another.
 
     Args:
         numbered: the objects, numbered from 1 without a gap.
-        info: of the volume, whose file has several channels.
+        volume: open; stays open.
         t: the moment that it was opened at.
+    Returns:
+        (N, 1 + C), C the number of `VolumeInfo.channel_names`; NaN where no value is finite.
     Raises:
         InputError: the file cannot be read any more.
     """
-    n, n_channels = len(numbered.rows), len(info.channel_names)
-    sums, counts = np.zeros((n + 1, n_channels)), np.zeros((n + 1, n_channels))
-    labels_of_planes = (labels for slab in draw_slabs(numbered, info.shape, depth=1) for labels in slab)
-    for labels, pixels in zip(labels_of_planes, _planes(info, t), strict=True):
+    info, n = volume.info, len(numbered.rows)
+    shape = (n + 1, 1 + len(info.channel_names))
+    sums, counts = np.zeros(shape), np.zeros(shape)
+    slabs = draw_slabs(numbered, info.shape, slab_depth(info.shape))
+    labels_of_planes = (labels for slab in slabs for labels in slab)
+    for index, (labels, channels) in enumerate(zip(labels_of_planes, _channels(info, t), strict=True)):
         inside = labels > 0
-        owner, values = labels[inside], pixels[inside].astype(np.float64)  # (P,), (P, C)
-        for channel in range(n_channels):
-            finite = np.isfinite(values[:, channel])
+        if not inside.any():
+            continue
+        owner = labels[inside]  # (P,)
+        searched = volume.read("z", index)[inside]
+        for column, values in enumerate((searched, *np.moveaxis(channels, 2, 0)[:, inside])):
+            finite = np.isfinite(values)
             seen = owner[finite]
-            sums[:, channel] += np.bincount(seen, values[finite, channel], minlength=n + 1)
-            counts[:, channel] += np.bincount(seen, minlength=n + 1)
-    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)[1:]
+            sums[:, column] += np.bincount(seen, values[finite].astype(np.float64), minlength=n + 1)
+            counts[:, column] += np.bincount(seen, minlength=n + 1)
+    means: NDArray[np.float64] = np.divide(sums, counts, out=np.full(shape, np.nan), where=counts > 0)
+    return means[1:]
 
 
-def _planes(info: VolumeInfo, t: int | None) -> Iterator[NDArray[Any]]:
-    """Yield all channels of each plane, (H, W, C)."""
-    if not isinstance(info.path, Path) or is_ome_zarr(info.path):
+def _channels(info: VolumeInfo, t: int | None) -> Iterator[NDArray[Any]]:
+    """Yield the channels of each plane, (H, W, C), as the file has them; none where it has only one."""
+    n_planes, height, width = info.shape
+    if not info.channel_names:
+        yield from (np.zeros((height, width, 0)) for _ in range(n_planes))
+    elif not isinstance(info.path, Path) or is_ome_zarr(info.path):
         yield from read_channels(info.path, t=t, is_series=info.is_series)
-        return
-    _, height, width = info.shape
-    for index in range(info.shape[0]):
-        z, moment = (None, index) if info.is_series else (index, t)
-        with open_source(info.path, z=z, t=moment) as reader:
-            yield reader.read(Region(0, 0, width, height), level=0)
+    else:
+        for index in range(n_planes):
+            z, moment = (None, index) if info.is_series else (index, t)
+            with open_source(info.path, z=z, t=moment) as reader:
+                yield reader.read(Region(0, 0, width, height), level=0)

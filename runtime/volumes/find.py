@@ -292,7 +292,7 @@ def find_sections(segmenter: Segmenter, view: View, start: int, stop: int) -> It
     stack = view.stack
     for index, plane in enumerate(stack.read_ahead(start, stop), start=start):
         with plane_reader(stack.volume, stack.axis, plane) as reader:
-            yield sections_of(segmenter.segment(reader, view.plan, window=view.window), index, plane)
+            yield sections_of(segmenter.segment(reader, view.plan, window=view.window), index)
 
 
 def plane_reader(volume: Volume, axis: Axis, plane: NDArray[np.float32]) -> ArrayReader:

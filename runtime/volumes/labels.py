@@ -16,7 +16,7 @@ from darcnn.runtime.sinks.atomic import atomic_folder
 from darcnn.runtime.sinks.ome_zarr import label_attributes
 from darcnn.runtime.volumes.solid import SolidFile
 
-__all__ = ["Numbered", "write_label_volume"]
+__all__ = ["Numbered", "draw_slabs", "slab_depth", "write_label_volume"]
 
 _CHUNK = (16, 256, 256)  # what a viewer fetches, z y x
 _SHARD_PX = 2048  # side of what is one file
@@ -78,7 +78,7 @@ def write_label_volume(
     n_levels = 1
     while max(shape[1:]) >> (n_levels - 1) > _SMALLEST_PX:
         n_levels += 1
-    depth, axes = _slab_depth(shape), "tyx" if is_series else "zyx"
+    depth, axes = slab_depth(shape), "tyx" if is_series else "zyx"
     with atomic_folder(path) as folder:
         group = zarr.create_group(
             store=zarr.storage.LocalStore(folder),
@@ -99,7 +99,7 @@ def write_label_volume(
             start += len(labels)
 
 
-def _slab_depth(shape: tuple[int, int, int]) -> int:
+def slab_depth(shape: tuple[int, int, int]) -> int:
     """Return how many planes are drawn at once, and lie in one chunk: few where they are large."""
     return min(_CHUNK[0], max(1, _SLAB_BYTES // (4 * shape[1] * shape[2])))
 

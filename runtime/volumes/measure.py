@@ -1,4 +1,4 @@
-"""What is known of each object of a volume: place, size, roundness, density."""
+"""What is known of each object of a volume by its shape: place, size, roundness."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def solid_schema() -> pa.Schema:
 def measure_solids(
     solids: Iterable[Solid], voxel_nm: tuple[float, float, float] | None
 ) -> Iterator[pa.Table]:
-    """Yield tables of `solid_schema`, one row a solid in their order; `id` is null.
+    """Yield tables of `solid_schema`, one row a solid in their order; `id` and `mean_intensity` are null.
 
     `z y x` is the centroid in voxels, of which the first covers 0 to 1. The axes are those of the ellipsoid
     with the same second moments. `sphericity` is Krumbein's (1941) intercept sphericity, the cube root of
@@ -80,7 +80,6 @@ def _measure(solid: Solid, voxel_nm: tuple[float, float, float] | None) -> dict[
         **dict(zip(_BOX_COLUMNS, (*solid.origin, *solid.stop), strict=True)),
         "volume_voxels": n,
         "sphericity": float((axes[0] * axes[1] / axes[2] ** 2) ** (1.0 / 3.0)),
-        "mean_intensity": solid.mean if math.isfinite(solid.mean) else None,
         "n_planes": solid.n_planes,
         "truncated": solid.truncated,
     }

@@ -4,39 +4,42 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from darcnn.runtime.measure import name_columns
 from darcnn.runtime.row_filter import RowFilter
-from darcnn.runtime.volumes.brightness import measure_channels
+from darcnn.runtime.volumes.brightness import measure_brightness
 from darcnn.runtime.volumes.labels import Numbered
 from darcnn.runtime.volumes.measure import measure_solids, solid_schema
 from darcnn.runtime.volumes.solid import SolidFile
-from darcnn.runtime.volumes.volume import VolumeInfo
+from darcnn.runtime.volumes.volume import Volume, VolumeInfo
 
 __all__ = ["number_solids", "table_columns"]
 
+_BRIGHTNESS = "mean_intensity"
+
 
 def number_solids(
-    solids: SolidFile, info: VolumeInfo, row_filter: RowFilter | None, *, t: int | None
+    solids: SolidFile, volume: Volume, row_filter: RowFilter | None, *, t: int | None
 ) -> tuple[Numbered, pa.Table]:
     """Return the reported objects, numbered from 1 in the order z y x of their boxes, and their table.
 
     Args:
         solids: all that were found, of which no two share a voxel.
-        info: of the volume.
+        volume: open; stays open.
         row_filter: which of them are reported; None: all.
         t: the moment that the volume was opened at.
     Raises:
-        InputError: the channels of the file cannot be read any more.
+        InputError: the file cannot be read any more.
     """
     order = np.lexsort(solids.boxes.T[::-1])  # by z0, then y0, x0, z1, y1, x1
-    tables = list(measure_solids((solids[int(row)] for row in order), info.voxel_nm))
+    tables = list(measure_solids((solids[int(row)] for row in order), volume.info.voxel_nm))
     table = pa.concat_tables(tables) if tables else solid_schema().empty_table()
-    names = _channel_columns(info)
-    if names:
-        means = measure_channels(Numbered(solids, order, np.arange(1, len(order) + 1)), info, t=t)
-        for name, column in zip(names, means.T, strict=True):
-            table = table.append_column(name, pa.array(column, pa.float64(), from_pandas=True))
+    everything = Numbered(solids, order, np.arange(1, len(order) + 1))
+    first, *others = measure_brightness(everything, volume, t=t).T
+    table = _with_column(table, _BRIGHTNESS, first)
+    for name, means in zip(_channel_columns(volume.info), others, strict=True):
+        table = _with_column(table, name, means)
     if row_filter is not None:
         keeps = row_filter.keep(table)
         order, table = order[keeps], table.filter(pa.array(keeps))
@@ -45,10 +48,17 @@ def number_solids(
     return Numbered(solids, order, ids), table
 
 
+def _with_column(table: pa.Table, name: str, values: NDArray[np.float64]) -> pa.Table:
+    """Return the table with a column in place of one of that name, or behind all others; NaN is null."""
+    column = pa.array(values, pa.float64(), from_pandas=True)
+    at = table.schema.get_field_index(name)
+    return table.append_column(name, column) if at < 0 else table.set_column(at, name, column)
+
+
 def table_columns(info: VolumeInfo) -> list[str]:
     """Return the names of the columns of the table of a volume's objects."""
     return [*solid_schema().names, *_channel_columns(info)]
 
 
 def _channel_columns(info: VolumeInfo) -> list[str]:
-    return [f"mean_intensity_{name}" for name in name_columns(info.channel_names)]
+    return [f"{_BRIGHTNESS}_{name}" for name in name_columns(info.channel_names)]

@@ -298,7 +298,7 @@ def _finish(
     info, model = volume.info, segmenter.manifest.name
     with times.stage("link"):
         solids, by_axis = join_sections(views, parts, built)
-        numbered, table = number_solids(solids, info, row_filter, t=t)
+        numbered, table = number_solids(solids, volume, row_filter, t=t)
     with times.stage("table"), atomic_file(built / TABLE_FILE) as file:
         pq.write_table(table, file, compression="zstd")
     with times.stage("labels"):

@@ -21,7 +21,6 @@ _SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("score", pa.float32()),
-        ("mean", pa.float64()),
         ("truncated", pa.bool_()),
         ("mask", pa.binary()),
     ]
@@ -37,7 +36,6 @@ class Section:
     y: int
     mask: NDArray[np.bool_]
     score: float
-    mean: float  # of the plane's values inside the mask; NaN where none is finite
     truncated: bool  # the object goes on where a tile or the plane ended
 
     @property
@@ -46,8 +44,8 @@ class Section:
         return int(np.count_nonzero(self.mask))
 
 
-def sections_of(instances: Instances, plane: int, values: NDArray[np.float32]) -> list[Section]:
-    """Return the objects found on plane number `plane`, of which `values` (H, W) are the raw values."""
+def sections_of(instances: Instances, plane: int) -> list[Section]:
+    """Return the objects found on plane number `plane`."""
     height, width = instances.shape
     found = []
     for (x, y), mask, score, truncated in zip(
@@ -58,11 +56,8 @@ def sections_of(instances: Instances, plane: int, values: NDArray[np.float32]) -
         strict=True,
     ):
         h, w = mask.shape
-        inside = values[y : y + h, x : x + w][mask]
-        inside = inside[np.isfinite(inside)]
-        mean = float(inside.mean(dtype=np.float64)) if inside.size else float("nan")
         is_cut = truncated or x == 0 or y == 0 or x + w == width or y + h == height
-        found.append(Section(plane, x, y, mask, score, mean, is_cut))
+        found.append(Section(plane, x, y, mask, score, is_cut))
     return found
 
 
@@ -88,7 +83,6 @@ def to_table(sections: Sequence[Section]) -> pa.Table:
             "width": one.mask.shape[1],
             "height": one.mask.shape[0],
             "score": one.score,
-            "mean": one.mean,
             "truncated": one.truncated,
             "mask": pack_mask(one.mask),
         }
@@ -106,7 +100,6 @@ def read_sections(table: pa.Table) -> list[Section]:
             row["y"],
             unpack_mask(row["mask"], (row["height"], row["width"])),
             row["score"],
-            row["mean"],
             row["truncated"],
         )
         for row in table.to_pylist()

@@ -27,7 +27,6 @@ _SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("score", pa.float32()),
-        ("mean", pa.float64()),
         ("truncated", pa.bool_()),
         ("n_planes", pa.int32()),
         ("mask", pa.binary()),
@@ -43,7 +42,6 @@ class Solid:
     origin: tuple[int, int, int]  # z y x
     mask: NDArray[np.bool_]  # (d, h, w)
     score: float  # mean over the sections
-    mean: float  # value of the volume's slabs inside, by area
     truncated: bool  # reaches the edge of the volume, or of a tile
     n_planes: int  # on which it was found
 
@@ -104,8 +102,6 @@ def solid_of(chain: Chain, *, axis: Axis, n_planes: int) -> Solid:
         h, w = one.mask.shape
         mask[number, one.y - y0 : one.y - y0 + h, one.x - x0 : one.x - x0 + w] = one.mask
     areas = np.array([one.area_px for one in chain], np.float64)
-    means = np.array([one.mean for one in chain])
-    known = np.isfinite(means)
     which = AXES.index(axis)
     origin = [y0, x0]
     origin.insert(which, first)
@@ -114,7 +110,6 @@ def solid_of(chain: Chain, *, axis: Axis, n_planes: int) -> Solid:
         origin=(origin[0], origin[1], origin[2]),
         mask=np.ascontiguousarray(np.moveaxis(mask, 0, which)),
         score=float(np.average([one.score for one in chain], weights=areas)),
-        mean=float(np.average(means[known], weights=areas[known])) if known.any() else float("nan"),
         truncated=is_cut,
         n_planes=len(chain),
     )
@@ -126,7 +121,7 @@ def _without_gaps(chain: Chain) -> Iterator[Section]:
         if after is not None and after.plane > before.plane + 1:
             both = common_pixels(before, after)
             for plane in range(before.plane + 1, after.plane):
-                yield Section(plane, before.x, before.y, both, before.score, before.mean, False)
+                yield Section(plane, before.x, before.y, both, before.score, False)
 
 
 def write_solids(path: Path, solids: Iterable[Solid]) -> int:
@@ -159,7 +154,6 @@ def _row(solid: Solid) -> dict[str, object]:
         "height": height,
         "width": width,
         "score": solid.score,
-        "mean": solid.mean,
         "truncated": solid.truncated,
         "n_planes": solid.n_planes,
         "mask": pack_mask(solid.mask),
@@ -198,7 +192,6 @@ class SolidFile:
             (row["z"], row["y"], row["x"]),
             unpack_mask(row["mask"], shape),
             row["score"],
-            row["mean"],
             row["truncated"],
             row["n_planes"],
         )

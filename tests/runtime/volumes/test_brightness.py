@@ -43,9 +43,9 @@ def check(summary: RunSummary, both: np.ndarray) -> int:
     """Compare the table with means over the labels; `both` is (planes, C, H, W)."""
     table = pq.read_table(summary.folder / "objects.parquet").to_pandas()
     labels = np.asarray(zarr.open_array(summary.folder / "labels.ome.zarr/0", mode="r")[:])
-    for channel, name in enumerate(("DAPI", "GFP")):
+    for channel, name in ((0, ""), (0, "_DAPI"), (1, "_GFP")):  # the first one was searched
         expected = [both[:, channel][labels == number].mean() for number in table.id]
-        assert np.allclose(table[f"mean_intensity_{name}"], expected)
+        assert np.allclose(table[f"mean_intensity{name}"], expected)
     return len(table)
 
 
@@ -60,6 +60,20 @@ def test_each_channel_is_measured_over_the_labels(oracle16: Segmenter, balls, tm
     assert n_objects > 3
     marked = VolumeOptions(channel="DAPI", row_filter="mean_intensity_GFP > 2500", overwrite=True)
     assert 0 < check(run_volume(oracle16, path, tmp_path / "out", options=marked), both) < n_objects
+
+
+def test_values_that_are_not_finite_do_not_count(oracle16: Segmenter, balls, tmp_path) -> None:
+    holes = balls.astype(np.float32)
+    holes[5:7, :, ::2] = np.nan
+    holes[balls == 3] = np.nan
+    tifffile.imwrite(tmp_path / "a.tif", holes, metadata={"axes": "ZYX"})
+    summary = run_volume(oracle16, tmp_path / "a.tif", tmp_path / "out")
+    table = pq.read_table(summary.folder / "objects.parquet").to_pandas()
+    labels = np.asarray(zarr.open_array(summary.folder / "labels.ome.zarr/0", mode="r")[:])
+    for number, mean in zip(table.id, table.mean_intensity, strict=True):
+        values = holes[labels == number]
+        values = values[np.isfinite(values)]
+        assert mean == pytest.approx(values.mean()) if len(values) else np.isnan(mean)
 
 
 def test_a_filter_on_a_channel_that_is_not_there_is_one_line(oracle16: Segmenter, balls, tmp_path) -> None:

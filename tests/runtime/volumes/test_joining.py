@@ -12,7 +12,7 @@ def solids(folder: Path, spans: list[tuple[int, int]]) -> SolidFile:
     write_solids(
         folder / "s.arrow",
         (
-            Solid((low, 0, 9 * n), np.ones((high - low, 4, 4), np.bool_), 0.9, 1.0, False, high - low)
+            Solid((low, 0, 9 * n), np.ones((high - low, 4, 4), np.bool_), 0.9, False, high - low)
             for n, (low, high) in enumerate(spans)
         ),
     )

@@ -13,11 +13,11 @@ from darcnn.runtime.volumes.sections import Section, read_sections, to_table
 
 
 def square(plane: int, x: int, y: int, side: int = 6, score: float = 0.9) -> Section:
-    return Section(plane, x, y, np.ones((side, side), bool), score, 1.0, False)
+    return Section(plane, x, y, np.ones((side, side), bool), score, False)
 
 
 def wide(plane: int, x: int, y: int, width: int, height: int = 6) -> Section:
-    return Section(plane, x, y, np.ones((height, width), bool), 0.9, 1.0, False)
+    return Section(plane, x, y, np.ones((height, width), bool), 0.9, False)
 
 
 def places(chains: list[Chain]) -> list[list[tuple[int, int]]]:

@@ -13,7 +13,7 @@ from darcnn.runtime.volumes.solid import Solid, SolidFile, write_solids
 
 
 def box(z: int, y: int, x: int, side: int = 6, score: float = 0.8) -> Solid:
-    return Solid((z, y, x), np.ones((side, side, side), bool), score, 1.0, False, side)
+    return Solid((z, y, x), np.ones((side, side, side), bool), score, False, side)
 
 
 def cut(folder: Path, solids: list[Solid]) -> list[Solid]:
