@@ -83,7 +83,10 @@ def main(
         for precision, one in bundles.items():
             for backend in backends:
                 engine = open_engine(
-                    one, device="cpu" if backend == "onnxruntime" else "auto", backend=backend
+                    one,
+                    device="cpu" if backend == "onnxruntime" else "auto",
+                    backend=backend,
+                    precision=one.precision,
                 )
                 engines[f"{precision} {backend}"] = engine
                 stack.callback(engine.close)
@@ -119,12 +122,9 @@ def _time(engines: dict[str, Engine], tiles: list[NDArray[np.uint8]]) -> dict[st
 
 
 def _apart(parity: Parity) -> dict[str, float]:
-    worst = {
-        name: max(float(getattr(tile, name)) for tile in parity.tiles)
-        for name in ("box_px", "score", "mask", "features")
-    }
-    unmatched = sum(tile.n_unmatched for tile in parity.tiles)
-    return {"objects": parity.n_objects / 2, "unmatched": unmatched / max(parity.n_objects, 1), **worst}
+    worst = {name: parity.worst(name) for name in ("box_px", "score", "mask", "features")}
+    known = {name: value for name, value in worst.items() if value is not None}
+    return {"objects": parity.n_objects / 2, "unmatched": parity.unmatched, **known}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from darcnn.export.parity import (
 from darcnn.export.printing import describe_bundle, parity_record, parity_table, to_json
 from darcnn.runtime.bundle import Bundle, open_bundle, write_bundle
 from darcnn.runtime.engines.tensorrt_build import BACKENDS as TENSORRT
-from darcnn.runtime.engines.tensorrt_build import BuildOptions, build_engine
+from darcnn.runtime.engines.tensorrt_build import MAX_WORKSPACE_MIB, BuildOptions, build_engine
 from darcnn.runtime.errors import (
     EXIT_INTERRUPTED,
     EXIT_PARTIAL,
@@ -39,7 +39,6 @@ from darcnn.runtime.sinks.atomic import atomic_file, translated
 __all__ = ["cli", "main"]
 
 _NEEDS = ("torch", "torchvision", "timm", "safetensors", "onnx", "onnxscript")  # of what exports a network
-_MAX_WORKSPACE_MIB = 1 << 20  # 1 TiB
 
 _folder = click.Path(path_type=Path, file_okay=False)
 _file = click.Path(path_type=Path, dir_okay=False)
@@ -205,7 +204,7 @@ def verify(
 )
 @_precision
 @click.option(
-    "--workspace", type=click.IntRange(1, _MAX_WORKSPACE_MIB), help="Most scratch memory of a layer, MiB."
+    "--workspace", type=click.IntRange(1, MAX_WORKSPACE_MIB), help="Most scratch memory of a layer, MiB."
 )
 @click.option("--version-compatible", is_flag=True, help="Later versions run it too; tensorrt only.")
 @click.option("--out", type=_folder, help="Folder to write; the user's cache by default, where runs look.")
@@ -265,10 +264,14 @@ def quantise(
     few = "" if len(chosen) == tiles else f" of the {tiles} asked for: give more images"
     click.echo(f"calibrating on {len(chosen)} tiles{few}", err=True)
     quantised = to_int8(opened, list(chosen.values()), has_offsets=not tensorrt)
-    write_quantised(out, opened, quantised, n_tiles=len(chosen))
+    write_quantised(out, opened, quantised, n_tiles=len(chosen), has_offsets=not tensorrt)
     click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     parity = compare_bundles(opened, quantised, chosen, backend="onnxruntime")
-    click.echo(f"on these tiles, {parity.unmatched:.0%} of its objects and of those in float32 are unmatched")
+    if parity.n_objects:
+        share = f"{parity.unmatched:.0%} of its objects and of those in float32 are unmatched"
+        click.echo(f"on these tiles, {share}")
+    else:
+        click.echo("on these tiles there is no object to compare with float32", err=True)
 
 
 @cli.command()

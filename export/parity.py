@@ -238,7 +238,9 @@ def compare_runtimes(
 
 def _find(bundle: Bundle, tiles: Tiles, backend: str) -> Iterator[tuple[str, Objects]]:
     device = "cpu" if backend == "onnxruntime" else "auto"
-    with closing(open_engine(bundle, device=device, backend=backend)) as engine:
+    # engines in another precision have the same key: they are made of the same file
+    opened = open_engine(bundle, device=device, backend=backend, precision=bundle.precision)
+    with closing(opened) as engine:
         yield from find_with_engine(engine, tiles, bundle.manifest.limits.nms_threshold)
 
 
@@ -299,14 +301,17 @@ def compare_objects(tile: str, ours: Objects, theirs: Objects) -> TileParity:
     """Match objects of the reference (`ours`) and of the bundle (`theirs`) by IoU; measure the differences.
 
     Suppression leaves no two objects of one side with IoU above 0.5, so at 0.9 no object has two matches.
-    A strong object may match one that is weak on the other side: the score difference then tells.
+    A strong object of either side may match one that is weak on the other: the score difference then tells.
     """
     iou = pairwise_iou(ours.boxes, theirs.boxes)  # (N, M)
     is_strong, is_strong_too = ours.scores > STRONG_SCORE, theirs.scores > STRONG_SCORE
     has_match = (iou > MATCH_IOU).any(1)
     has_match_too = (iou > MATCH_IOU).any(0)
-    rows = np.flatnonzero(is_strong & has_match)
-    partners = iou[rows].argmax(1) if len(rows) else rows
+    matched = np.flatnonzero(is_strong & has_match)
+    columns = np.flatnonzero(is_strong_too & has_match_too)
+    rows = np.concatenate([matched, iou[:, columns].argmax(0) if len(columns) else columns])
+    partners = np.concatenate([iou[matched].argmax(1) if len(matched) else matched, columns])
+    rows, partners = np.unique([rows, partners], axis=1)
     box = np.abs(ours.boxes[rows] - theirs.boxes[partners])
     score = np.abs(ours.scores[rows] - theirs.scores[partners])
     mask = np.abs(ours.masks[rows] - theirs.masks[partners]).mean((1, 2))
@@ -314,7 +319,7 @@ def compare_objects(tile: str, ours: Objects, theirs: Objects) -> TileParity:
         tile=tile,
         n_reference=int(is_strong.sum()),
         n_bundle=int(is_strong_too.sum()),
-        n_matched=len(rows),
+        n_matched=len(matched),
         n_unmatched=int((is_strong & ~has_match).sum() + (is_strong_too & ~has_match_too).sum()),
         box_px=float(box.max(initial=0.0)),
         box_median_px=float(np.median(box)) if box.size else 0.0,

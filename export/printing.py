@@ -16,7 +16,9 @@ from darcnn.runtime.slab import Slab
 
 __all__ = ["describe_bundle", "parity_record", "parity_table", "read_training", "to_json"]
 
-_VERSIONS = ("darcnn", "numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch")
+_VERSIONS = (
+    *("darcnn", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch"),
+)
 
 
 def parity_table(parity: Parity) -> str:

@@ -77,7 +77,9 @@ def quantise(bundle: Bundle, tiles: Sequence[NDArray[np.uint8]], *, has_offsets:
     return bundle.with_graphs({"detect.onnx": content}, precision="int8")
 
 
-def write_quantised(path: Path, bundle: Bundle, quantised: Bundle, *, n_tiles: int) -> None:
+def write_quantised(
+    path: Path, bundle: Bundle, quantised: Bundle, *, n_tiles: int, has_offsets: bool
+) -> None:
     """Write `quantised`, what `quantise` made of `bundle` on so many tiles, as the file `path`, replacing it.
 
     The figures of the training are of the float32 bundle, and are called so: int8 finds other boxes.
@@ -88,7 +90,7 @@ def write_quantised(path: Path, bundle: Bundle, quantised: Bundle, *, n_tiles: i
     """
     training = read_training(bundle)
     figures = training.pop("figures", None)
-    training |= {"float32_figures": figures, "calibration_tiles": n_tiles}
+    training |= {"float32_figures": figures, "calibration_tiles": n_tiles, "has_offsets": has_offsets}
     members = {name: quantised.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
     members["training.json"] = to_json(training)
     write_bundle(path, replace(quantised.manifest, name=path.stem), members)

@@ -141,7 +141,10 @@ def read_tiles(
                 plan = segmenter.plan(facts, diameter_px=size, pixels=facts.mpp is None, channel=channel)
                 sampler = segmenter.sampler(reader, plan, segmenter.measure(reader, plan))
                 for tile in spread_evenly(plan.tiles, n_tiles):
-                    tiles[f"{facts.name} {tile.index}"] = sampler.read(tile)
+                    name = f"{facts.name} {tile.index}"
+                    if name in tiles:  # images of one name may lie in several folders
+                        name = f"{number + 1} {name}"
+                    tiles[name] = sampler.read(tile)
     return tiles
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -79,12 +80,18 @@ def write_repository(folder: Path, graphs: list[ServedGraph], *, overwrite: bool
         OutputError: one is there already and `overwrite` is false, something else than a folder has its name,
             or it cannot be written. What was there stays.
     """
+    if os.path.ismount(folder):
+        raise OutputError(
+            "is a disk of its own, where models cannot be put in whole",
+            where=folder,
+            fix="name a folder in it, and let Triton serve that",
+        )
     with translated(folder):
         for graph in graphs:
             _check_place(folder / graph.name, overwrite)
         beside = folder.resolve().parent
         beside.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".darcnn-triton-", dir=beside) as scratch:
+        with TemporaryDirectory(prefix=".darcnn-triton-", dir=beside, ignore_cleanup_errors=True) as scratch:
             drafts, replaced = Path(scratch) / "drafts", Path(scratch) / "replaced"
             replaced.mkdir()
             for graph in graphs:

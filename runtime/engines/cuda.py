@@ -40,7 +40,7 @@ def _cudart() -> Any:
         from cuda.bindings import runtime
     except ImportError as err:
         raise DeviceError(
-            "cuda-python is not installed", where="--backend", fix="run `pip install 'darcnn[tensorrt-rtx]'`"
+            "cuda-python is not installed", where="--backend", fix="run `pip install cuda-python`"
         ) from err
     return runtime
 
@@ -163,14 +163,23 @@ def copy_in(buffer: DeviceBuffer, source: Any, pinned: NDArray[Any], stream: Str
 
     Args:
         buffer: where to.
-        source: an array of the same shape and type in host memory, or on the GPU already (anything with
-            `__cuda_array_interface__`: PyCUDA, CuPy, PyTorch).
+        source: an array of the same shape and type in host memory, or on the GPU already and contiguous
+            (anything with `__cuda_array_interface__`: PyCUDA, CuPy, PyTorch), whose stream is waited for.
         pinned: of the same shape; arrays of the host go through it.
         stream: queues the copy.
+    Raises:
+        DeviceError: the copy failed, or the array on the GPU is not contiguous.
     """
     kinds = _cudart().cudaMemcpyKind
     on_gpu = getattr(source, "__cuda_array_interface__", None)
     if on_gpu is not None:
+        strides = on_gpu.get("strides")
+        if strides is not None and list(strides) != _contiguous_strides(buffer.shape, buffer.dtype.itemsize):
+            raise DeviceError(
+                "an array on the GPU that is not contiguous", where="tiles", fix="make it contiguous first"
+            )
+        if on_gpu.get("stream") is not None:
+            _call("cudaStreamSynchronize", on_gpu["stream"])
         address, kind = int(on_gpu["data"][0]), kinds.cudaMemcpyDeviceToDevice
     else:
         np.copyto(pinned, source)

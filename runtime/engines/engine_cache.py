@@ -6,6 +6,7 @@ import errno
 import glob
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -128,7 +129,9 @@ def write_engine(
             with atomic_folder(folder, replaces=True) as draft:
                 for graph, plan in plans.items():
                     (draft / f"{graph}.plan").write_bytes(plan)
-                (draft / _FACTS_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+                (draft / _FACTS_FILE).write_text(
+                    json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8"
+                )
         except OSError as err:
             # another process wrote it meanwhile: two builds of one engine are as good as each other
             if err.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not _holds(folder, facts):
@@ -140,6 +143,12 @@ def check_place(folder: Path, *, overwrite: bool) -> None:
 
     It must be absent or empty, or, with `overwrite`, hold an engine and nothing else.
     """
+    if os.path.ismount(folder):
+        raise OutputError(
+            "is a disk of its own, where an engine cannot be put in whole",
+            where=folder,
+            fix="name a folder in it with --out",
+        )
     with translated(folder):
         names = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
     if others := sorted(names - _FILES):
@@ -252,13 +261,24 @@ def _misfits(facts: EngineFacts, bundle: Bundle, version: str | None, precision:
     sizes = bundle.manifest.input
     if facts.bundle_sha256 != bundle.sha256:
         yield f"it was made of another {facts.bundle_name} than {bundle.path}"
-    is_of_major = version is not None and facts.version.split(".")[0] == version.split(".")[0]
-    if version not in (None, facts.version) and not (facts.is_version_compatible and is_of_major):
+    if version not in (None, facts.version) and not (
+        facts.is_version_compatible and _serves_later(facts.version, str(version))
+    ):
         yield f"it was built by {facts.backend} {facts.version}, this is {version}"
     if precision not in (None, facts.precision):
         yield f"it computes in {facts.precision}, not in {precision}"
     if (facts.batch, facts.tile_px) != (sizes.batch, sizes.tile_px):
         yield f"it takes {facts.batch} x {facts.tile_px} px, the model {sizes.batch} x {sizes.tile_px}"
+
+
+def _serves_later(built: str, running: str) -> bool:
+    """Tell whether a version-compatible engine of one version is run by another: a later one of its major.
+
+    >>> [_serves_later("11.4.1", running) for running in ("11.10.0", "11.0.0", "12.0.0")]
+    [True, False, False]
+    """
+    one, other = ([int(part) for part in re.findall(r"\d+", version)] for version in (built, running))
+    return one[:1] == other[:1] and one <= other
 
 
 def _misfits_gpu(facts: EngineFacts, capability: str | None, device: str | None) -> Iterator[str]:

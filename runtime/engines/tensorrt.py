@@ -7,6 +7,7 @@ the real bindings, and engines of all shipped graphs are built (`darcnn.runtime.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.bundle import Bundle
-from darcnn.runtime.engines.cuda import (
-    DeviceBuffer,
-    Stream,
-    copy_in,
-    copy_out,
-    gpu_capability,
-    gpu_name,
-    pinned_array,
-    release_recorded,
-)
+from darcnn.runtime.engines.cuda import DeviceBuffer, gpu_capability, gpu_name
 from darcnn.runtime.engines.engine_cache import (
     CompiledEngine,
     find_engines,
@@ -33,7 +25,6 @@ from darcnn.runtime.engines.engine_cache import (
     read_facts,
 )
 from darcnn.runtime.engines.graphs import (
-    INPUTS,
     OUTPUTS,
     advise_memory,
     check_manifest,
@@ -44,13 +35,11 @@ from darcnn.runtime.engines.graphs import (
 )
 from darcnn.runtime.engines.offsets import OFFSETS_FIX, OFFSETS_PROBLEM, has_offsets
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
-from darcnn.runtime.engines.tensorrt_build import DTYPES, load_backend
+from darcnn.runtime.engines.tensorrt_build import load_backend
+from darcnn.runtime.engines.tensorrt_graph import REBUILD, LoadedGraph
 from darcnn.runtime.errors import BundleError, DeviceError, UsageError
 
 __all__ = ["TensorRtEngine", "has_engine", "open_engine_in", "open_tensorrt"]
-
-_REBUILD = "build it again on this machine with `darcnn-export engine`"
-_RUNS_BEFORE_CAPTURE = 2  # the first run allocates, which cannot be recorded
 
 
 def open_tensorrt(bundle: Bundle, backend: str, *, precision: str | None = None) -> TensorRtEngine:
@@ -73,9 +62,11 @@ def open_tensorrt(bundle: Bundle, backend: str, *, precision: str | None = None)
         try:
             return TensorRtEngine(bundle, compiled)
         except DeviceError as err:
-            failures.append(err)
+            failures.append(err.with_traceback(None))  # its frames would keep the engine on the GPU
     if failures:
-        raise failures[0]
+        first = failures[0]
+        failures.clear()
+        raise first
     raise _nothing_fits(bundle, machine, precision, misfits)
 
 
@@ -148,9 +139,10 @@ def _nothing_fits(
     if has_offsets(bundle):
         return DeviceError(OFFSETS_PROBLEM, where=bundle.path, fix=OFFSETS_FIX)
     command = f"darcnn-export engine {bundle.argument} --backend {machine.backend}"
+    precision = precision or bundle.precision
     if machine.backend == "tensorrt-rtx" and needs_target(machine.capability):
         command += f" --target {machine.capability}"
-        precision = precision or ("fp16" if bundle.precision == "fp32" else None)  # as Turing needs it
+        precision = "fp16" if precision == "fp32" else precision  # as Turing needs it
     if precision == "fp16":
         command += " --precision fp16"
     return DeviceError(
@@ -176,7 +168,7 @@ class TensorRtEngine:
         trt = load_backend(compiled.facts.backend)
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)
-        self._graphs: dict[str, _LoadedGraph] = {}
+        self._graphs: dict[str, LoadedGraph] = {}
         facts = compiled.facts
         if facts.is_version_compatible:  # such plans bring code along, which is run only if allowed
             self._runtime.engine_host_code_allowed = True
@@ -192,14 +184,12 @@ class TensorRtEngine:
     def _load(self, bundle: Bundle, compiled: CompiledEngine, advice: str) -> None:
         shared: dict[str, DeviceBuffer] = {}  # the atlas, by both graphs
         for graph in OUTPUTS:
-            loaded = _LoadedGraph(self._runtime, graph, compiled, shared, advice)
+            loaded = LoadedGraph(self._runtime, graph, compiled, shared, advice)
             self._graphs[graph] = loaded
             try:
                 check_signature(bundle, graph, loaded.signature)
             except BundleError as err:
-                raise DeviceError(
-                    f"does not fit: {err.problem}", where=compiled.folder, fix=_REBUILD
-                ) from err
+                raise DeviceError(f"does not fit: {err.problem}", where=compiled.folder, fix=REBUILD) from err
             shared = {"atlas": loaded.buffers["atlas"]}
 
     @property
@@ -232,104 +222,12 @@ class TensorRtEngine:
 
     def close(self) -> None:
         """Release the GPU's memory; closing twice is allowed."""
-        for graph in self._graphs.values():
-            graph.close()
-        self._graphs = {}
+        graphs, self._graphs = self._graphs, {}
+        with ExitStack() as releases:  # all of them, whatever becomes of one
+            for graph in graphs.values():
+                releases.callback(graph.close)
 
-    def _open(self, graph: str) -> _LoadedGraph:
+    def _open(self, graph: str) -> LoadedGraph:
         if not self._graphs:
             raise ValueError("the engine is closed")
         return self._graphs[graph]
-
-
-class _LoadedGraph:
-    """One plan on the GPU, with its buffers."""
-
-    def __init__(
-        self,
-        runtime: Any,
-        name: str,
-        compiled: CompiledEngine,
-        shared: dict[str, DeviceBuffer],
-        advice: str,
-    ) -> None:
-        engine = runtime.deserialize_cuda_engine(compiled.plans[name])
-        if engine is None:
-            raise DeviceError(
-                f"the GPU does not load {name}.plan",
-                where=compiled.folder,
-                fix=_REBUILD,
-            )
-        self.name, self._advice = name, advice
-        self.signature = {
-            tensor: (
-                DTYPES.get(engine.get_tensor_dtype(tensor).name, "unknown"),
-                tuple(int(n) for n in engine.get_tensor_shape(tensor)),
-            )
-            for tensor in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors))
-        }
-        self._engine = engine  # the context does not hold it
-        self._context: Any = engine.create_execution_context()
-        if self._context is None:
-            raise DeviceError(f"no memory on it to run the {name} graph", where="GPU", fix=advice)
-        self._n_runs, self._recorded = 0, None
-        self._own: dict[str, DeviceBuffer] = {}
-        self._stream = Stream()
-        try:
-            self._allocate(shared)
-        except BaseException:
-            self.close()
-            raise
-
-    def _allocate(self, shared: dict[str, DeviceBuffer]) -> None:
-        for tensor, (kind, shape) in self.signature.items():
-            if tensor not in shared:
-                self._own[tensor] = DeviceBuffer(shape, kind)
-        self.buffers = {**self._own, **shared}
-        self._pinned = {
-            tensor: pinned_array(buffer.shape, str(buffer.dtype))
-            for tensor, buffer in self._own.items()
-            if tensor != "atlas"
-        }
-        for tensor, buffer in self.buffers.items():
-            self._context.set_tensor_address(tensor, buffer.address)
-
-    def run(self, inputs: dict[str, Any]) -> dict[str, NDArray[Any]]:
-        """Return the outputs but for the atlas, which stays on the GPU; the arrays are the caller's."""
-        for tensor in INPUTS[self.name]:
-            if tensor in inputs:
-                copy_in(self.buffers[tensor], inputs[tensor], self._pinned[tensor], self._stream)
-        self._compute()
-        outputs = [tensor for tensor in OUTPUTS[self.name] if tensor != "atlas"]
-        for tensor in outputs:
-            copy_out(self._pinned[tensor], self.buffers[tensor], self._stream)
-        self._stream.wait()
-        return {tensor: self._pinned[tensor].copy() for tensor in outputs}
-
-    def _compute(self) -> None:
-        if self._recorded is None and self._n_runs == _RUNS_BEFORE_CAPTURE:
-            self._stream.wait()
-            self._stream.begin_capture()
-            self._enqueue()
-            self._recorded = self._stream.end_capture()
-        self._n_runs += 1
-        if self._recorded is not None:
-            self._stream.launch(self._recorded)
-        else:
-            self._enqueue()
-
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(int(self._stream.handle)):
-            raise DeviceError(
-                f"TensorRT failed on the {self.name} graph",
-                where="GPU",
-                fix=self._advice,
-            )
-
-    def close(self) -> None:
-        if self._recorded is not None:
-            release_recorded(self._recorded)
-            self._recorded = None
-        self._stream.close()
-        for buffer in self._own.values():
-            buffer.close()

@@ -26,7 +26,15 @@ from darcnn.runtime.engines.offsets import OFFSETS_FIX, OFFSETS_PROBLEM, has_off
 from darcnn.runtime.errors import BundleError, DeviceError, UsageError
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 
-__all__ = ["BACKENDS", "DTYPES", "BuildOptions", "build_engine", "build_plans", "load_backend"]
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "MAX_WORKSPACE_MIB",
+    "BuildOptions",
+    "build_engine",
+    "build_plans",
+    "load_backend",
+]
 
 BACKENDS: Mapping[str, str] = {
     "tensorrt": "tensorrt",
@@ -35,7 +43,7 @@ BACKENDS: Mapping[str, str] = {
 
 DTYPES: Mapping[str, str] = {"UINT8": "uint8", "FLOAT": "float32", "INT64": "int64", "BOOL": "bool"}
 _MIB = 1 << 20
-_MAX_WORKSPACE_MIB = 1 << 20  # 1 TiB, more than any GPU has
+MAX_WORKSPACE_MIB = 1 << 20  # 1 TiB, more than any GPU has
 
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
@@ -111,7 +119,8 @@ def build_engine(
         precision=bundle.precision,
     )
     timings = timing_cache_path(options.backend, version, facts.device or "")
-    known = timings.read_bytes() if is_built_on_gpu and timings.is_file() else b""
+    with translated(timings):
+        known = timings.read_bytes() if is_built_on_gpu and timings.is_file() else b""
     plans, known = build_plans(bundle, options, timing_cache=known, progress=progress)
     if is_built_on_gpu:
         with translated(timings):
@@ -265,9 +274,9 @@ def _signature_of(network: Any) -> Signature:
 
 def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
     if options.workspace_mib is not None:
-        if not 1 <= options.workspace_mib <= _MAX_WORKSPACE_MIB:
+        if not 1 <= options.workspace_mib <= MAX_WORKSPACE_MIB:
             raise UsageError(
-                f"{options.workspace_mib} MiB is not between 1 and {_MAX_WORKSPACE_MIB}",
+                f"{options.workspace_mib} MiB is not between 1 and {MAX_WORKSPACE_MIB}",
                 where="--workspace",
                 fix="give the scratch memory of a layer in MiB, or leave it out",
             )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +27,7 @@ _FIXES = {
     errno.EEXIST: ("a file stands where a folder is needed", "move the file or choose another --out"),
     errno.ENAMETOOLONG: ("the name is too long for this disk", "choose a shorter --out"),
 }
+_STALE_SECONDS = 3600  # a draft that old is of a process that was killed: none takes that long
 _NAME_CHARACTERS = 50  # of a name that a temporary one has: so the longest, 255 bytes, have one too
 
 
@@ -53,6 +56,7 @@ def translated(where: Path) -> Iterator[None]:
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Give a file to write; it gets the name `path` only if the block ends well, else it is removed."""
     temporary = _temporary(path)
+    _remove_stale(path)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -71,6 +75,7 @@ def atomic_folder(path: Path, *, replaces: bool = False) -> Iterator[Path]:
     The name must be free, unless `replaces`: then what has it goes when the new folder is whole, not before.
     """
     temporary = _temporary(path)
+    _remove_stale(path)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -84,14 +89,27 @@ def atomic_folder(path: Path, *, replaces: bool = False) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """Return a name beside `path` that nobody else writes to; what cleans up looks for `.*.tmp`."""
+    """Return a name beside `path` that nobody else writes to; result folders clean up all `.*.tmp`."""
     return path.with_name(f".{path.name[:_NAME_CHARACTERS]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove drafts of `path` that processes which were killed have left."""
+    limit = time.time() - _STALE_SECONDS
+    for draft in path.parent.glob(f".{glob.escape(path.name[:_NAME_CHARACTERS])}.*-*.tmp"):
+        with suppress(OSError):  # another process removes it too
+            if draft.stat().st_mtime < limit:
+                if draft.is_dir():
+                    shutil.rmtree(draft)
+                else:
+                    draft.unlink()
 
 
 def _swap(draft: Path, path: Path) -> None:
     """Give `draft` the name `path`; what has it goes, or gets it back where that fails."""
     earlier = _temporary(path)
     path.replace(earlier)
+    os.utime(earlier)  # it is no stale draft
     try:
         draft.replace(path)
     except BaseException:

@@ -35,6 +35,8 @@ def measure_brightness(numbered: Numbered, volume: Volume, *, t: int | None) -> 
     """
     info, n = volume.info, len(numbered.rows)
     shape = (n + 1, 1 + len(info.channel_names))
+    if not n:
+        return np.zeros((0, shape[1]))
     sums, counts = np.zeros(shape), np.zeros(shape)
     slabs = draw_slabs(numbered, info.shape, slab_depth(info.shape))
     labels_of_planes = (labels for slab in slabs for labels in slab)

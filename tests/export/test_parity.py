@@ -126,6 +126,19 @@ def test_every_difference_is_seen_from_either_side(change, complaint, swap):
     assert any(complaint in one for one in parity.complaints)
 
 
+@pytest.mark.parametrize("swap", [False, True])
+def test_an_object_that_is_weak_on_one_side_is_compared_all_the_same(swap):
+    scores = np.float32([0.9, *[0.09] * 99])
+    weak, strong = (
+        replace(some_objects(), scores=scores),
+        replace(some_objects(), scores=scores + np.float32(0.05)),
+    )
+    pair = (strong, weak) if swap else (weak, strong)
+    parity = Parity((compare_objects("t", *pair),))
+    assert parity.unmatched == 0
+    assert any("score differs by 0.05" in one for one in parity.complaints)
+
+
 def test_one_object_in_a_hundred_may_lie_on_the_other_side_of_a_threshold():
     full = some_objects()
     less = Objects(full.boxes[1:], full.scores[1:], full.masks[1:], full.atlas)

@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from darcnn.export import cli
-from darcnn.export.tiles import TileSource, images_of, learned_images, measure_mpp
+from darcnn.export.tiles import TileSource, images_in, images_of, learned_images, measure_mpp, read_tiles
 from darcnn.runtime.bundle import open_bundle
+from darcnn.runtime.load import find_bundle
 from darcnn.training.checkpoint import CheckpointInfo, load_network, save_checkpoint
 from darcnn.training.config import TargetSet
 
@@ -95,3 +97,13 @@ def test_images_to_verify_on_do_not_tell_the_scale_where_those_learned_from_are_
     assert learned_images(recipe, others) == [TileSource(own, 8.0)]
     assert learned_images(replace(recipe, data="nowhere"), others) == [TileSource(others / "b.tif", 8.0)]
     assert measure_mpp(learned_images(replace(recipe, data="nowhere"), tmp_path), 16.0) is None
+
+
+def test_images_of_one_name_in_several_folders_give_a_tile_each(write, tmp_path):
+    for well in "abcd":
+        (tmp_path / well).mkdir()
+        Image.fromarray(np.random.default_rng(ord(well)).integers(0, 255, (64, 64), np.uint8)).save(
+            tmp_path / well / "field.png"
+        )
+    bundle = find_bundle("nuclei-fluorescence")
+    assert len(read_tiles(images_in(tmp_path, 20.0), bundle, limit=4)) == 4

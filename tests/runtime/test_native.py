@@ -775,3 +775,14 @@ def test_wheels_hold_nothing_of_it(root):
     data = listed.split("[options.package_data]")[1].split("[")[0]
     assert "darcnn.runtime" in packages
     assert "native" not in " ".join(packages) + data
+
+
+def test_bundles_of_any_size_that_python_reads_are_read(root):
+    source = (root / "runtime" / "native" / "bundle.cpp").read_text(encoding="utf-8")
+    caps = {
+        name: int(number or 1) << 20
+        for name, number in re.findall(r'{"([\w.]+)", (?:(\d+) \* )?kMiB}', source)
+    }
+    assert caps == dict(MEMBER_CAPS)
+    (whole,) = re.findall(r"kFileCap = (\d+) \* kMiB", source)
+    assert int(whole) << 20 == sum(MEMBER_CAPS.values()) + (1 << 20)

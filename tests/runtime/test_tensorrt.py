@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from darcnn.runtime.bundle import open_bundle, write_bundle
-from darcnn.runtime.engines import cuda, tensorrt, tensorrt_build
+from darcnn.runtime.engines import cuda, tensorrt, tensorrt_build, tensorrt_graph
 from darcnn.runtime.engines.engine_cache import (
     EngineFacts,
     engine_folder,
@@ -212,7 +212,7 @@ def test_all_names_that_the_code_uses_are_in_the_real_bindings(trt):
         "engine": trt.ICudaEngine,
         "context": trt.IExecutionContext,
     }
-    used = attributes_of(tensorrt_build, kinds) | attributes_of(tensorrt, kinds)
+    used = set().union(*(attributes_of(one, kinds) for one in (tensorrt_build, tensorrt, tensorrt_graph)))
     assert {"execute_async_v3", "set_tensor_address", "create_timing_cache"} <= {name for _, name in used}
     missing = sorted((kind, name) for kind, name in used if not hasattr(kinds[kind], name))
     assert missing == []

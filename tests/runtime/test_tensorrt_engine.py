@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -10,12 +11,12 @@ import pytest
 from darcnn.runtime.bundle import open_bundle
 from darcnn.runtime.engines import cuda, engine_cache, tensorrt
 from darcnn.runtime.engines.choose import open_engine
-from darcnn.runtime.engines.engine_cache import EngineFacts, store_engine, write_engine
+from darcnn.runtime.engines.engine_cache import EngineFacts, read_engine, store_engine, write_engine
 from darcnn.runtime.engines.tensorrt import has_engine, open_engine_in, open_tensorrt
 from darcnn.runtime.errors import DeviceError, UsageError
 from darcnn.runtime.load import find_bundle, load, shipped_models
 
-from .fake_gpu import FakeCudart, FakeTensorRt
+from .fake_gpu import FakeContext, FakeCudart, FakeEngine, FakeTensorRt, Status
 
 RTX = "tensorrt-rtx"
 PLANS = {"detect": b"detect", "mask": b"mask"}
@@ -189,3 +190,70 @@ def test_advice_of_the_gpu_names_what_can_be_done(monkeypatch):
     monkeypatch.setattr(cuda, "_cudart", lambda: gpu)
     with pytest.raises(DeviceError, match="check the NVIDIA driver, or choose another --backend"):
         cuda.gpu_name()
+
+
+def test_a_recording_that_fails_is_ended_and_not_tried_again(use, bundle, facts, monkeypatch):
+    gpu, _ = use()
+    store_engine(facts, PLANS)
+    engine = open_tensorrt(bundle, RTX)
+    tiles, log = np.zeros((2, 8, 8, 3), np.uint8), []
+    for name in ("cudaStreamBeginCapture", "cudaStreamEndCapture"):
+        plain = getattr(FakeCudart, name)
+        monkeypatch.setattr(
+            FakeCudart,
+            name,
+            lambda self, *rest, name=name, plain=plain: log.append(name) or plain(self, *rest),
+        )
+    for _ in range(2):
+        engine.detect(tiles)
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeContext, "execute_async_v3", lambda self, stream: False)
+        with pytest.raises(DeviceError, match="TensorRT failed on the detect graph"):
+            engine.detect(tiles)
+    for _ in range(3):
+        engine.detect(tiles)
+    assert log == ["cudaStreamBeginCapture", "cudaStreamEndCapture"]
+    engine.close()
+    assert gpu.held == {}
+
+
+def test_what_can_be_given_back_is_where_one_release_fails(use, bundle, facts, monkeypatch):
+    gpu, _ = use()
+    store_engine(facts, PLANS)
+    engine = open_tensorrt(bundle, RTX)
+    for _ in range(4):
+        engine.detect(np.zeros((2, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(
+        FakeCudart, "cudaGraphExecDestroy", lambda self, recorded: (Status.cudaErrorMemoryAllocation,)
+    )
+    with pytest.raises(DeviceError):
+        engine.close()
+    assert len(gpu.held) == 1  # the recording itself
+    engine.close()
+
+
+def test_an_engine_that_failed_does_not_stay_on_the_gpu(use, bundle, facts):
+    use(FakeCudart(fails_at_malloc=3))
+    store_engine(facts, PLANS)
+    gc.disable()
+    try:
+        with pytest.raises(DeviceError):
+            open_tensorrt(bundle, RTX)
+        assert not [one for one in gc.get_objects() if type(one) in (FakeEngine, FakeContext)]
+    finally:
+        gc.enable()
+
+
+def test_a_name_of_any_letters_is_written_as_it_is(bundle, facts, cache):
+    folder = store_engine(replace(facts, bundle_name="Zellkerne-ä"), PLANS)
+    assert "Zellkerne-ä" in (folder / "engine.json").read_text(encoding="utf-8")
+
+
+def test_an_earlier_version_does_not_run_a_version_compatible_engine(bundle, facts, cache):
+    folder = store_engine(replace(facts, version="11.4.0", is_version_compatible=True), PLANS)
+    for version, serves in (("11.4.0", True), ("11.10.1", True), ("11.0.0", False), ("12.0.0", False)):
+        try:
+            read_engine(folder, bundle, version=version)
+            assert serves
+        except DeviceError:
+            assert not serves
