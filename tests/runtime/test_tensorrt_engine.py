@@ -235,6 +235,7 @@ def test_what_can_be_given_back_is_where_one_release_fails(use, bundle, facts, m
 def test_an_engine_that_failed_does_not_stay_on_the_gpu(use, bundle, facts):
     use(FakeCudart(fails_at_malloc=3))
     store_engine(facts, PLANS)
+    gc.collect()  # what other tests have left
     gc.disable()
     try:
         with pytest.raises(DeviceError):
