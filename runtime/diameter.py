@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
-from darcnn.runtime.intensity import Window
+from darcnn.runtime.intensity import Window, looks_like_noise
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.readers.protocol import Reader
-from darcnn.runtime.sampling import spread_evenly
+from darcnn.runtime.sampling import sample_slide, spread_evenly
 
 if TYPE_CHECKING:
     from darcnn.runtime.segmenter import Segmenter
@@ -48,6 +48,9 @@ def estimate_diameter(
     knows best; the weighted median wins (`settle_diameter`). One more look at the scale that it suggests
     sharpens it. At most two tiles are looked at in each, so that the time does not grow with the image.
 
+    Where brightness is spread like noise alone there is nothing to measure: enlarged until its grains look
+    like nuclei, smooth noise is full of them.
+
     A box is a little larger than its object, and large objects are found more easily: a model that was
     told the size of its objects in training says itself for what it takes these (`found_diameter_px`).
 
@@ -60,10 +63,16 @@ def estimate_diameter(
         InputError: the image or its channels do not serve.
     """
 
+    model = segmenter.manifest.input
+    if model.intensity.needs_statistics:  # else black and white are told by more than the image itself
+        sample = sample_slide(reader, scale=1.0, channels=model.channels, channel=channel)
+        if looks_like_noise(sample):
+            return None
+
     def look(scale: float) -> Findings:
         return look_for_sizes(segmenter, reader, scale, channel=channel, window=window)
 
-    return settle_diameter(segmenter.manifest.input, look)
+    return settle_diameter(model, look)
 
 
 def settle_diameter(model: ModelInput, look: Look) -> float | None:

@@ -104,6 +104,15 @@ def test_what_was_measured_is_doubted_where_it_was_not_or_looks_like_noise() -> 
     assert warn_of_size(model, 13.1, has_pixel_size=False) is None
 
 
+@pytest.mark.parametrize("reach", [0, 1, 3])
+def test_smooth_noise_has_no_diameter(segmenter, reach: int) -> None:
+    noise = np.random.default_rng(0).poisson(1000, (600, 600)).astype(np.float32)
+    for axis in (0, 1):
+        noise = sum(np.roll(noise, shift, axis) for shift in range(-reach, reach + 1))
+    with ArrayReader(noise) as reader:
+        assert estimate_diameter(segmenter, reader) is None
+
+
 def test_an_image_without_objects_has_no_diameter(segmenter) -> None:
     with ArrayReader(np.zeros((300, 200), np.uint8)) as reader:
         assert estimate_diameter(segmenter, reader) is None

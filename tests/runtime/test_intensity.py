@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 
 from darcnn.runtime.errors import ShapeError
 from darcnn.runtime.intensity import (
     IntensityRule,
     Window,
     apply_window,
+    looks_like_noise,
     measure_window,
     sees_separate_channels,
     select_channels,
@@ -155,3 +157,23 @@ def test_colours_that_are_infinite_have_no_mean_and_no_warning() -> None:
     colours = np.array([[[np.inf, -np.inf, 1.0], [1.0, 2.0, 3.0]]], np.float32)
     mean = select_channels(colours, is_rgb=True, channels=1)
     assert apply_window(mean, Window(0.0, 4.0)).reshape(-1).tolist() == [0, 128]
+
+
+@pytest.mark.parametrize("blur", [0, 1, 4])
+def test_noise_is_told_from_images_with_objects(root, blur):
+    rng = np.random.default_rng(blur)
+    noise = rng.poisson(400, (300, 300)).astype(float)
+    for axis in (0, 1):
+        noise = sum(np.roll(noise, shift, axis) for shift in range(-blur, blur + 1))
+    assert looks_like_noise(noise.reshape(-1, 1))
+    noise[40:90, 60:110] += 20 * noise.std()
+    assert not looks_like_noise(noise.reshape(-1, 1))
+    for path in sorted((root / "tests" / "data" / "target").glob("*.png")):
+        with Image.open(path) as picture:
+            assert not looks_like_noise(np.asarray(picture.convert("L")).reshape(-1, 1))
+
+
+def test_what_is_too_little_or_flat_is_no_noise():
+    assert not looks_like_noise(np.zeros((5000, 1)))
+    assert not looks_like_noise(np.random.default_rng(0).normal(size=(100, 1)))
+    assert not looks_like_noise(np.full((5000, 1), np.nan))
