@@ -24,6 +24,7 @@ __all__ = [
     "choose_diameter",
     "estimate_diameter",
     "finds_unasked",
+    "is_size_measured",
     "look_for_sizes",
     "settle_diameter",
 ]
@@ -62,12 +63,14 @@ def estimate_diameter(
     Raises:
         InputError: the image or its channels do not serve.
     """
-
     model = segmenter.manifest.input
     if model.intensity.needs_statistics:  # else black and white are told by more than the image itself
         sample = sample_slide(reader, scale=1.0, channels=model.channels, channel=channel)
         if looks_like_noise(sample):
             return None
+    if window is None and len(reader.info.levels) == 1:  # then it is the same at every scale
+        plan = segmenter.plan(reader.info, diameter_px=model.nominal_diameter_px, channel=channel)
+        window = segmenter.measure(reader, plan)
 
     def look(scale: float) -> Findings:
         return look_for_sizes(segmenter, reader, scale, channel=channel, window=window)
@@ -121,12 +124,24 @@ def choose_diameter(
     if diameter_px is not None and diameter_px != "auto":
         return diameter_px
     model, has_pixel_size = segmenter.manifest.input, reader.info.mpp is not None or mpp is not None
-    if diameter_px == "auto" or (not pixels and finds_unasked(model, has_pixel_size)):
-        found = estimate_diameter(segmenter, reader, channel=channel, window=window)
-        if found is None and model.mpp is not None and not has_pixel_size and not pixels:
-            return model.nominal_diameter_px  # an empty picture: nothing else tells its scale
-        return found
-    return None
+    if not is_size_measured(model, diameter_px, pixels=pixels, has_pixel_size=has_pixel_size):
+        return None
+    found = estimate_diameter(segmenter, reader, channel=channel, window=window)
+    if found is None and model.mpp is not None and not has_pixel_size and not pixels:
+        return model.nominal_diameter_px  # an empty picture: nothing else tells its scale
+    return found
+
+
+def is_size_measured(
+    model: ModelInput,
+    diameter_px: float | Literal["auto"] | None,
+    *,
+    pixels: bool,
+    has_pixel_size: bool,
+) -> bool:
+    """Tell whether the objects' size is measured: asked for, or where nothing else tells the scale."""
+    is_unasked = diameter_px is None and not pixels and finds_unasked(model, has_pixel_size)
+    return diameter_px == "auto" or is_unasked
 
 
 def finds_unasked(model: ModelInput, has_pixel_size: bool) -> bool:

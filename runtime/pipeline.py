@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from darcnn.runtime.diameter import choose_diameter, finds_unasked
+from darcnn.runtime.diameter import choose_diameter, is_size_measured
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.fit import ModelFit, warn_of_kind, warn_of_size
 from darcnn.runtime.geometry import Region
@@ -38,7 +38,7 @@ from darcnn.runtime.record import (
 from darcnn.runtime.roi import Roi, read_roi
 from darcnn.runtime.row_filter import RowFilter, parse_filter
 from darcnn.runtime.rows import Row, RowRunner, SlideTask, find_rows_here, plan_rows
-from darcnn.runtime.run_options import EXTRA_FORMATS, RunOptions, check_formats
+from darcnn.runtime.run_options import EXTRA_FORMATS, RunOptions, asked_options, check_formats
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import translated
 from darcnn.runtime.sinks.result_folder import (
@@ -54,8 +54,6 @@ from darcnn.runtime.tiling import Tile
 __all__ = ["Progress", "RunOptions", "RunSummary", "run_slide"]
 
 _MICROMETRES = ("_um", "_um2")  # what columns end in that need the pixel size
-# What the objects do not depend on, or what is told apart by something else.
-_NOT_ASKED = ("overwrite", "restart", "row_filter", "also")
 
 
 class Progress(Protocol):
@@ -98,6 +96,11 @@ class _Wish:
     row_filter: RowFilter | None
     asked: dict[str, Any]  # all that the objects depend on
     is_measured: bool  # the size of the objects is
+
+    @property
+    def window(self) -> Window | None:
+        """The raw values that the user wants for black and white."""
+        return None if self.options.window is None else Window(*self.options.window)
 
 
 def run_slide(
@@ -164,29 +167,23 @@ def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
         row_filter = parse_filter(chosen.row_filter, object_schema(info.channel_names).names)
         if info.mpp is None and chosen.mpp is None:
             row_filter.require_known(_MICROMETRES, where=info.name, fix="--mpp")
-    is_measured = _measures(segmenter, info, chosen)
+    is_measured = is_size_measured(
+        segmenter.manifest.input,
+        chosen.diameter_px,
+        pixels=chosen.pixels,
+        has_pixel_size=info.mpp is not None or chosen.mpp is not None,
+    )
     given = None if chosen.diameter_px == "auto" else chosen.diameter_px
     diameter_px = segmenter.manifest.input.nominal_diameter_px if is_measured else given
     segmenter.plan(info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel)
-    options = {key: value for key, value in asdict(chosen).items() if key not in _NOT_ASKED}
-    if chosen.window is None:  # results from before there was one stay what was asked for
-        del options["window"]
     asked = {
         "model": model_hash(segmenter.manifest),
         "min_score": segmenter.min_score,
         "slide": fingerprint_pixels(reader) if info.path is None else fingerprint(info),
         "size": [info.width_px0, info.height_px0],
-        "options": options | {"roi": None if roi is None else roi.record},
+        "options": asked_options(chosen) | {"roi": None if roi is None else roi.record},
     }
     return _Wish(chosen, channel, roi, row_filter, asked, is_measured)
-
-
-def _measures(segmenter: Segmenter, info: SlideInfo, chosen: RunOptions) -> bool:
-    """Tell whether the objects' size is measured first."""
-    has_pixel_size = info.mpp is not None or chosen.mpp is not None
-    is_open = chosen.diameter_px is None and not chosen.pixels
-    is_unasked = is_open and finds_unasked(segmenter.manifest.input, has_pixel_size)
-    return chosen.diameter_px == "auto" or is_unasked
 
 
 def _fill(
@@ -217,7 +214,7 @@ def _fill(
     tally.add_seconds({"diameter": looked - before, "tissue": time.perf_counter() - looked})
     mended = MendedReader(reader)  # not that of the diameter: a run that goes on does not look for it again
     with tally.stage("intensity"):
-        window = segmenter.measure(mended, plan) if options.window is None else Window(*options.window)
+        window = segmenter.measure(mended, plan) if wish.window is None else wish.window
     task = SlideTask(plan, window, info.mpp if options.mpp is None else (options.mpp, options.mpp))
     with translated(claimed.path):
         parts.note(wish.asked, {"diameter_px": diameter_px})
@@ -269,7 +266,7 @@ def _diameter(segmenter: Segmenter, reader: Reader, wish: _Wish) -> float | None
         mpp=wish.options.mpp,
         pixels=wish.options.pixels,
         channel=wish.channel,
-        window=None if wish.options.window is None else Window(*wish.options.window),
+        window=wish.window,
     )
 
 

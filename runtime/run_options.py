@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from darcnn.runtime.errors import UsageError
 
-__all__ = ["EXTRA_FORMATS", "RunOptions", "check_formats"]
+if TYPE_CHECKING:
+    from darcnn.runtime.volumes.options import VolumeOptions
+
+__all__ = ["EXTRA_FORMATS", "RunOptions", "asked_options", "check_formats"]
 
 EXTRA_FORMATS = ("csv", "labels-tiff")  # written when asked for
+# What the objects do not depend on, or what is told apart by something else.
+_NOT_ASKED = ("overwrite", "restart", "row_filter", "also")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +26,8 @@ class RunOptions:
     pixels: bool = False  # take the pixels as they are, whatever their size
     diameter_px: float | Literal["auto"] | None = None  # of a typical object, level-0 pixels; auto: estimated
     channel: int | str | None = None  # number or name
-    window: tuple[float, float] | None = (
-        None  # raw values that become black and white; None: the model's rule
-    )
+    # raw values that become black and white; None: the model's rule
+    window: tuple[float, float] | None = None
     z: int | None = None  # the plane that the reader was opened at; recorded
     t: int | None = None  # the moment, likewise
     tissue: bool = True  # leave out glass and empty background
@@ -32,6 +36,18 @@ class RunOptions:
     also: tuple[str, ...] = ()  # of EXTRA_FORMATS; may change without finding the objects again
     overwrite: bool = False  # replace a complete result
     restart: bool = False  # begin anew where an earlier try stopped
+
+
+def asked_options(chosen: RunOptions | VolumeOptions) -> dict[str, Any]:
+    """Return the options that the objects depend on, by name: what results are told apart by.
+
+    >>> "window" in asked_options(RunOptions()), asked_options(RunOptions(window=(0.0, 9.0)))["window"]
+    (False, (0.0, 9.0))
+    """
+    asked = {key: value for key, value in asdict(chosen).items() if key not in _NOT_ASKED}
+    if chosen.window is None:  # results from before there was one stay what was asked for
+        del asked["window"]
+    return asked
 
 
 def check_formats(also: Sequence[str], known: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -127,7 +127,7 @@ def _row(outcome: SlideOutcome) -> list[str]:
 
 
 def _name(outcome: SlideOutcome, name: str) -> str:
-    return (PurePosixPath(outcome.below.as_posix()) / name).as_posix()
+    return (outcome.below / name).as_posix()
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -8,8 +8,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -20,7 +18,7 @@ import platformdirs
 from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.graphs import OUTPUTS
 from darcnn.runtime.errors import DeviceError, OutputError
-from darcnn.runtime.sinks.atomic import atomic_folder, translated
+from darcnn.runtime.sinks.atomic import STALE_SECONDS, atomic_folder, remove_drafts, translated
 
 __all__ = [
     "CompiledEngine",
@@ -42,7 +40,6 @@ _FILES = frozenset({_FACTS_FILE, *(f"{graph}.plan" for graph in OUTPUTS)})
 _KEY_DIGITS = 20  # of the sha256 that names a folder
 _STEM_CHARACTERS = 60  # of the model's name in it, which is for people to read
 _OLDEST_WITHOUT_TARGET = 80  # TensorRT-RTX compiles for compute capability 8.0 and later, unless it is told
-_DRAFT_SECONDS = 3600  # a draft that old is of a process that was killed: none takes minutes
 _REBUILD = "build it again with `darcnn-export engine`"
 
 
@@ -54,9 +51,8 @@ class EngineFacts:
     bundle_sha256: str
     backend: str  # "tensorrt" or "tensorrt-rtx"
     version: str  # of the backend
-    targets: tuple[
-        str, ...
-    ]  # "sm86", sorted; none: sm80 and later with tensorrt-rtx, else the GPU in `device`
+    # "sm86", sorted; none: sm80 and later with tensorrt-rtx, else the GPU in `device`
+    targets: tuple[str, ...]
     device: str | None  # TensorRT: name, compute capability and driver of the GPU that it was built on
     batch: int
     tile_px: int
@@ -103,7 +99,7 @@ def store_engine(facts: EngineFacts, plans: Mapping[str, bytes], root: Path | No
         OutputError: it cannot be written.
     """
     folder = engine_folder(facts, root)
-    _remove_drafts(folder.parent)
+    remove_drafts(folder.parent, min_age_s=STALE_SECONDS)
     write_engine(folder, facts, plans, overwrite=True)
     return folder
 
@@ -303,17 +299,6 @@ def _stem(bundle_name: str) -> str:
     '_.._nuclei'
     """
     return re.sub(r"[^\w.-]+", "_", bundle_name, flags=re.ASCII).lstrip(".")[:_STEM_CHARACTERS] or "model"
-
-
-def _remove_drafts(root: Path) -> None:
-    limit = time.time() - _DRAFT_SECONDS
-    for draft in root.glob(".*.tmp"):
-        with suppress(OSError):  # another process removes it too
-            if draft.stat().st_mtime < limit:
-                if draft.is_dir():
-                    shutil.rmtree(draft)
-                else:
-                    draft.unlink()
 
 
 def _cache_root() -> Path:

@@ -53,9 +53,8 @@ class BuildOptions:
     """What a user may choose when engines are built. The precision is that of the graphs."""
 
     backend: str  # one of BACKENDS
-    targets: tuple[
-        str, ...
-    ] = ()  # "sm86": none: sm80 and later (TensorRT-RTX), this machine's GPU (TensorRT)
+    # "sm86"; none: sm80 and later (TensorRT-RTX), this machine's GPU (TensorRT)
+    targets: tuple[str, ...] = ()
     workspace_mib: int | None = None  # the most scratch memory a layer may take; None: what the GPU has
     is_version_compatible: bool = False  # TensorRT only: later versions of the same major run the engine
 

@@ -138,7 +138,7 @@ class LiveSegmenter(Closing):
                 deadline_ms=deadline_ms,
             )
 
-        ticket = self._settle_at_once(make, key) if deadline_ms == 0 else self._put(make, key)
+        ticket = self._put(make, key, at_once=deadline_ms == 0)
         self._ledger.stopwatch.add_push(1e3 * (time.perf_counter() - start))
         return ticket
 
@@ -208,9 +208,9 @@ class LiveSegmenter(Closing):
                 raise
             _log.error("%s", err)  # what went wrong in the block is what the caller must see
 
-    def _put(self, make: Callable[[Ticket], Work], key: Hashable) -> Ticket:
+    def _put(self, make: Callable[[Ticket], Work], key: Hashable, *, at_once: bool = False) -> Ticket:
         """Return the ticket of one push; whoever listens is told if it did not get into the queue."""
-        ticket = self._enqueue(make, key)
+        ticket = self._settle_at_once(make, key) if at_once else self._enqueue(make, key)
         if ticket.is_ready:
             self._queue.wake()  # `on_result` is the worker's to call
             if self._ledger.is_ended:
@@ -224,7 +224,6 @@ class LiveSegmenter(Closing):
         ticket = self._ledger.issue(key)
         with self._settling(ticket):
             self._ledger.settle(ticket, give_up(make(ticket)))
-        self._queue.wake()
         return ticket
 
     def _enqueue(self, make: Callable[[Ticket], Work], key: Hashable) -> Ticket:

@@ -15,7 +15,7 @@ from typing import IO
 
 from darcnn.runtime.errors import OutputError
 
-__all__ = ["atomic_file", "atomic_folder", "output_error", "translated"]
+__all__ = ["atomic_file", "atomic_folder", "output_error", "remove_drafts", "translated"]
 
 _FIXES = {
     errno.ENOSPC: ("no space left on the disk", "free some space or choose another --out"),
@@ -27,7 +27,7 @@ _FIXES = {
     errno.EEXIST: ("a file stands where a folder is needed", "move the file or choose another --out"),
     errno.ENAMETOOLONG: ("the name is too long for this disk", "choose a shorter --out"),
 }
-_STALE_SECONDS = 3600  # a draft that old is of a process that was killed: none takes that long
+STALE_SECONDS = 3600  # a draft that old is of a process that was killed: none takes that long
 _NAME_CHARACTERS = 50  # of a name that a temporary one has: so the longest, 255 bytes, have one too
 
 
@@ -89,20 +89,33 @@ def atomic_folder(path: Path, *, replaces: bool = False) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """Return a name beside `path` that nobody else writes to; result folders clean up all `.*.tmp`."""
+    """Return a name beside `path` that nobody else writes to, which `remove_drafts` knows."""
     return path.with_name(f".{path.name[:_NAME_CHARACTERS]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _remove_stale(path: Path) -> None:
     """Remove drafts of `path` that processes which were killed have left."""
-    limit = time.time() - _STALE_SECONDS
-    for draft in path.parent.glob(f".{glob.escape(path.name[:_NAME_CHARACTERS])}.*-*.tmp"):
+    name = glob.escape(path.name[:_NAME_CHARACTERS])
+    remove_drafts(path.parent, f".{name}.*-*.tmp", min_age_s=STALE_SECONDS)
+
+
+def remove_drafts(folder: Path, pattern: str = ".*.tmp", *, min_age_s: float = 0.0) -> None:
+    """Remove what writers that were killed left in `folder` under names of their own.
+
+    Args:
+        folder: where; it need not exist.
+        pattern: of the names, all drafts by default.
+        min_age_s: what is younger stays: another process may be writing it. 0 removes all.
+    """
+    limit = time.time() - min_age_s
+    for draft in folder.glob(pattern):
         with suppress(OSError):  # another process removes it too
-            if draft.stat().st_mtime < limit:
-                if draft.is_dir():
-                    shutil.rmtree(draft)
-                else:
-                    draft.unlink()
+            if min_age_s and draft.stat().st_mtime >= limit:
+                continue
+            if draft.is_dir():
+                shutil.rmtree(draft, ignore_errors=True)
+            else:
+                draft.unlink()
 
 
 def _swap(draft: Path, path: Path) -> None:

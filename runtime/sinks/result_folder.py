@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from darcnn.runtime.errors import OutputError
-from darcnn.runtime.sinks.atomic import translated
+from darcnn.runtime.sinks.atomic import remove_drafts, translated
 
 __all__ = [
     "CSV_FILE",
@@ -143,7 +143,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
     with translated(folder):
         lock = _lock(folder)
     try:
-        _remove_drafts(folder)
+        remove_drafts(folder)
         yield
     finally:
         drop_lock(lock)
@@ -196,7 +196,7 @@ def _clear(folder: Path, *, keeps_parts: bool) -> None:
     parts = folder / _PARTS
     if keeps_parts and not (parts / _COMMITTED).exists():
         shutil.rmtree(parts / "built", ignore_errors=True)
-        _remove_drafts(parts)
+        remove_drafts(parts)
     else:
         shutil.rmtree(parts, ignore_errors=True)
     if _is_complete(folder):
@@ -208,13 +208,3 @@ def _clear(folder: Path, *, keeps_parts: bool) -> None:
         else:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
-
-
-def _remove_drafts(folder: Path) -> None:
-    """Remove what writers that were killed left under names of their own (`darcnn.runtime.sinks.atomic`)."""
-    for draft in folder.glob(".*.tmp"):
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)
-        else:
-            with suppress(OSError):
-                draft.unlink()

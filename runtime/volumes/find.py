@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from darcnn.runtime.diameter import finds_unasked, look_for_sizes, settle_diameter
+from darcnn.runtime.diameter import is_size_measured, look_for_sizes, settle_diameter
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.manifest import ModelInput
@@ -35,7 +35,6 @@ __all__ = [
     "find_blocks_here",
     "find_diameter",
     "find_sections",
-    "is_size_measured",
     "plan_blocks",
     "plan_view",
     "plan_views",
@@ -207,27 +206,14 @@ def find_diameter(
     model = segmenter.manifest.input
     if diameter_px is not None and diameter_px != "auto":
         return diameter_px
-    if not is_size_measured(model, volume, axis, diameter_px=diameter_px, pixels=pixels):
+    has_pixel_size = volume.info.pixel_nm(axis) is not None
+    if not is_size_measured(model, diameter_px, pixels=pixels, has_pixel_size=has_pixel_size):
         return None
     found = estimate_in_volume(segmenter, volume, axis, window)
-    is_unasked = is_size_measured(model, volume, axis, diameter_px=None, pixels=pixels)
+    is_unasked = is_size_measured(model, None, pixels=pixels, has_pixel_size=has_pixel_size)
     if found is None and is_unasked and model.mpp is not None:  # nothing else tells its scale
         return model.nominal_diameter_px
     return found
-
-
-def is_size_measured(
-    model: ModelInput,
-    volume: Volume,
-    axis: Axis,
-    *,
-    diameter_px: float | Literal["auto"] | None,
-    pixels: bool,
-) -> bool:
-    """Tell whether the objects' size is measured: asked for, or where nothing else tells the scale."""
-    has_pixel_size = volume.info.pixel_nm(axis) is not None
-    is_unasked = diameter_px is None and not pixels and finds_unasked(model, has_pixel_size)
-    return diameter_px == "auto" or is_unasked
 
 
 def estimate_in_volume(

@@ -16,7 +16,7 @@ from darcnn.runtime.planning import find_channel
 from darcnn.runtime.readers.base import choose_plane, make_slide_name, plausible_mpp
 from darcnn.runtime.readers.ome_zarr import Multiscale, OmeZarrReader, open_multiscale, unreadable_zarr
 from darcnn.runtime.readers.protocol import Location, SlideInfo
-from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, check_room, in_nanometres
+from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, check_room
 
 __all__ = ["read_channels", "unpack_zarr"]
 
@@ -33,41 +33,35 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
     """
     image = open_multiscale(path)
     planes = image.planes()
-    is_series = planes.n_z == 1 and planes.n_t > 1 and t is None
+    is_series = planes.is_series(t)
     moment = 0 if is_series else choose_plane("t", t, planes.n_t, where=path)
     with OmeZarrReader(path, z=0, t=moment) as reader:
         info = reader.info
     along, n_planes = ("t", planes.n_t) if is_series else ("z", planes.n_z)
     place = {"z": 0, "t": moment, "c": _choose_channel(info, channel)}
     del place[along]
-    shape = (n_planes, info.height_px0, info.width_px0)
-    check_room(path, scratch, shape, info.dtype)
+    z = image.steps_um().get("z")
+    section = plausible_mpp(z, z)
+    facts = VolumeInfo.of_planes(
+        info,
+        path=path,
+        n_planes=n_planes,
+        is_series=is_series,
+        section_um=None if section is None else section[0],
+        is_rgb=False,  # one of its channels is read, also of colours
+    )
+    check_room(path, scratch, facts.shape, facts.dtype)
     _check_chunks(image.arrays[0], path)
     target = scratch / f".{make_slide_name(path)}.unpacked"
     try:
         with target.open("wb") as file:
-            for span in _spans(image, along, plane_bytes=shape[1] * shape[2] * info.dtype.itemsize):
+            for span in _spans(image, along, plane_bytes=math.prod(facts.shape[1:]) * facts.dtype.itemsize):
                 values = _read(image, place, span, path)
                 file.write(values.astype(info.dtype).tobytes())
     except BaseException:
         target.unlink(missing_ok=True)
         raise
-    z = image.steps_um().get("z")
-    section = plausible_mpp(z, z)
-    voxel = None if is_series else in_nanometres(info.mpp, None if section is None else section[0])
-    facts = VolumeInfo(
-        path,
-        info.name,
-        shape,
-        info.dtype,
-        voxel,
-        None if voxel is None else info.mpp_source,
-        is_series=is_series,
-        pixel_um=info.mpp[::-1] if is_series and info.mpp is not None else None,
-        channel_names=info.channel_names if len(info.channel_names) > 1 and not info.is_rgb else (),
-        is_depth_known=section is not None,
-    )
-    return Volume(facts, Stored(target, info.dtype), scratch=target)
+    return Volume(facts, Stored(target, facts.dtype), scratch=target)
 
 
 def read_channels(path: Location, *, t: int | None, is_series: bool) -> Iterator[NDArray[Any]]:

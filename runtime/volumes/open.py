@@ -44,7 +44,7 @@ def is_volume(path: Location, *, t: int | None = None) -> bool:
     if isinstance(path, Path) and _inner_suffix(path) is not None:
         return True
     planes = count_planes(path)
-    return planes.n_z > 1 or (planes.n_t > 1 and t is None)
+    return planes.n_z > 1 or planes.is_series(t)
 
 
 def open_volume(
@@ -169,7 +169,7 @@ def _unpack(path: Path, scratch: Path) -> Path:
 def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str | None) -> Volume:
     """Return a volume of planes that a reader reads one by one: they are decoded once, into a file."""
     planes = count_planes(path)
-    is_series = planes.n_z == 1 and planes.n_t > 1 and t is None
+    is_series = planes.is_series(t)
     places = [(None, k) for k in range(planes.n_t)] if is_series else [(k, t) for k in range(planes.n_z)]
     target = scratch / f".{make_slide_name(path)}.unpacked"
     try:
@@ -178,30 +178,20 @@ def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str |
                 with open_source(path, z=z, t=moment) as reader:
                     info = reader.info
                     if not file.tell():  # the first; all are alike
-                        shape = (len(places), info.height_px0, info.width_px0)
-                        check_room(path, scratch, shape, info.dtype)
+                        facts = VolumeInfo.of_planes(
+                            info,
+                            path=path,
+                            n_planes=len(places),
+                            is_series=is_series,
+                            section_um=read_section_um(path),
+                            is_rgb=info.is_rgb,
+                        )
+                        check_room(path, scratch, facts.shape, facts.dtype)
                     file.write(_read_plane(reader, channel).tobytes())
     except BaseException:
         target.unlink(missing_ok=True)
         raise
-    section_um = read_section_um(path)
-    voxel = None if is_series else in_nanometres(info.mpp, section_um)
-    source = None if voxel is None else info.mpp_source
-    facts = VolumeInfo(
-        path,
-        make_slide_name(path),
-        shape,
-        info.dtype,
-        voxel,
-        source,
-        is_rgb=info.is_rgb,
-        is_series=is_series,
-        pixel_um=info.mpp[::-1] if is_series and info.mpp is not None else None,
-        channel_names=info.channel_names if len(info.channel_names) > 1 and not info.is_rgb else (),
-        is_depth_known=section_um is not None,
-        n_unread=info.n_unread,
-    )
-    return Volume(facts, Stored(target, info.dtype), scratch=target)
+    return Volume(facts, Stored(target, facts.dtype), scratch=target)
 
 
 def _read_plane(reader: Reader, channel: int | str | None) -> NDArray[Any]:

@@ -30,9 +30,8 @@ class VolumeOptions:
     pixels: bool = False  # take the voxels as they are, whatever their size
     t: int | None = None  # which moment of a series of volumes
     channel: int | str | None = None  # number or name
-    window: tuple[float, float] | None = (
-        None  # raw values that become black and white; None: the model's rule
-    )
+    # raw values that become black and white; None: the model's rule
+    window: tuple[float, float] | None = None
     row_filter: str | None = None  # a condition on the measurements of the objects that are reported
     also: tuple[str, ...] = ()  # of EXTRA_VOLUME_FORMATS; may change without finding the objects again
     overwrite: bool = False  # replace a complete result

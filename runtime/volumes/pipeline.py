@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from darcnn.runtime.diameter import is_size_measured
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.fit import warn_of_size
 from darcnn.runtime.intensity import Window
@@ -32,7 +32,7 @@ from darcnn.runtime.record import (
     write_record,
 )
 from darcnn.runtime.row_filter import RowFilter, parse_filter
-from darcnn.runtime.run_options import check_formats
+from darcnn.runtime.run_options import asked_options, check_formats
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 from darcnn.runtime.sinks.result_folder import (
@@ -54,7 +54,6 @@ from darcnn.runtime.volumes.find import (
     View,
     find_blocks_here,
     find_diameter,
-    is_size_measured,
     plan_blocks,
     plan_views,
 )
@@ -151,9 +150,9 @@ def _size_warnings(
     segmenter: Segmenter, volume: Volume, chosen: VolumeOptions, diameter_px: float | None
 ) -> list[str]:
     model, given = segmenter.manifest.input, chosen.diameter_px
-    if not is_size_measured(model, volume, chosen.first_axis, diameter_px=given, pixels=chosen.pixels):
-        return []
     has_pixel_size = volume.info.pixel_nm(chosen.first_axis) is not None
+    if not is_size_measured(model, given, pixels=chosen.pixels, has_pixel_size=has_pixel_size):
+        return []
     warning = warn_of_size(model, diameter_px, has_pixel_size=has_pixel_size)
     return [] if warning is None else [warning]
 
@@ -211,14 +210,11 @@ def _summarize(
 
 def _asked(segmenter: Segmenter, path: Location, chosen: VolumeOptions) -> dict[str, Any]:
     """Return all that the objects depend on."""
-    others = ["overwrite", "restart", "row_filter", "also"]
-    if chosen.window is None:  # results from before there was one stay what was asked for
-        others.append("window")
     return {
         "model": model_hash(segmenter.manifest),
         "min_score": segmenter.min_score,
         "slide": _fingerprint(path),
-        "options": {key: value for key, value in asdict(chosen).items() if key not in others},
+        "options": asked_options(chosen),
     }
 
 

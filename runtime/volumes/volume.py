@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.closing import Closing
 from darcnn.runtime.errors import InputError, OutputError, ShapeError
-from darcnn.runtime.readers.protocol import Location
+from darcnn.runtime.readers.protocol import Location, SlideInfo
 
 __all__ = ["AXES", "Axis", "Stored", "Volume", "VolumeInfo", "across", "check_room", "in_nanometres"]
 
@@ -56,6 +56,43 @@ class VolumeInfo:
             return self.voxel_nm
         y, x = self.pixel_um
         return 1.0, _NM_PER_UM * y, _NM_PER_UM * x
+
+    @classmethod
+    def of_planes(
+        cls,
+        info: SlideInfo,
+        *,
+        path: Location,
+        n_planes: int,
+        is_series: bool,
+        section_um: float | None,
+        is_rgb: bool,
+    ) -> VolumeInfo:
+        """Return the facts about planes that a reader reads one by one.
+
+        Args:
+            info: facts about one plane; all are alike.
+            path: of the file.
+            n_planes: along z, or along t of a series.
+            is_series: they are moments.
+            section_um: micrometres from plane to plane; None: the file does not say.
+            is_rgb: `Volume.read` returns means of red, green and blue.
+        """
+        voxel = None if is_series else in_nanometres(info.mpp, section_um)
+        return cls(
+            path,
+            info.name,
+            (n_planes, info.height_px0, info.width_px0),
+            info.dtype,
+            voxel,
+            None if voxel is None else info.mpp_source,
+            is_rgb=is_rgb,
+            is_series=is_series,
+            pixel_um=info.mpp[::-1] if is_series and info.mpp is not None else None,
+            channel_names=info.channel_names if len(info.channel_names) > 1 and not info.is_rgb else (),
+            is_depth_known=section_um is not None,
+            n_unread=info.n_unread,
+        )
 
     def plane_shape(self, axis: Axis) -> tuple[int, int]:
         """Return (rows, columns) of a plane across `axis`: the other two axes in their order."""

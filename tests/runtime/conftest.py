@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from darcnn.runtime.bundle import write_bundle
+from darcnn.runtime.bundle import open_bundle, write_bundle
+from darcnn.runtime.engines.engine_cache import EngineFacts
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.manifest import FORMAT, Anchors, Limits, Manifest, ModelInput
 
@@ -141,6 +142,31 @@ def tiny_bundle(tmp_path, manifest, members):
     path = tmp_path / "tiny.darcnn"
     write_bundle(path, manifest, members)
     return path
+
+
+@pytest.fixture
+def bundle(tiny_bundle):
+    return open_bundle(tiny_bundle)
+
+
+@pytest.fixture
+def facts(bundle):
+    sizes = bundle.manifest.input
+    return EngineFacts(
+        bundle_name=bundle.manifest.name,
+        bundle_sha256=bundle.sha256,
+        backend="tensorrt-rtx",
+        version="1.7.1",
+        targets=("sm86",),
+        device=None,
+        batch=sizes.batch,
+        tile_px=sizes.tile_px,
+    )
+
+
+@pytest.fixture
+def trt():
+    return pytest.importorskip("tensorrt_rtx", reason="pip install 'darcnn[tensorrt-rtx]'")
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):

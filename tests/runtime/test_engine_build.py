@@ -35,16 +35,6 @@ mask (float[2] x) => (float[2] y)
 }"""
 
 
-@pytest.fixture
-def trt():
-    return pytest.importorskip("tensorrt_rtx", reason="pip install 'darcnn[tensorrt-rtx]'")
-
-
-@pytest.fixture
-def bundle(tiny_bundle):
-    return open_bundle(tiny_bundle)
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(engine_cache, "_cache_root", lambda: tmp_path / "cache")

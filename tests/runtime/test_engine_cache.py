@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from darcnn.runtime.bundle import open_bundle
 from darcnn.runtime.engines import engine_cache
 from darcnn.runtime.engines.engine_cache import (
-    EngineFacts,
     engine_folder,
     find_engines,
     read_engine,
@@ -26,20 +24,6 @@ from darcnn.runtime.errors import DeviceError, OutputError
 
 PLANS = {"detect": b"one", "mask": b"two"}
 NEW_PLANS = {"detect": b"new", "mask": b"newer"}
-
-
-@pytest.fixture
-def bundle(tiny_bundle):
-    return open_bundle(tiny_bundle)
-
-
-@pytest.fixture
-def facts(bundle):
-    sizes = bundle.manifest.input
-    return EngineFacts(
-        *(bundle.manifest.name, bundle.sha256, "tensorrt-rtx", "1.7.1", ("sm86",), None),
-        *(sizes.batch, sizes.tile_px),
-    )
 
 
 def test_a_folder_with_other_files_is_left_as_it_is(tmp_path, facts):

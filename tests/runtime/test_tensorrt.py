@@ -27,31 +27,6 @@ from darcnn.runtime.errors import BundleError, DeviceError, UsageError
 PLANS = {"detect": b"one", "mask": b"two"}
 
 
-@pytest.fixture
-def trt():
-    return pytest.importorskip("tensorrt_rtx", reason="pip install 'darcnn[tensorrt-rtx]'")
-
-
-@pytest.fixture
-def bundle(tiny_bundle):
-    return open_bundle(tiny_bundle)
-
-
-@pytest.fixture
-def facts(bundle):
-    sizes = bundle.manifest.input
-    return EngineFacts(
-        bundle.manifest.name,
-        bundle.sha256,
-        "tensorrt-rtx",
-        "1.7.1",
-        ("sm86",),
-        None,
-        sizes.batch,
-        sizes.tile_px,
-    )
-
-
 def test_both_graphs_compile_without_a_gpu(trt, bundle):
     told = []
     options = BuildOptions("tensorrt-rtx", ("sm86", "sm89"))

@@ -8,10 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from darcnn.runtime.bundle import open_bundle
 from darcnn.runtime.engines import cuda, engine_cache, tensorrt
 from darcnn.runtime.engines.choose import open_engine
-from darcnn.runtime.engines.engine_cache import EngineFacts, read_engine, store_engine, write_engine
+from darcnn.runtime.engines.engine_cache import read_engine, store_engine, write_engine
 from darcnn.runtime.engines.tensorrt import has_engine, open_engine_in, open_tensorrt
 from darcnn.runtime.errors import DeviceError, UsageError
 from darcnn.runtime.load import find_bundle, load, shipped_models
@@ -20,19 +19,6 @@ from .fake_gpu import FakeContext, FakeCudart, FakeEngine, FakeTensorRt, Status
 
 RTX = "tensorrt-rtx"
 PLANS = {"detect": b"detect", "mask": b"mask"}
-
-
-@pytest.fixture
-def bundle(tiny_bundle):
-    return open_bundle(tiny_bundle)
-
-
-@pytest.fixture
-def facts(bundle):
-    sizes = bundle.manifest.input
-    return EngineFacts(
-        bundle.manifest.name, bundle.sha256, RTX, "1.7.1", ("sm86",), None, sizes.batch, sizes.tile_px
-    )
 
 
 @pytest.fixture(autouse=True)
