@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
-from operator import index as index_of
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,14 @@ from darcnn.runtime.readers.tiff_metadata import (
     section_um,
     tag_pixel_size,
 )
-from darcnn.runtime.readers.tiff_pages import UNREADABLE, PageFiles, PageSource, SegmentGrid, damaged
+from darcnn.runtime.readers.tiff_pages import UNREADABLE, PageFiles, PageSource, damaged
+from darcnn.runtime.readers.tiff_segments import JPEG, locate_page
 
-__all__ = ["TiffReader", "is_tiff", "read_section_um"]
+__all__ = ["TiffReader", "is_tiff", "read_planes", "read_section_um"]
 
 _LESSER = 0.25  # values of an image by those of the first: labels and thumbnails have fewer
 
 _PHOTOMETRIC = tifffile.PHOTOMETRIC
-_JPEG = (6, 7, 33007, 34892)  # tifffile turns YCbCr into RGB in these compressions only
 _ALPHA = ((1,), (2,))  # ExtraSamples: alpha, associated or not
 _Levels = tuple[tuple[tuple[PageSource, int], ...], ...]  # level, channel: page and slice of its volume
 
@@ -76,11 +76,17 @@ class TiffReader(PlaneReader):
     """
 
     def __init__(
-        self, path: Path, *, z: int | None = None, t: int | None = None, mpp: float | None = None
+        self,
+        path: Path,
+        *,
+        z: int | None = None,
+        t: int | None = None,
+        mpp: float | None = None,
+        opened: tifffile.TiffFile | None = None,  # the same file: its pages need not be listed again
     ) -> None:
         settle_mpp(None, None, override=mpp)  # a wrong option is told before the file is opened
         try:
-            with tifffile.TiffFile(path) as tiff:
+            with tifffile.TiffFile(path) if opened is None else nullcontext(opened) as tiff:
                 info, stored = _describe(tiff, path, z=z, t=t, mpp=mpp)
             files = PageFiles({page.path for level in stored.levels for page, _ in level})
         except UNREADABLE as err:
@@ -108,6 +114,24 @@ class TiffReader(PlaneReader):
 
     def _release(self) -> None:
         self._files.close()
+
+
+def read_planes(path: Path, places: Iterable[tuple[int | None, int | None]]) -> Iterator[TiffReader]:
+    """Yield a reader of each plane (z, t) of `places`, open until the next is asked for.
+
+    The file's pages are listed once: what a reader of its own for each plane takes grows with their square.
+
+    Raises:
+        InputError: as `TiffReader`.
+    """
+    with ExitStack() as stack:
+        try:
+            tiff = stack.enter_context(tifffile.TiffFile(path))
+        except UNREADABLE as err:
+            raise _unreadable(path, err) from err
+        for z, t in places:
+            with TiffReader(path, z=z, t=t, opened=tiff) as reader:
+                yield reader
 
 
 def read_section_um(path: Path) -> float | None:
@@ -198,73 +222,8 @@ def _pages_of(
     places = locate_channels(axes, z=z, t=t)
     for place in places:
         if place.page not in sources:
-            sources[place.page] = _page_source(series, place.page, path)
+            sources[place.page] = locate_page(series, place.page, path)
     return tuple((sources[place.page], place.depth) for place in places)
-
-
-def _page_source(series: tifffile.TiffPageSeries, index: int, path: Path) -> PageSource:
-    keyframe = series.keyframe
-    samples, depth, height, width, contiguous = keyframe.shaped
-    tiled = keyframe.is_tiled
-    tile = (
-        (keyframe.tiledepth, keyframe.tilelength, keyframe.tilewidth)
-        if tiled
-        else (1, keyframe.rowsperstrip, width)
-    )
-    grid = SegmentGrid(samples, depth, height, width, contiguous, *tile)
-    if min(astuple(grid)) < 1:
-        raise damaged(path, "has tiles or strips without pixels")
-    dtype = series.dtype.newbyteorder(keyframe.parent.byteorder)
-    page: tifffile.TiffPage | tifffile.TiffFrame | None = keyframe
-    raw_offset: int | None = None
-    if series.dataoffset is not None and not series.is_multifile:
-        # all pages in one run of bytes, of which the file may list the first only
-        raw_offset = index_of(series.dataoffset) + index * grid.n_values * dtype.itemsize
-    else:
-        page = series[index]
-        raw_offset = None if page is None else _raw_offset(page)
-    if page is None:
-        raise InputError(
-            "lacks a plane that lies in another file",
-            where=path,
-            fix="put the files of the OME-TIFF side by side under their first names",
-        )
-    source = PageSource(
-        path=Path(page.parent.filehandle.path),
-        grid=grid,
-        dtype=dtype,
-        raw_offset=raw_offset,
-        offsets=_whole(page.dataoffsets, grid.n_segments),
-        byte_counts=_whole(page.databytecounts, grid.n_segments),
-        decode=keyframe.decode,
-        decode_options=_decode_options(keyframe, page),
-        fill=keyframe.nodata,
-    )
-    _check_complete(source)
-    return source
-
-
-def _raw_offset(page: tifffile.TiffPage | tifffile.TiffFrame) -> int | None:
-    """Return where an uncompressed page begins if its strips follow one another, else None."""
-    starts, counts = page.dataoffsets, page.databytecounts
-    if not page.is_final or not starts or not starts[0]:
-        return None
-    # tifffile tells this of the first page of a series only
-    gaps = (start + n != after for start, n, after in zip(starts, counts, starts[1:], strict=False))
-    return None if any(gaps) else index_of(starts[0])
-
-
-def _decode_options(
-    keyframe: tifffile.TiffPage, page: tifffile.TiffPage | tifffile.TiffFrame
-) -> dict[str, Any]:
-    if keyframe.compression in _JPEG:
-        return {"jpegtables": page.jpegtables, "jpegheader": keyframe.jpegheader}
-    return {}
-
-
-def _whole(values: Sequence[Any], n: int) -> tuple[int, ...]:
-    """Return the first `n` of a tag's values; a damaged tag may hold what is no integer: a TypeError."""
-    return tuple(index_of(value) for value in values[:n])
 
 
 def _check_chain(tiff: tifffile.TiffFile, path: Path) -> None:
@@ -279,16 +238,6 @@ def _check_chain(tiff: tifffile.TiffFile, path: Path) -> None:
         raise damaged(path, "is truncated")
 
 
-def _check_complete(source: PageSource) -> None:
-    n_listed = min(len(source.offsets), len(source.byte_counts))
-    if min((*source.offsets, *source.byte_counts, source.raw_offset or 0)) < 0:
-        raise damaged(source.path, "has strips or tiles outside of the file")
-    if source.raw_offset is None and n_listed < source.grid.n_segments:
-        raise damaged(source.path, "does not list all of its strips or tiles")
-    if source.end > source.path.stat().st_size:
-        raise damaged(source.path, "is truncated")
-
-
 def _colours(series: tifffile.TiffPageSeries, path: Path, levels: _Levels, n_values: int) -> _Stored:
     """Return the plane with the meaning of its values, which the photometric tag gives."""
     keyframe = series.keyframe
@@ -296,7 +245,7 @@ def _colours(series: tifffile.TiffPageSeries, path: Path, levels: _Levels, n_val
     has_one_page = samples == n_values
     if photometric == _PHOTOMETRIC.PALETTE and n_values == 1 and series.kind != "imagej":
         return _Stored(levels, 3, is_rgb=True, tint=_make_palette(keyframe))
-    is_decoded_ycbcr = photometric == _PHOTOMETRIC.YCBCR and keyframe.compression in _JPEG
+    is_decoded_ycbcr = photometric == _PHOTOMETRIC.YCBCR and keyframe.compression in JPEG
     if photometric == _PHOTOMETRIC.RGB or is_decoded_ycbcr:
         is_rgb = samples >= 3 and has_one_page
         return _Stored(levels, 3 if is_rgb else n_values, is_rgb=is_rgb)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr
-from darcnn.runtime.readers.open import open_source
+from darcnn.runtime.readers.tiff import read_planes
 from darcnn.runtime.volumes.labels import Numbered, draw_slabs, slab_depth
 from darcnn.runtime.volumes.ome_zarr import read_channels
 from darcnn.runtime.volumes.volume import Volume, VolumeInfo
@@ -63,7 +63,6 @@ def _channels(info: VolumeInfo, t: int | None) -> Iterator[NDArray[Any]]:
     elif not isinstance(info.path, Path) or is_ome_zarr(info.path):
         yield from read_channels(info.path, t=t, is_series=info.is_series)
     else:
-        for index in range(n_planes):
-            z, moment = (None, index) if info.is_series else (index, t)
-            with open_source(info.path, z=z, t=moment) as reader:
-                yield reader.read(Region(0, 0, width, height), level=0)
+        places = [(None, index) if info.is_series else (index, t) for index in range(n_planes)]
+        for reader in read_planes(info.path, places):
+            yield reader.read(Region(0, 0, width, height), level=0)

@@ -22,9 +22,9 @@ from darcnn.runtime.readers.base import choose_plane, make_slide_name, suffix_of
 from darcnn.runtime.readers.mrc_header import read_mrc_header
 from darcnn.runtime.readers.nifti import open_nifti
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr
-from darcnn.runtime.readers.open import count_planes, open_source
+from darcnn.runtime.readers.open import count_planes
 from darcnn.runtime.readers.protocol import Location, Reader
-from darcnn.runtime.readers.tiff import read_section_um
+from darcnn.runtime.readers.tiff import read_planes, read_section_um
 from darcnn.runtime.volumes.ome_zarr import unpack_zarr
 from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, check_room, in_nanometres
 
@@ -174,20 +174,19 @@ def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str |
     target = scratch / f".{make_slide_name(path)}.unpacked"
     try:
         with target.open("wb") as file:
-            for z, moment in places:
-                with open_source(path, z=z, t=moment) as reader:
-                    info = reader.info
-                    if not file.tell():  # the first; all are alike
-                        facts = VolumeInfo.of_planes(
-                            info,
-                            path=path,
-                            n_planes=len(places),
-                            is_series=is_series,
-                            section_um=read_section_um(path),
-                            is_rgb=info.is_rgb,
-                        )
-                        check_room(path, scratch, facts.shape, facts.dtype)
-                    file.write(_read_plane(reader, channel).tobytes())
+            for reader in read_planes(path, places):
+                info = reader.info
+                if not file.tell():  # the first; all are alike
+                    facts = VolumeInfo.of_planes(
+                        info,
+                        path=path,
+                        n_planes=len(places),
+                        is_series=is_series,
+                        section_um=read_section_um(path),
+                        is_rgb=info.is_rgb,
+                    )
+                    check_room(path, scratch, facts.shape, facts.dtype)
+                file.write(_read_plane(reader, channel).tobytes())
     except BaseException:
         target.unlink(missing_ok=True)
         raise

@@ -15,7 +15,7 @@ import tifffile
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.readers import tiff_pages
-from darcnn.runtime.readers.tiff import TiffReader
+from darcnn.runtime.readers.tiff import TiffReader, read_planes
 from darcnn.runtime.readers.tiff_metadata import lay_out, ome_facts, tag_pixel_size
 
 
@@ -66,6 +66,24 @@ def test_pages_without_a_name_are_planes_along_z(tmp_path: Path) -> None:
     values = noise(5, 20, 30)
     path = write(tmp_path / "a.tif", values, metadata=None)
     np.testing.assert_array_equal(read(path, z=4)[:, :, 0], values[4])
+
+
+def test_planes_one_after_another_are_those_of_readers_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = noise(3, 4, 30, 40)
+    path = write(tmp_path / "a.ome.tif", values, metadata={"axes": "TZYX"}, compression="zlib")
+    places = [(z, t) for t in range(3) for z in (3, 0)]
+    alone = [read(path, z=z, t=t) for z, t in places]
+    opened: list[Path] = []
+    file = tifffile.TiffFile
+    monkeypatch.setattr(tifffile, "TiffFile", lambda path: opened.append(path) or file(path))
+    together = [whole(reader) for reader in read_planes(path, places)]
+    assert opened == [path]
+    assert np.array_equal(together, alone)
+    assert np.array_equal(together[3][:, :, 0], values[1, 0])
+    with pytest.raises(InputError, match=r"a\.ome\.tif"):
+        next(read_planes(path, [(4, 0)]))
 
 
 def test_a_volume_inside_one_page_is_a_stack(tmp_path: Path) -> None:
