@@ -20,8 +20,8 @@ from scipy.stats import spearmanr
 
 from darcnn.runtime.metrics import score_labels
 from darcnn.runtime.readers import open_source
-from darcnn.training.cli import open_model
 from darcnn.training.evaluate import labelled_images, read_label_image
+from darcnn.training.open_model import open_model
 from darcnn.training.unlabelled import judge_image
 
 _FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0)  # on the diameter
@@ -38,7 +38,7 @@ def main(models: tuple[str, ...], folder: Path, diameter: float | None, every: i
     pairs = labelled_images(folder)[::every]
     figures = np.zeros((len(models), len(pairs), len(_FACTORS), 4))  # AJI, trust, agreement, separation
     for m, model in enumerate(models):
-        with open_model(model, None) as segmenter:
+        with open_model(model) as segmenter:
             for i, (image, label) in enumerate(pairs):
                 truth = read_label_image(label)
                 base = diameter or _typical_diameter(truth)

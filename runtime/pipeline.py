@@ -26,12 +26,12 @@ from darcnn.runtime.planning import SlidePlan, find_channel, to_level0
 from darcnn.runtime.readers.mended import MendedReader
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.record import (
+    asked_model,
     fingerprint,
     fingerprint_pixels,
     hash_of,
     make_record,
     measured_px,
-    model_hash,
     read_record,
     write_record,
 )
@@ -177,8 +177,7 @@ def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
     diameter_px = segmenter.manifest.input.nominal_diameter_px if is_measured else given
     segmenter.plan(info, mpp=chosen.mpp, diameter_px=diameter_px, pixels=chosen.pixels, channel=channel)
     asked = {
-        "model": model_hash(segmenter.manifest),
-        "min_score": segmenter.min_score,
+        **asked_model(segmenter),
         "slide": fingerprint_pixels(reader) if info.path is None else fingerprint(info),
         "size": [info.width_px0, info.height_px0],
         "options": asked_options(chosen) | {"roi": None if roi is None else roi.record},

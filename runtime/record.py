@@ -23,6 +23,7 @@ from darcnn.runtime.sinks.atomic import atomic_file
 from darcnn.runtime.tally import Tally
 
 __all__ = [
+    "asked_model",
     "describe_run",
     "fingerprint",
     "fingerprint_file",
@@ -67,10 +68,18 @@ def describe_run(segmenter: Segmenter, asked: Mapping[str, Any]) -> dict[str, An
             "manifest_sha256": asked["model"],
             "files": dict(segmenter.manifest.files),
             "min_score": segmenter.min_score,
+            "views": segmenter.engine.spec.views,
         },
         "engine": segmenter.engine.spec.name,
         "options": dict(asked["options"]),
     }
+
+
+def asked_model(segmenter: Segmenter) -> dict[str, Any]:
+    """Return what the objects depend on besides the slide and the options: the model, and how it looks."""
+    views = segmenter.engine.spec.views
+    asked = {"model": model_hash(segmenter.manifest), "min_score": segmenter.min_score}
+    return asked if views == 1 else asked | {"views": views}  # results from before there were views stay
 
 
 def measured_px(record: Mapping[str, Any]) -> float | None:

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
-from darcnn.runtime.options import read_diameter
+from darcnn.runtime.options import read_diameter, views_option
 
 if TYPE_CHECKING:  # torch is imported inside the commands: --help is quick and works without it
     import torch
 
-    from darcnn.runtime.segmenter import Segmenter
     from darcnn.runtime.volumes.options import AxisOption
     from darcnn.training.decisions import Decisions
     from darcnn.training.stages import Run
 
-__all__ = ["main", "open_model"]
+__all__ = ["main"]
 
 
 def main() -> None:
@@ -216,6 +215,7 @@ def ablation(recipe: Path, out: Path | None, data: Path | None, resume: bool, de
 )
 @click.option("--pixels", is_flag=True, help="Take the pixels as they are.")
 @click.option("--min-score", type=float, help="Objects below this score do not count.")
+@views_option
 @click.option(
     "--axis",
     type=click.Choice(["auto", "z", "y", "x", "all"]),
@@ -238,6 +238,7 @@ def evaluate(
     diameter: float | Literal["auto"] | None,
     pixels: bool,
     min_score: float | None,
+    views: int,
     axis: AxisOption,
     unlabelled: bool,
     json_path: Path | None,
@@ -253,10 +254,12 @@ def evaluate(
 
     A FOLDER of volumes holds volumes/ and labels/ (TIFF stacks of the same names).
     """
+    from darcnn.training.open_model import open_model
+
     if unlabelled:
         from darcnn.training import unlabelled as trust
 
-        with open_model(model, min_score) as segmenter:
+        with open_model(model, min_score=min_score, n_views=views) as segmenter:
             figures = trust.judge_folder(folder, segmenter, mpp=mpp, diameter_px=diameter, pixels=pixels)
         _give(trust.as_table(figures), json_path)
         if csv_path is not None:
@@ -269,13 +272,13 @@ def evaluate(
         if mpp is not None:
             raise UsageError("means nothing to volumes", where="--mpp", fix="pass --diameter, in voxels")
 
-        with open_model(model, min_score) as segmenter:
+        with open_model(model, min_score=min_score, n_views=views) as segmenter:
             found = evaluate_volumes(folder, segmenter, diameter_px=diameter, pixels=pixels, axis=axis)
         table, singly, of = as_rows(found), by_volume(found), "volume"
     else:
         from darcnn.training import evaluate as images
 
-        with open_model(model, min_score) as segmenter:
+        with open_model(model, min_score=min_score, n_views=views) as segmenter:
 
             def segment(reader: Any) -> Any:
                 return segmenter(reader, mpp=mpp, diameter_px=diameter, pixels=pixels)
@@ -292,41 +295,13 @@ def evaluate(
 
 def _note(model: str, folder: Path, table: dict[str, dict[str, float]]) -> None:
     """Keep the figures of a checkpoint in it."""
-    if _is_checkpoint(model):
+    from darcnn.training.open_model import is_checkpoint
+
+    if is_checkpoint(model):
         from darcnn.training.checkpoint import record_figures
 
         place = folder.resolve()
         record_figures(Path(model), f"{place.parent.name}/{place.name}", table)
-
-
-def _is_checkpoint(model: str) -> bool:
-    return (Path(model) / "checkpoint.json").is_file()
-
-
-def open_model(model: str, min_score: float | None) -> Segmenter:
-    """Return the segmenter of a checkpoint folder, a bundle or the name of a shipped model.
-
-    Raises:
-        DarcnnError: there is no such model, or it cannot be read.
-    """
-    if _is_checkpoint(model):
-        from darcnn.training.checkpoint import load_network
-        from darcnn.training.engine import make_segmenter
-
-        network, info = load_network(Path(model))
-        recipe = info.recipe
-        return make_segmenter(
-            network,
-            recipe.target,
-            min_score=recipe.export.min_score if min_score is None else min_score,
-            tile_px=recipe.export.tile_px,
-            source_branch=info.stage == "source",
-            max_diameters=recipe.export.max_diameters,
-            found_diameter_px=recipe.export.found_diameter_px,
-        )
-    from darcnn.runtime.load import load
-
-    return load(model, min_score=min_score)
 
 
 def _give(table: dict[str, dict[str, float]], json_path: Path | None) -> None:

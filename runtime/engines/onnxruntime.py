@@ -98,7 +98,8 @@ class OnnxRuntimeEngine:
             )
         self._sessions: dict[str, Any] = _make_sessions(bundle, device, threads or 0, tell)
         self._provider: str = self._sessions["detect"].get_providers()[0]
-        self._spec = make_spec(bundle, f"onnxruntime {onnxruntime.__version__} {self._provider}")
+        name = f"onnxruntime {onnxruntime.__version__} {self._provider}"
+        self._spec = make_spec(bundle, name, keeps_atlas=True)
 
     @property
     def spec(self) -> EngineSpec:

@@ -69,7 +69,8 @@ class OpenVinoEngine:
             }
             check_signature(bundle, graph, found)
             self._requests[graph] = model.create_infer_request()
-        self._spec = make_spec(bundle, f"openvino {openvino.__version__.split('-')[0]} {_DEVICE}")
+        name = f"openvino {openvino.__version__.split('-')[0]} {_DEVICE}"
+        self._spec = make_spec(bundle, name, keeps_atlas=True)
 
     @property
     def spec(self) -> EngineSpec:

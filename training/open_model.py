@@ -1,0 +1,43 @@
+"""A model to judge: a checkpoint, a bundle, or the name of a shipped one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from darcnn.runtime.load import load
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.training.checkpoint import load_network
+from darcnn.training.engine import make_segmenter
+
+__all__ = ["is_checkpoint", "open_model"]
+
+
+def is_checkpoint(model: str) -> bool:
+    """Tell whether `model` is the folder of a checkpoint."""
+    return (Path(model) / "checkpoint.json").is_file()
+
+
+def open_model(model: str, *, min_score: float | None = None, n_views: int = 1) -> Segmenter:
+    """Return the segmenter of a checkpoint folder, a bundle or the name of a shipped model.
+
+    Args:
+        model: which.
+        min_score: objects below it are not reported; None takes the model's own.
+        n_views: from how many sides each tile is seen, one of `engines.views.N_VIEWS`.
+    Raises:
+        DarcnnError: there is no such model, or it cannot be read.
+    """
+    if not is_checkpoint(model):
+        return load(model, min_score=min_score, views=n_views)
+    network, info = load_network(Path(model))
+    recipe = info.recipe
+    return make_segmenter(
+        network,
+        recipe.target,
+        min_score=recipe.export.min_score if min_score is None else min_score,
+        tile_px=recipe.export.tile_px,
+        source_branch=info.stage == "source",
+        max_diameters=recipe.export.max_diameters,
+        found_diameter_px=recipe.export.found_diameter_px,
+        n_views=n_views,
+    )
