@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from darcnn.runtime.geometry import Region
-from darcnn.runtime.readers.ome_zarr import is_ome_zarr
-from darcnn.runtime.readers.tiff import read_planes
+from darcnn.runtime.volumes.channels import read_channels
 from darcnn.runtime.volumes.labels import Numbered, draw_slabs, slab_depth
-from darcnn.runtime.volumes.ome_zarr import read_channels
-from darcnn.runtime.volumes.volume import Volume, VolumeInfo
+from darcnn.runtime.volumes.volume import Volume
 
 __all__ = ["measure_brightness"]
 
@@ -40,7 +33,7 @@ def measure_brightness(numbered: Numbered, volume: Volume, *, t: int | None) -> 
     sums, counts = np.zeros(shape), np.zeros(shape)
     slabs = draw_slabs(numbered, info.shape, slab_depth(info.shape))
     labels_of_planes = (labels for slab in slabs for labels in slab)
-    for index, (labels, channels) in enumerate(zip(labels_of_planes, _channels(info, t), strict=True)):
+    for index, (labels, channels) in enumerate(zip(labels_of_planes, read_channels(info, t), strict=True)):
         inside = labels > 0
         if not inside.any():
             continue
@@ -53,16 +46,3 @@ def measure_brightness(numbered: Numbered, volume: Volume, *, t: int | None) -> 
             counts[:, column] += np.bincount(seen, minlength=n + 1)
     means: NDArray[np.float64] = np.divide(sums, counts, out=np.full(shape, np.nan), where=counts > 0)
     return means[1:]
-
-
-def _channels(info: VolumeInfo, t: int | None) -> Iterator[NDArray[Any]]:
-    """Yield the channels of each plane, (H, W, C), as the file has them; none where it has only one."""
-    n_planes, height, width = info.shape
-    if not info.channel_names:
-        yield from (np.zeros((height, width, 0)) for _ in range(n_planes))
-    elif not isinstance(info.path, Path) or is_ome_zarr(info.path):
-        yield from read_channels(info.path, t=t, is_series=info.is_series)
-    else:
-        places = [(None, index) if info.is_series else (index, t) for index in range(n_planes)]
-        for reader in read_planes(info.path, places):
-            yield reader.read(Region(0, 0, width, height), level=0)

@@ -16,6 +16,8 @@ from darcnn.runtime.sinks.result_folder import (
     CSV_FILE,
     LABELS_FOLDER,
     LABELS_MRC_FILE,
+    MOMENTS_CSV_FILE,
+    MOMENTS_FILE,
     TABLE_FILE,
     hold_folder,
 )
@@ -45,6 +47,8 @@ def write_formats(folder: Path, path: Location, described: Mapping[str, Any], al
     """
     if "csv" in also:
         write_csv(folder / CSV_FILE, folder / TABLE_FILE)
+        if (folder / MOMENTS_FILE).exists():
+            write_csv(folder / MOMENTS_CSV_FILE, folder / MOMENTS_FILE)
     if "labels-mrc" in also:
         _write_label_mrc(folder, path, described)
 

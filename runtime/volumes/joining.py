@@ -38,7 +38,7 @@ def join_sections(views: Sequence[View], parts: Parts, folder: Path) -> tuple[So
             planes,
             min_planes=stack.n_joined,
             plane_px=stack.plane_px,
-            has_depth=not stack.volume.info.is_series,
+            is_series=stack.volume.info.is_series,
         )
         write_solids(path, (solid_of(chain, axis=stack.axis, n_planes=len(stack)) for chain in chains))
         found[stack.axis] = SolidFile(path)

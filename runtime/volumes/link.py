@@ -27,6 +27,8 @@ _DEEP = 0.7  # ... and only into objects that are this deep, in shares of their 
 _LONG = 1.5  # a chain deeper than so many widths is a column of several, and is cut at slighter waists
 _WAIST_OF_COLUMN, _DEEP_OF_COLUMN = 0.85, 0.3
 _BRIDGED = 1  # planes in a row on which an object may be missed
+_REACH = 2.0  # diameters that an object of a series moves at most from moment to moment
+_ALIKE = 2.0  # ... and its area changes by this factor at most, where nearness alone joins it
 
 
 def link_sections(
@@ -34,7 +36,7 @@ def link_sections(
     *,
     min_planes: int = 1,
     plane_px: float = 1.0,
-    has_depth: bool = True,
+    is_series: bool = False,
 ) -> Iterator[Chain]:
     """Yield the chains of the sections of consecutive planes, each as soon as it has ended.
 
@@ -47,14 +49,17 @@ def link_sections(
        several: there, without slabs, slight waists and flatter pieces will do.
     5. Chains of fewer than `min_planes` sections are left out: even what is one plane thick shows in all
        slabs that hold it, and what shows in fewer is noise.
+    6. Moments of a series: objects move. What no overlap joins is joined to what is left of the moment
+       before, where both are the nearest to each other, alike in area, and no more than two diameters a
+       moment apart. Rule 4 means nothing there.
 
     Args:
         planes: the sections of each plane; four planes are in memory at once.
         min_planes: of a chain.
         plane_px: distance of two planes in pixels of a plane.
-        has_depth: planes lie one behind the other. Of moments of a series rule 4 means nothing.
+        is_series: the planes are moments, they do not lie one behind the other.
     """
-    linker, depth_px = _Linker(), plane_px if has_depth else None
+    linker, depth_px = _Linker(is_series=is_series), None if is_series else plane_px
     for current, after in _pairs(planes):
         for chain in linker.add(current, after):
             yield from _finish(chain, min_planes, depth_px)
@@ -75,6 +80,7 @@ def _pairs(planes: Iterable[list[Section]]) -> Iterator[tuple[list[Section], lis
 
 @dataclass(slots=True)
 class _Linker:
+    is_series: bool
     active: list[Chain] = field(default_factory=list)
     _plane: int = -1  # the last one taken
 
@@ -84,6 +90,8 @@ class _Linker:
         ends = [chain[-1] for chain in self.active]
         sections = _split_merged(ends, current, after)
         taken = _match(ends, sections)
+        if self.is_series:
+            taken |= _match_near(ends, sections, taken)
         for row, section in enumerate(sections):
             if row in taken:
                 self.active[taken[row]].append(section)
@@ -111,6 +119,26 @@ def _match(ends: list[Section], sections: list[Section]) -> dict[int, int]:
             taken[row] = end
             used.add(end)
     return taken
+
+
+def _match_near(ends: list[Section], sections: list[Section], taken: dict[int, int]) -> dict[int, int]:
+    """Return which section that is not `taken` goes on with which chain: those nearest to each other."""
+    rows = [row for row in range(len(sections)) if row not in taken]
+    left = [end for end in range(len(ends)) if end not in taken.values()]
+    if not rows or not left:
+        return {}
+    there = np.array([_centre(ends[end]) for end in left])
+    here = np.array([_centre(sections[row]) for row in rows])
+    apart = np.linalg.norm(here[:, None] - there[None], axis=2)  # (rows, left)
+    found = {}
+    for k, nearest in enumerate(apart.argmin(axis=1)):
+        areas = sections[rows[k]].area_px, ends[left[nearest]].area_px
+        is_mutual = apart[:, nearest].argmin() == k
+        n_steps = sections[rows[k]].plane - ends[left[nearest]].plane
+        is_near = apart[k, nearest] <= n_steps * _REACH * _width([min(areas)])
+        if is_mutual and is_near and max(areas) <= _ALIKE * min(areas):
+            found[rows[k]] = left[nearest]
+    return found
 
 
 def _split_merged(ends: list[Section], sections: list[Section], after: list[Section]) -> list[Section]:

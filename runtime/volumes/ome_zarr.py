@@ -18,7 +18,7 @@ from darcnn.runtime.readers.ome_zarr import Multiscale, OmeZarrReader, open_mult
 from darcnn.runtime.readers.protocol import Location, SlideInfo
 from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, check_room
 
-__all__ = ["read_channels", "unpack_zarr"]
+__all__ = ["read_zarr_channels", "unpack_zarr"]
 
 _BYTES = 64 << 20  # unpacked at once, about
 _MOST_MISSING = 100  # chunks by files that are there: empty chunks are left out, but hardly all of them
@@ -64,7 +64,7 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
     return Volume(facts, Stored(target, facts.dtype), scratch=target)
 
 
-def read_channels(path: Location, *, t: int | None, is_series: bool) -> Iterator[NDArray[Any]]:
+def read_zarr_channels(path: Location, *, t: int | None, is_series: bool) -> Iterator[NDArray[Any]]:
     """Yield all channels of each plane of an OME-Zarr image, (H, W, C); of a series of each moment.
 
     Raises:

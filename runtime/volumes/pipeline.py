@@ -21,12 +21,12 @@ from darcnn.runtime.readers.base import make_slide_name
 from darcnn.runtime.readers.open import open_source
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.record import (
+    asked_model,
     describe_run,
     fingerprint,
     fingerprint_file,
     hash_of,
     measured_px,
-    model_hash,
     read_record,
     rounded_seconds,
     write_record,
@@ -35,8 +35,10 @@ from darcnn.runtime.row_filter import RowFilter, parse_filter
 from darcnn.runtime.run_options import asked_options, check_formats
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import atomic_file, translated
+from darcnn.runtime.sinks.parquet import write_parquet
 from darcnn.runtime.sinks.result_folder import (
     LABELS_FOLDER,
+    MOMENTS_FILE,
     OVERVIEW_FILE,
     POINTS_FILE,
     RUN_FILE,
@@ -59,6 +61,7 @@ from darcnn.runtime.volumes.find import (
 )
 from darcnn.runtime.volumes.joining import join_sections
 from darcnn.runtime.volumes.labels import write_label_volume
+from darcnn.runtime.volumes.moments import measure_moments, moments_schema
 from darcnn.runtime.volumes.numbering import number_solids, table_columns
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import EXTRA_VOLUME_FORMATS, VolumeOptions
@@ -211,8 +214,7 @@ def _summarize(
 def _asked(segmenter: Segmenter, path: Location, chosen: VolumeOptions) -> dict[str, Any]:
     """Return all that the objects depend on."""
     return {
-        "model": model_hash(segmenter.manifest),
-        "min_score": segmenter.min_score,
+        **asked_model(segmenter),
         "slide": _fingerprint(path),
         "options": asked_options(chosen),
     }
@@ -297,6 +299,9 @@ def _finish(
         numbered, table = number_solids(solids, volume, row_filter, t=t)
     with times.stage("table"), atomic_file(built / TABLE_FILE) as file:
         pq.write_table(table, file, compression="zstd")
+    if info.is_series:
+        with times.stage("moments"):
+            write_parquet(built / MOMENTS_FILE, measure_moments(numbered, volume), moments_schema(info))
     with times.stage("labels"):
         write_label_volume(
             built / LABELS_FOLDER,

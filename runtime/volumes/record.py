@@ -72,7 +72,8 @@ class VolumeCounts:
             )
         if volume.info.is_series:
             warnings.append(
-                "a series along t: an object is what hangs together in time; --t takes one moment"
+                "a series along t: an object is what hangs together in time, moments.parquet has each "
+                "moment of it; --t takes one moment"
             )
         elif volume.info.voxel_nm is None:
             warnings.append("voxel size unknown: nanometre columns are empty")

@@ -80,8 +80,23 @@ def test_a_column_is_cut_at_slight_waists_and_a_single_object_is_not() -> None:
 def test_a_cell_that_swells_and_shrinks_in_time_is_one_track() -> None:
     sides = [20 + round(2 * np.sin(t / 5)) for t in range(120)]
     planes = [[square(t, 30 - side // 2, 30 - side // 2, side)] for t, side in enumerate(sides)]
-    assert [len(chain) for chain in link_sections(planes, has_depth=False)] == [120]
+    assert [len(chain) for chain in link_sections(planes, is_series=True)] == [120]
     assert len(list(link_sections(planes))) > 1
+
+
+def test_a_cell_that_leaps_is_one_track_and_other_cells_are_not_its_continuation() -> None:
+    def moves(*places: int, side: int = 6) -> list[list[Section]]:
+        return [[square(t, x, 0, side)] for t, x in enumerate(places)]
+
+    leaping = moves(0, 9, 18)
+    assert len(list(link_sections(leaping))) == 3  # planes of a volume
+    assert places(list(link_sections(leaping, is_series=True))) == [[(0, 0), (1, 9), (2, 18)]]
+    assert len(list(link_sections(moves(0, 15), is_series=True))) == 2  # two diameters and more
+    assert len(list(link_sections([[square(0, 0, 0)], [square(1, 9, 0, 9)]], is_series=True))) == 2  # larger
+    gone = [[square(0, 0, 0), square(0, 12, 0)], [square(1, 20, 0)]]  # one of them went on, and not far
+    assert places(list(link_sections(gone, is_series=True))) == [[(0, 0)], [(0, 12), (1, 20)]]
+    missed = [[square(0, 0, 0)], [], [square(2, 9, 0)]]
+    assert places(list(link_sections(missed, is_series=True))) == [[(0, 0), (2, 9)]]
 
 
 def test_no_flat_pieces_are_cut_off_unless_planes_lie_far_apart() -> None:

@@ -1,0 +1,95 @@
+"""Are cells that move joined in time? Discs that walk at random, seen at each moment.
+
+    python benchmarks/series.py
+
+Discs of 20 px walk on 600 x 600 px, no two nearer than 18 px; a step is normal along x and y. Each moment is
+a plane of sections, as if every disc were found. Joined as moments of a series, and as planes of a volume,
+by overlap alone. `found` is the share of the steps of all discs that a track holds, `wrong` the share of the
+steps of all tracks that lead from one disc to another.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.volumes.link import link_sections
+from darcnn.runtime.volumes.sections import Section
+
+_SIDE_PX, _RADIUS_PX, _APART_PX = 600, 10, 18
+_MOMENTS = 20
+_TRIES = 50  # of a disc to find a place for its next step
+_DISC = np.hypot(*np.mgrid[-_RADIUS_PX : _RADIUS_PX + 1, -_RADIUS_PX : _RADIUS_PX + 1]) <= _RADIUS_PX
+
+Planes = list[list[Section]]
+
+
+@click.command()
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here as well.")
+def main(seed: int, json_path: Path | None) -> None:
+    """Join discs that walk at random, ever denser and faster."""
+    rows = []
+    click.echo("discs  step (diameters)  by overlap: found  wrong   as a series: found  wrong")
+    for n_discs in (30, 100, 200):
+        for step in (0.2, 0.4, 0.6, 0.8):
+            planes, owner = _walk(np.random.default_rng(seed), n_discs, step)
+            by_overlap = _judge(planes, owner, n_discs, is_series=False)
+            as_series = _judge(planes, owner, n_discs, is_series=True)
+            rows.append({"discs": n_discs, "step": step, "by_overlap": by_overlap, "as_series": as_series})
+            figures = [*by_overlap, *as_series]
+            click.echo("{:5}  {:16}  {:17.2f}  {:5.3f}  {:19.2f}  {:5.3f}".format(n_discs, step, *figures))
+    if json_path is not None:
+        json_path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def _walk(
+    rng: np.random.Generator, n_discs: int, step: float
+) -> tuple[Planes, dict[tuple[int, int, int], int]]:
+    """Return the sections of each moment, and which disc each is of, by moment, x and y."""
+    places = np.full((n_discs, 2), -_SIDE_PX, np.float64)  # none is there yet
+    planes: Planes = []
+    owner = {}
+    for t in range(_MOMENTS):
+        for disc in rng.permutation(n_discs):
+            for _ in range(_TRIES):
+                place = rng.uniform(0, _SIDE_PX, 2) if t == 0 else _step(rng, places[disc], step)
+                if _is_free(place, np.delete(places, disc, axis=0)):
+                    places[disc] = place
+                    break
+        corners = places.astype(int) - _RADIUS_PX
+        planes.append([Section(t, int(x), int(y), _DISC, 0.9, False) for x, y in corners])
+        owner |= {(t, int(x), int(y)): disc for disc, (x, y) in enumerate(corners)}
+    return planes, owner
+
+
+def _step(rng: np.random.Generator, place: NDArray[np.float64], step: float) -> NDArray[np.float64]:
+    return place + rng.normal(0, step * 2 * _RADIUS_PX, 2)
+
+
+def _is_free(place: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
+    is_inside = (place >= _RADIUS_PX).all() and (place < _SIDE_PX - _RADIUS_PX).all()
+    return bool(is_inside and (np.linalg.norm(others - place, axis=1) > _APART_PX).all())
+
+
+def _judge(
+    planes: Planes, owner: dict[tuple[int, int, int], int], n_discs: int, *, is_series: bool
+) -> tuple[float, float]:
+    """Return the shares of steps found and wrong."""
+    right = n_steps = 0
+    for chain in link_sections(planes, is_series=is_series):
+        discs = [owner.get((one.plane, one.x, one.y), -1) for one in chain]
+        right += sum(one == other for one, other in pairwise(discs))
+        n_steps += len(chain) - 1
+    return right / (n_discs * (_MOMENTS - 1)), (n_steps - right) / max(1, n_steps)
+
+
+if __name__ == "__main__":
+    from one_line import run
+
+    run(main)

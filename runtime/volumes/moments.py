@@ -1,0 +1,66 @@
+"""Of a series: where each object lies at each moment, how large and how bright it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from darcnn.runtime.geometry import Region
+from darcnn.runtime.masks import label_instances
+from darcnn.runtime.measure import measure, object_schema
+from darcnn.runtime.readers.base import make_channel_names
+from darcnn.runtime.volumes.channels import read_channels
+from darcnn.runtime.volumes.labels import Numbered, draw_slabs, slab_depth
+from darcnn.runtime.volumes.volume import Volume, VolumeInfo
+
+__all__ = ["measure_moments", "moments_schema"]
+
+
+def moments_schema(info: VolumeInfo) -> pa.Schema:
+    """Return the columns of the table of moments: those of a slide's objects, and `t` behind `id`."""
+    return object_schema(_names(info)).insert(1, pa.field("t", pa.int32()))
+
+
+def measure_moments(numbered: Numbered, volume: Volume) -> Iterator[pa.Table]:
+    """Yield a table of `moments_schema` for each moment on which there are objects, in order of time.
+
+    `id` is the number of the object; a moment on which an object was missed has no row of it. Lengths are in
+    pixels, and in micrometres where the pixel size is known. `score` is that of the object in all, and
+    `truncated` says that the edge of the image cuts it at this moment.
+
+    Args:
+        numbered: the objects of a series, numbered from 1 without a gap.
+        volume: open; stays open. Its planes are read once more, one after another.
+    Raises:
+        InputError: the file cannot be read any more.
+    """
+    info = volume.info
+    _, height, width = info.shape
+    schema, names = moments_schema(info), _names(info)
+    mpp = None if info.pixel_um is None else info.pixel_um[::-1]
+    scores = numbered.solids.scores[numbered.rows]
+    slabs = draw_slabs(numbered, info.shape, slab_depth(info.shape))
+    moments = (labels for slab in slabs for labels in slab)
+    for t, (labels, channels) in enumerate(zip(moments, read_channels(info, None), strict=True)):
+        if not labels.any():
+            continue
+        ids = np.unique(labels)[1:].astype(np.int64)
+        found = label_instances(labels.astype(np.int64))
+        found = replace(found, scores=scores[ids - 1], truncated=_is_cut(found.boxes, width, height))
+        pixels = channels if info.channel_names else volume.read("z", t)[:, :, None]
+        table = measure(found, pixels, Region(0, 0, width, height), 1.0, names, mpp)
+        table = table.set_column(0, "id", pa.array(ids))
+        yield table.add_column(1, "t", pa.array(np.full(len(ids), t, np.int32))).cast(schema)
+
+
+def _is_cut(boxes: NDArray[np.float32], width: int, height: int) -> NDArray[np.bool_]:
+    cut: NDArray[np.bool_] = np.array(np.c_[boxes[:, :2] <= 0, boxes[:, 2:] >= (width, height)].any(axis=1))
+    return cut
+
+
+def _names(info: VolumeInfo) -> tuple[str, ...]:
+    return info.channel_names or make_channel_names((), 1, is_rgb=False)
