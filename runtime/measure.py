@@ -44,7 +44,7 @@ def measure(
     Shape comes from the mask at level 0: the axes are those of the ellipse with the mask's second moments,
     as in scikit-image's `regionprops` but for the pixels' own extent. Perimeter and solidity come from the
     outline. Brightness is sampled at the centres of the mask's pixels; those that
-    lie outside `pixels` are left out. `id` is null: it is given once the whole slide is known.
+    lie outside `pixels` or are not finite are left out. `id` is null: it is given once all is known.
 
     Args:
         instances: objects, level-0 pixels.
@@ -253,8 +253,10 @@ def _brightness(
     columns = {}
     for index, name in enumerate(names):
         values = pixels[row, column, index].astype(np.float64)  # (P,)
-        mean = _mean(owner, values, len(ground.area))
-        variance = _mean(owner, (values - mean[owner]) ** 2, len(ground.area))
+        is_finite = np.isfinite(values)
+        values, seen = values[is_finite], owner[is_finite]
+        mean = _mean(seen, values, len(ground.area))
+        variance = _mean(seen, (values - mean[seen]) ** 2, len(ground.area))
         columns[f"mean_intensity_{name}"] = mean
         columns[f"std_intensity_{name}"] = np.sqrt(variance)
     return columns

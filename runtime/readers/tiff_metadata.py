@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from xml.etree import ElementTree
 
@@ -125,6 +126,7 @@ def locate_channels(axes: Axes, *, z: int, t: int) -> tuple[Place, ...]:
     )
 
 
+@lru_cache(maxsize=1)  # a stack is asked for it plane by plane, and it is long where planes are many
 def ome_facts(xml: str) -> tuple[PixelSize | None, tuple[str | None, ...]]:
     """Return the pixel size and the channel names of the first image that OME-XML describes.
 

@@ -22,12 +22,12 @@ def measure_brightness(numbered: Numbered, volume: Volume, *, t: int | None) -> 
         volume: open; stays open.
         t: the moment that it was opened at.
     Returns:
-        (N, 1 + C), C the number of `VolumeInfo.channel_names`; NaN where no value is finite.
+        (N, 1 + C), C the number of `VolumeInfo.several_channels`; NaN where no value is finite.
     Raises:
         InputError: the file cannot be read any more.
     """
     info, n = volume.info, len(numbered.rows)
-    shape = (n + 1, 1 + len(info.channel_names))
+    shape = (n + 1, 1 + len(info.several_channels))
     if not n:
         return np.zeros((0, shape[1]))
     sums, counts = np.zeros(shape), np.zeros(shape)

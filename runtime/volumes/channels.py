@@ -28,7 +28,7 @@ def read_channels(info: VolumeInfo, t: int | None) -> Iterator[NDArray[Any]]:
         InputError: the file cannot be read any more.
     """
     n_planes, height, width = info.shape
-    if not info.channel_names:
+    if not info.several_channels:
         yield from (np.zeros((height, width, 0)) for _ in range(n_planes))
     elif not isinstance(info.path, Path) or is_ome_zarr(info.path):
         yield from read_zarr_channels(info.path, t=t, is_series=info.is_series)

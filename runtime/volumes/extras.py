@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,17 @@ def add_formats(folder: Path, path: Location, described: Mapping[str, Any], also
     Raises:
         OutputError: the folder is in use, or cannot be written.
     """
-    missing = [extra for extra in also if not (folder / _FILES[extra]).exists()]
+    missing = [extra for extra in also if not all((folder / name).exists() for name in _files(folder, extra))]
     if missing:
         with hold_folder(folder), translated(folder):
             write_formats(folder, path, described, missing)
+
+
+def _files(folder: Path, extra: str) -> Iterator[str]:
+    """Yield the names of the files of one format."""
+    yield _FILES[extra]
+    if extra == "csv" and (folder / MOMENTS_FILE).exists():
+        yield MOMENTS_CSV_FILE
 
 
 def _write_label_mrc(folder: Path, volume: Location, described: Mapping[str, Any]) -> None:

@@ -33,14 +33,17 @@ def join_sections(views: Sequence[View], parts: Parts, folder: Path) -> tuple[So
     found: dict[Axis, SolidFile] = {}
     for view in views:
         stack, path = view.stack, folder / f"solids-{view.stack.axis}.arrow"
-        planes = _planes(views, view, parts)
+        planes, is_series = _planes(views, view, parts), stack.volume.info.is_series
         chains = link_sections(
             planes,
             min_planes=stack.n_joined,
             plane_px=stack.plane_px,
-            is_series=stack.volume.info.is_series,
+            is_series=is_series,
         )
-        write_solids(path, (solid_of(chain, axis=stack.axis, n_planes=len(stack)) for chain in chains))
+        solids = (
+            solid_of(chain, axis=stack.axis, n_planes=len(stack), is_series=is_series) for chain in chains
+        )
+        write_solids(path, solids)
         found[stack.axis] = SolidFile(path)
     by_axis = {str(axis): len(solids) for axis, solids in found.items()}
     first, *others = found.values()

@@ -46,7 +46,7 @@ def draw_slabs(numbered: Numbered, shape: tuple[int, int, int], depth: int) -> I
         for k in order[(boxes[order, 0] < stop) & (boxes[order, 3] > start)]:
             z0, y0, x0, z1, y1, x1 = boxes[k].tolist()
             low, high = max(z0, start), min(z1, stop)
-            mask = numbered.solids[int(numbered.rows[k])].mask[low - z0 : high - z0]
+            mask = numbered.solids.planes(int(numbered.rows[k]), low - z0, high - z0)
             labels[low - start : high - start, y0:y1, x0:x1][mask] = numbered.ids[k]
         yield labels
 

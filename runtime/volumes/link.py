@@ -50,11 +50,11 @@ def link_sections(
     5. Chains of fewer than `min_planes` sections are left out: even what is one plane thick shows in all
        slabs that hold it, and what shows in fewer is noise.
     6. Moments of a series: objects move. What no overlap joins is joined to what is left of the moment
-       before, where both are the nearest to each other, alike in area, and no more than two diameters a
-       moment apart. Rule 4 means nothing there.
+       before: of those alike in area and at most two diameters apart, the ones nearest to each other. Rule 4
+       means nothing there.
 
     Args:
-        planes: the sections of each plane; four planes are in memory at once.
+        planes: the sections of each plane; three planes are in memory, and the chains that go on.
         min_planes: of a chain.
         plane_px: distance of two planes in pixels of a plane.
         is_series: the planes are moments, they do not lie one behind the other.
@@ -123,22 +123,25 @@ def _match(ends: list[Section], sections: list[Section]) -> dict[int, int]:
 
 def _match_near(ends: list[Section], sections: list[Section], taken: dict[int, int]) -> dict[int, int]:
     """Return which section that is not `taken` goes on with which chain: those nearest to each other."""
+    used = set(taken.values())
     rows = [row for row in range(len(sections)) if row not in taken]
-    left = [end for end in range(len(ends)) if end not in taken.values()]
+    left = [end for end in range(len(ends)) if end not in used]
     if not rows or not left:
         return {}
-    there = np.array([_centre(ends[end]) for end in left])
-    here = np.array([_centre(sections[row]) for row in rows])
-    apart = np.linalg.norm(here[:, None] - there[None], axis=2)  # (rows, left)
-    found = {}
-    for k, nearest in enumerate(apart.argmin(axis=1)):
-        areas = sections[rows[k]].area_px, ends[left[nearest]].area_px
-        is_mutual = apart[:, nearest].argmin() == k
-        n_steps = sections[rows[k]].plane - ends[left[nearest]].plane
-        is_near = apart[k, nearest] <= n_steps * _REACH * _width([min(areas)])
-        if is_mutual and is_near and max(areas) <= _ALIKE * min(areas):
-            found[rows[k]] = left[nearest]
-    return found
+    here, there = ([one[k] for k in chosen] for one, chosen in ((sections, rows), (ends, left)))
+    now, before = ([shapely.Point(_centre(one)) for one in part] for part in (here, there))
+    reach = [_REACH * _width([one.area_px]) for one in here]
+    near = shapely.STRtree(before).query(now, predicate="dwithin", distance=reach).T
+    pairs = [(k, n) for k, n in near.tolist() if _is_next(there[n], here[k])]
+    pairs.sort(key=lambda pair: (shapely.distance(now[pair[0]], before[pair[1]]), pair))
+    of_now, of_before = ({pair[side]: pair for pair in reversed(pairs)} for side in (0, 1))  # the nearest
+    return {rows[k]: left[n] for k, n in pairs if of_now[k] == of_before[n] == (k, n)}
+
+
+def _is_next(one: Section, other: Section) -> bool:
+    """Tell whether `other` is of the next moment and about as large."""
+    areas = one.area_px, other.area_px
+    return one.plane == other.plane - 1 and max(areas) <= _ALIKE * min(areas)
 
 
 def _split_merged(ends: list[Section], sections: list[Section], after: list[Section]) -> list[Section]:

@@ -51,7 +51,7 @@ def measure_moments(numbered: Numbered, volume: Volume) -> Iterator[pa.Table]:
         ids = np.unique(labels)[1:].astype(np.int64)
         found = label_instances(labels.astype(np.int64))
         found = replace(found, scores=scores[ids - 1], truncated=_is_cut(found.boxes, width, height))
-        pixels = channels if info.channel_names else volume.read("z", t)[:, :, None]
+        pixels = channels if info.several_channels else volume.read("z", t)[:, :, None]
         table = measure(found, pixels, Region(0, 0, width, height), 1.0, names, mpp)
         table = table.set_column(0, "id", pa.array(ids))
         yield table.add_column(1, "t", pa.array(np.full(len(ids), t, np.int32))).cast(schema)

@@ -61,4 +61,4 @@ def table_columns(info: VolumeInfo) -> list[str]:
 
 
 def _channel_columns(info: VolumeInfo) -> list[str]:
-    return [f"{_BRIGHTNESS}_{name}" for name in name_columns(info.channel_names)]
+    return [f"{_BRIGHTNESS}_{name}" for name in name_columns(info.several_channels)]

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from darcnn.runtime.diameter import is_size_measured
-from darcnn.runtime.errors import InputError
+from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.fit import warn_of_size
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.manifest import ModelInput
@@ -241,10 +241,16 @@ def _check_volume(volume: Volume, chosen: VolumeOptions, model: ModelInput) -> R
         raise InputError(
             "is a stack of colour pictures; of volumes the model would see the mean of their colours",
             where=volume.info.path,
-            fix="take one with --z, or save each in a file of its own",
+            fix=f"take one with --{'t' if volume.info.is_series else 'z'}, or save each in a file of its own",
         )
     if voxel is None and row_filter is not None:
         row_filter.require_known(_NANOMETRES, where=volume.info.path, fix="--voxel-size")
+    if chosen.axis not in ("auto", "z") and volume.info.is_series:
+        raise UsageError(
+            "means nothing to a series along t",
+            where="--axis",
+            fix="leave it out, or take one moment with --t",
+        )
     if chosen.axis not in ("auto", "z") and voxel is not None and not volume.info.is_cubic:
         sides = " x ".join(f"{one:.4g}" for one in voxel)
         raise InputError(

@@ -32,7 +32,8 @@ _SCHEMA = pa.schema(
         ("mask", pa.binary()),
     ]
 )
-_BATCH = 1024  # solids that are written at once
+_BATCH = 1024  # solids that are written at once, or fewer
+_BATCH_BYTES = 64 << 20  # ... of large ones: tracks of a series are as large as the ground that they cover
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,20 +88,21 @@ def touching(one: SolidFile, other: SolidFile) -> tuple[NDArray[np.int64], NDArr
     return ours[near], theirs[near]
 
 
-def solid_of(chain: Chain, *, axis: Axis, n_planes: int) -> Solid:
+def solid_of(chain: Chain, *, axis: Axis, n_planes: int, is_series: bool = False) -> Solid:
     """Return the object of a chain of sections across `axis`, of a volume with `n_planes` planes there.
 
-    On a plane where it was missed the object has the pixels that it has on both planes beside.
+    On a plane where it was missed the object has the pixels that it has on both planes beside; at a moment of
+    a series it has none, for it may have been anywhere.
     """
-    filled = list(_without_gaps(chain))
+    filled = list(chain if is_series else _without_gaps(chain))
     x0, y0 = min(one.x for one in filled), min(one.y for one in filled)
     x1 = max(one.x + one.mask.shape[1] for one in filled)
     y1 = max(one.y + one.mask.shape[0] for one in filled)
     first = filled[0].plane
-    mask = np.zeros((len(filled), y1 - y0, x1 - x0), np.bool_)
-    for number, one in enumerate(filled):
+    mask = np.zeros((filled[-1].plane - first + 1, y1 - y0, x1 - x0), np.bool_)
+    for one in filled:
         h, w = one.mask.shape
-        mask[number, one.y - y0 : one.y - y0 + h, one.x - x0 : one.x - x0 + w] = one.mask
+        mask[one.plane - first, one.y - y0 : one.y - y0 + h, one.x - x0 : one.x - x0 + w] = one.mask
     areas = np.array([one.area_px for one in chain], np.float64)
     which = AXES.index(axis)
     origin = [y0, x0]
@@ -130,15 +132,15 @@ def write_solids(path: Path, solids: Iterable[Solid]) -> int:
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
-    n_written = 0
+    n_written = n_bytes = 0
     with atomic_file(path) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
         rows: list[dict[str, object]] = []
         for solid in solids:
             rows.append(_row(solid))
-            n_written += 1
-            if len(rows) == _BATCH:
+            n_written, n_bytes = n_written + 1, n_bytes + solid.mask.size // 8
+            if len(rows) == _BATCH or n_bytes > _BATCH_BYTES:
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
-                rows = []
+                rows, n_bytes = [], 0
         if rows:
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
     return n_written
@@ -195,6 +197,15 @@ class SolidFile:
             row["truncated"],
             row["n_planes"],
         )
+
+    def planes(self, number: int, start: int, stop: int) -> NDArray[np.bool_]:
+        """Return (stop - start, h, w) of the mask of solid `number`; no more is unpacked."""
+        _, y0, x0, _, y1, x1 = self.boxes[number].tolist()
+        size = (y1 - y0) * (x1 - x0)
+        bits = np.frombuffer(self._table["mask"][number].as_buffer(), np.uint8)
+        first, last = (start * size) // 8, -(-stop * size // 8)
+        flat = np.unpackbits(bits[first:last])[start * size - 8 * first :][: (stop - start) * size]
+        return flat.astype(np.bool_).reshape(stop - start, y1 - y0, x1 - x0)
 
     def __iter__(self) -> Iterator[Solid]:
         return (self[number] for number in range(len(self)))

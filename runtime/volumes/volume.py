@@ -40,7 +40,7 @@ class VolumeInfo:
     is_rgb: bool = False  # its values are means of red, green and blue
     is_series: bool = False  # z is time
     pixel_um: tuple[float, float] | None = None  # of a series: micrometres per pixel along y, x
-    channel_names: tuple[str, ...] = ()  # of a file with several, of which `Volume.read` returns one
+    channel_names: tuple[str, ...] = ()  # where the file knows channels; `Volume.read` returns one
     is_depth_known: bool = True  # else planes are taken to lie as far apart as pixels
     n_unread: int = 0  # further images of the file (scenes)
 
@@ -48,6 +48,11 @@ class VolumeInfo:
     def is_cubic(self) -> bool | None:
         """Whether the sides of a voxel are the same, but for 1 %; None: its size is not known."""
         return None if self.voxel_nm is None else max(self.voxel_nm) / min(self.voxel_nm) - 1 <= _CUBE
+
+    @property
+    def several_channels(self) -> tuple[str, ...]:
+        """The names of the channels where there are several, else nothing."""
+        return self.channel_names if len(self.channel_names) > 1 else ()
 
     @property
     def label_steps_nm(self) -> tuple[float, float, float] | None:
@@ -89,7 +94,7 @@ class VolumeInfo:
             is_rgb=is_rgb,
             is_series=is_series,
             pixel_um=info.mpp[::-1] if is_series and info.mpp is not None else None,
-            channel_names=info.channel_names if len(info.channel_names) > 1 and not info.is_rgb else (),
+            channel_names=() if info.is_rgb else info.channel_names,
             is_depth_known=section_um is not None,
             n_unread=info.n_unread,
         )

@@ -95,8 +95,10 @@ def test_a_cell_that_leaps_is_one_track_and_other_cells_are_not_its_continuation
     assert len(list(link_sections([[square(0, 0, 0)], [square(1, 9, 0, 9)]], is_series=True))) == 2  # larger
     gone = [[square(0, 0, 0), square(0, 12, 0)], [square(1, 20, 0)]]  # one of them went on, and not far
     assert places(list(link_sections(gone, is_series=True))) == [[(0, 0)], [(0, 12), (1, 20)]]
-    missed = [[square(0, 0, 0)], [], [square(2, 9, 0)]]
-    assert places(list(link_sections(missed, is_series=True))) == [[(0, 0), (2, 9)]]
+    speck = [[square(0, 0, 0)], [square(1, 9, 0), square(1, 5, 0, 2)]]  # nearer, but not alike
+    assert places(list(link_sections(speck, is_series=True))) == [[(0, 0), (1, 9)], [(1, 5)]]
+    missed = [[square(0, 0, 0)], [], [square(2, 9, 0)]]  # by then it may be any cell
+    assert len(list(link_sections(missed, is_series=True))) == 2
 
 
 def test_no_flat_pieces_are_cut_off_unless_planes_lie_far_apart() -> None:

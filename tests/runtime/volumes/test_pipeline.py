@@ -294,33 +294,50 @@ def test_a_series_is_told_to_be_one(oracle16: Segmenter, balls: np.ndarray, tmp_
 
 
 def test_a_series_has_a_row_for_each_object_and_moment(oracle16: Segmenter, tmp_path: Path) -> None:
-    """Two cells: one drifts, one leaps further than it is wide and is away for a moment."""
+    """Two cells: one drifts and is away for a moment, one leaps further than it is wide."""
     series = np.zeros((5, 2, 60, 90), np.uint16)
     for t in range(5):
-        series[t, 0, 10:18, 5 + 3 * t : 13 + 3 * t] = 1
         if t != 2:
-            series[t, 0, 40:48, 4 + 11 * t : 12 + 11 * t] = 2
+            series[t, 0, 10:18, 5 + 2 * t : 13 + 2 * t] = 1
+        series[t, 0, 40:48, 4 + 11 * t : 12 + 11 * t] = 2
     series[:, 1] = 100 * np.arange(5)[:, None, None]
     metadata = {"axes": "TCYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "Channel": {"Name": ["a", "b"]}}
     tifffile.imwrite(tmp_path / "s.ome.tif", series, metadata=metadata)
     options = VolumeOptions(channel="a", also=("csv",))
     folder = run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out", options=options).folder
-    assert pq.read_metadata(folder / "objects.parquet").num_rows == 2
+    objects = pq.read_table(folder / "objects.parquet").to_pandas()
+    assert objects.volume_voxels.tolist() == [4 * 64, 5 * 64]
     table = pq.read_table(folder / "moments.parquet").to_pandas()
     assert table[["id", "t"]].to_numpy().tolist() == [
-        [1, 0], [2, 0], [1, 1], [2, 1], [1, 2], [1, 3], [2, 3], [1, 4], [2, 4]
+        [1, 0], [2, 0], [1, 1], [2, 1], [2, 2], [1, 3], [2, 3], [1, 4], [2, 4]
     ]  # fmt: skip
     drifting, leaping = table[table.id == 1], table[table.id == 2]
-    assert drifting.x.tolist() == [9, 12, 15, 18, 21]
-    assert leaping.x.tolist() == [8, 19, 41, 52]
+    assert drifting.x.tolist() == [9, 11, 15, 17]
+    assert leaping.x.tolist() == [8, 19, 30, 41, 52]
     assert (table.area_um2 == 16.0).all()
-    assert drifting.mean_intensity_b.tolist() == [0, 100, 200, 300, 400]
+    assert drifting.mean_intensity_b.tolist() == [0, 100, 300, 400]
     assert not table.truncated.any()
+    labels = np.asarray(zarr.open_array(folder / "labels.ome.zarr/0", mode="r")[:])
+    assert np.array_equal(labels > 0, series[:, 0] > 0)
     assert len((folder / "moments.csv").read_text().splitlines()) == 10
     (folder / "moments.csv").unlink()
-    (folder / "objects.csv").unlink()
     run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out", options=options)
     assert (folder / "moments.csv").exists()
+    with pytest.raises(UsageError, match="--axis"):
+        run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "x", options=replace(options, axis="all"))
+
+
+def test_values_that_are_not_finite_count_for_nothing_and_a_channel_keeps_its_name(
+    oracle16: Segmenter, tmp_path: Path
+) -> None:
+    series = np.zeros((3, 60, 90), np.float32)
+    series[:, 10:18, 5:13] = 1
+    series[1, 12, 7] = np.nan
+    metadata = {"axes": "TYX", "Channel": {"Name": ["DAPI"]}}
+    tifffile.imwrite(tmp_path / "s.ome.tif", series, metadata=metadata)
+    folder = run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out").folder
+    table = pq.read_table(folder / "moments.parquet").to_pandas()
+    assert table.mean_intensity_DAPI.tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.slow
