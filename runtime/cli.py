@@ -15,7 +15,7 @@ import click
 
 from darcnn.runtime.batch import HERE, Finders, run_batch
 from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
-from darcnn.runtime.options import BACKENDS, read_diameter, read_window, views_option
+from darcnn.runtime.options import BACKENDS, read_diameter, read_window
 from darcnn.runtime.pipeline import RunOptions
 from darcnn.runtime.progress import JsonLines, Terminal
 from darcnn.runtime.record import installed_version
@@ -130,7 +130,6 @@ def _read_voxel_size(
 @click.option(
     "--min-score", type=click.FloatRange(0, 1), help="Leave out objects below this score; else the model's."
 )
-@views_option
 @click.option(
     "--filter",
     "row_filter",
@@ -188,7 +187,6 @@ def main(
     slab: int | None,
     voxel_size: tuple[float, float, float] | None,
     min_score: float | None,
-    views: int,
     row_filter: str | None,
     tissue: bool,
     roi: str | None,
@@ -248,9 +246,7 @@ def main(
             raise UsageError("goes without --engine", where="--build", fix="pass one of them")
         if build:
             _build_engine(model, backend, terminal)
-        load_model = partial(
-            load, _absolute(model), device=device, backend=backend, min_score=min_score, views=views
-        )
+        load_model = partial(load, _absolute(model), device=device, backend=backend, min_score=min_score)
         if engine is not None:
             load_model = partial(load_model, engine=engine.resolve())  # whole, for workers elsewhere
         with (

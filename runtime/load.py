@@ -8,7 +8,6 @@ from pathlib import Path
 
 from darcnn.runtime.bundle import Bundle, open_bundle
 from darcnn.runtime.engines.choose import open_engine
-from darcnn.runtime.engines.views import check_views, look_from_sides
 from darcnn.runtime.errors import BundleError, UsageError
 from darcnn.runtime.segmenter import Segmenter
 
@@ -23,7 +22,6 @@ def load(
     device: str = "auto",
     backend: str = "auto",
     min_score: float | None = None,
-    views: int = 1,
     threads: int | None = None,
     tell: Callable[[str], None] = lambda words: None,
     engine: str | Path | None = None,
@@ -37,20 +35,16 @@ def load(
             where one fits the GPU, else ONNX Runtime; that of `engine` where it is given.
         threads: that compute on a CPU; None: one a core.
         min_score: objects below it are not reported; None takes the model's own.
-        views: from how many sides each tile is seen, 1, 2 or 4: turned and mirrored, for as many times the
-            work; what at least half of them find is reported.
         tell: is told in a line each what runs, and why what would be faster does not.
         engine: the folder that `darcnn-export engine --out` wrote of this model; None: of those in the user's
             cache one that fits.
     Raises:
         BundleError: no such model, or the file cannot be used.
         DeviceError: the device or the engine does not serve.
-        UsageError: no such device or backend, none that runs `engine`, or `min_score` or `views` is out of
-            range.
+        UsageError: no such device or backend, none that runs `engine`, or `min_score` is not between 0 and 1.
     """
     if min_score is not None and not 0 <= min_score <= 1:
         raise UsageError(f"{min_score} is not a score", where="--min-score", fix="give a number from 0 to 1")
-    check_views(views)
     bundle = find_bundle(name_or_path)
     opened = open_engine(
         bundle,
@@ -60,9 +54,7 @@ def load(
         tell=tell,
         engine=None if engine is None else Path(engine),
     )
-    return Segmenter(
-        look_from_sides(opened, views, bundle.manifest.limits), bundle.manifest, min_score=min_score
-    )
+    return Segmenter(opened, bundle.manifest, min_score=min_score)
 
 
 def find_bundle(name_or_path: str | Path) -> Bundle:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-__all__ = ["BACKENDS", "N_VIEWS", "read_diameter", "read_window", "views_option"]
+__all__ = ["BACKENDS", "read_diameter", "read_window"]
 
 BACKENDS = (
     "auto",
@@ -16,19 +16,6 @@ BACKENDS = (
     "tensorrt",
     "tensorrt-rtx",
 )  # what may run the graphs of a bundle
-
-
-N_VIEWS = (1, 2, 4)  # sets of views that there are; eight are no better: docs/results.md
-
-views_option = click.option(
-    "--views",
-    type=click.Choice([str(n) for n in N_VIEWS]),
-    default="1",
-    show_default=True,
-    callback=lambda context, parameter, text: int(text),
-    help="See each tile from so many sides, turned and mirrored, and report what at least half of them find: "
-    "better, for as many times the work.",
-)
 
 
 def read_diameter(

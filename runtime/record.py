@@ -68,7 +68,6 @@ def describe_run(segmenter: Segmenter, asked: Mapping[str, Any]) -> dict[str, An
             "manifest_sha256": asked["model"],
             "files": dict(segmenter.manifest.files),
             "min_score": segmenter.min_score,
-            "views": segmenter.engine.spec.views,
         },
         "engine": segmenter.engine.spec.name,
         "options": dict(asked["options"]),
@@ -76,10 +75,8 @@ def describe_run(segmenter: Segmenter, asked: Mapping[str, Any]) -> dict[str, An
 
 
 def asked_model(segmenter: Segmenter) -> dict[str, Any]:
-    """Return what the objects depend on besides the slide and the options: the model, and how it looks."""
-    views = segmenter.engine.spec.views
-    asked = {"model": model_hash(segmenter.manifest), "min_score": segmenter.min_score}
-    return asked if views == 1 else asked | {"views": views}  # results from before there were views stay
+    """Return what the objects depend on besides the slide and the options."""
+    return {"model": model_hash(segmenter.manifest), "min_score": segmenter.min_score}
 
 
 def measured_px(record: Mapping[str, Any]) -> float | None:

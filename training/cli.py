@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
-from darcnn.runtime.options import read_diameter, views_option
+from darcnn.runtime.options import read_diameter
 
 if TYPE_CHECKING:  # torch is imported inside the commands: --help is quick and works without it
     import torch
@@ -215,7 +215,6 @@ def ablation(recipe: Path, out: Path | None, data: Path | None, resume: bool, de
 )
 @click.option("--pixels", is_flag=True, help="Take the pixels as they are.")
 @click.option("--min-score", type=float, help="Objects below this score do not count.")
-@views_option
 @click.option(
     "--axis",
     type=click.Choice(["auto", "z", "y", "x", "all"]),
@@ -238,7 +237,6 @@ def evaluate(
     diameter: float | Literal["auto"] | None,
     pixels: bool,
     min_score: float | None,
-    views: int,
     axis: AxisOption,
     unlabelled: bool,
     json_path: Path | None,
@@ -259,7 +257,7 @@ def evaluate(
     if unlabelled:
         from darcnn.training import unlabelled as trust
 
-        with open_model(model, min_score=min_score, n_views=views) as segmenter:
+        with open_model(model, min_score=min_score) as segmenter:
             figures = trust.judge_folder(folder, segmenter, mpp=mpp, diameter_px=diameter, pixels=pixels)
         _give(trust.as_table(figures), json_path)
         if csv_path is not None:
@@ -272,13 +270,13 @@ def evaluate(
         if mpp is not None:
             raise UsageError("means nothing to volumes", where="--mpp", fix="pass --diameter, in voxels")
 
-        with open_model(model, min_score=min_score, n_views=views) as segmenter:
+        with open_model(model, min_score=min_score) as segmenter:
             found = evaluate_volumes(folder, segmenter, diameter_px=diameter, pixels=pixels, axis=axis)
         table, singly, of = as_rows(found), by_volume(found), "volume"
     else:
         from darcnn.training import evaluate as images
 
-        with open_model(model, min_score=min_score, n_views=views) as segmenter:
+        with open_model(model, min_score=min_score) as segmenter:
 
             def segment(reader: Any) -> Any:
                 return segmenter(reader, mpp=mpp, diameter_px=diameter, pixels=pixels)

@@ -134,7 +134,6 @@ class RefineStage:
     max_objects: int = 300  # pseudo-labels an image keeps, best first
     max_diameters: float | None = None  # what is larger than so many nominal diameters is no pseudo-label
     scales: tuple[float, ...] = (1.0,)  # the images are labelled at each of these scales, results merged
-    views: int = 1  # labels are what half of so many views find, turned and mirrored: 1, 2 or 4
     # whether objects are brighter or darker than what surrounds them; findings of the other polarity are
     # dropped. "one": all are alike, and the findings say which; "any": both occur
     polarity: Literal["any", "one", "bright", "dark"] = "any"

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from darcnn.runtime.options import N_VIEWS
 from darcnn.training.model.presets import PRESETS, is_detectron2_file
 
 if TYPE_CHECKING:
@@ -36,9 +35,6 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "no target images", "give at least one [[target.sets]]"
     if not refine.scales or min(refine.scales) <= 0:
         yield "refine_stage.scales are not above 0", "use [1.0], say"
-    if refine.views not in N_VIEWS:
-        known = " or ".join(map(str, N_VIEWS))
-        yield f"refine_stage.views = {refine.views} is no set of views", f"use {known}"
     yield from _target_problems(target)
     if recipe.tile_px < 64 or recipe.tile_px % 64:
         yield "tile_px is no multiple of 64", "use 256, say"

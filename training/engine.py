@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
-from darcnn.runtime.engines.views import look_from_sides
 from darcnn.runtime.manifest import FORMAT, Anchors, Limits, Manifest, ModelInput
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.training.config import Target
@@ -35,7 +34,6 @@ class TorchEngine:
             detections=network.target_heads.detections_per_img,
             mask_batch=64,
             mask_px=network.preset.mask_px,
-            keeps_atlas=True,
         )
 
     @property
@@ -153,13 +151,12 @@ def make_segmenter(
     source_branch: bool = False,
     max_diameters: float | None = None,
     found_diameter_px: float | None = None,
-    n_views: int = 1,
 ) -> Segmenter:
     """Return a segmenter that runs `network` with PyTorch.
 
     `source_branch` is for a network that only the source stage trained: it has no target branch yet. What
     is larger than `max_diameters` nominal diameters is not reported. `found_diameter_px` is what the network
-    takes objects of the nominal diameter for. Each tile is seen in `n_views`.
+    takes objects of the nominal diameter for.
     """
     network.eval()
     manifest = make_manifest(
@@ -172,4 +169,4 @@ def make_segmenter(
         found_diameter_px=found_diameter_px,
     )
     engine = TorchEngine(network, tile_px=tile_px, channels=target.channels, source_branch=source_branch)
-    return Segmenter(look_from_sides(engine, n_views, manifest.limits), manifest)
+    return Segmenter(engine, manifest)

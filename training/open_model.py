@@ -17,18 +17,17 @@ def is_checkpoint(model: str) -> bool:
     return (Path(model) / "checkpoint.json").is_file()
 
 
-def open_model(model: str, *, min_score: float | None = None, n_views: int = 1) -> Segmenter:
+def open_model(model: str, *, min_score: float | None = None) -> Segmenter:
     """Return the segmenter of a checkpoint folder, a bundle or the name of a shipped model.
 
     Args:
         model: which.
         min_score: objects below it are not reported; None takes the model's own.
-        n_views: from how many sides each tile is seen, one of `engines.views.N_VIEWS`.
     Raises:
         DarcnnError: there is no such model, or it cannot be read.
     """
     if not is_checkpoint(model):
-        return load(model, min_score=min_score, views=n_views)
+        return load(model, min_score=min_score)
     network, info = load_network(Path(model))
     recipe = info.recipe
     return make_segmenter(
@@ -39,5 +38,4 @@ def open_model(model: str, *, min_score: float | None = None, n_views: int = 1) 
         source_branch=info.stage == "source",
         max_diameters=recipe.export.max_diameters,
         found_diameter_px=recipe.export.found_diameter_px,
-        n_views=n_views,
     )

@@ -32,7 +32,7 @@ OUTPUTS = {"detect": ("boxes", "scores", "atlas", "converged"), "mask": ("masks"
 Signature = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor -> (dtype, shape)
 
 
-def make_spec(bundle: Bundle, name: str, *, keeps_atlas: bool) -> EngineSpec:
+def make_spec(bundle: Bundle, name: str) -> EngineSpec:
     """Return the static sizes of an engine called `name` that runs `bundle`."""
     sizes, limits = bundle.manifest.input, bundle.manifest.limits
     return EngineSpec(
@@ -43,7 +43,6 @@ def make_spec(bundle: Bundle, name: str, *, keeps_atlas: bool) -> EngineSpec:
         detections=limits.detections,
         mask_batch=limits.mask_batch,
         mask_px=limits.mask_px,
-        keeps_atlas=keeps_atlas,
     )
 
 

@@ -98,8 +98,7 @@ class OnnxRuntimeEngine:
             )
         self._sessions: dict[str, Any] = _make_sessions(bundle, device, threads or 0, tell)
         self._provider: str = self._sessions["detect"].get_providers()[0]
-        name = f"onnxruntime {onnxruntime.__version__} {self._provider}"
-        self._spec = make_spec(bundle, name, keeps_atlas=True)
+        self._spec = make_spec(bundle, f"onnxruntime {onnxruntime.__version__} {self._provider}")
 
     @property
     def spec(self) -> EngineSpec:

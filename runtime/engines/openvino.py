@@ -69,8 +69,7 @@ class OpenVinoEngine:
             }
             check_signature(bundle, graph, found)
             self._requests[graph] = model.create_infer_request()
-        name = f"openvino {openvino.__version__.split('-')[0]} {_DEVICE}"
-        self._spec = make_spec(bundle, name, keeps_atlas=True)
+        self._spec = make_spec(bundle, f"openvino {openvino.__version__.split('-')[0]} {_DEVICE}")
 
     @property
     def spec(self) -> EngineSpec:

@@ -22,8 +22,6 @@ class EngineSpec:
     detections: int  # slots per tile
     mask_batch: int  # boxes per `masks`
     mask_px: int  # a mask is mask_px x mask_px
-    keeps_atlas: bool = False  # what masks are made from outlives the next `detect`
-    views: int = 1  # from how many sides each tile is seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,7 @@ class Detections:
 
     `boxes` (B, D, 4) float32, x0 y0 x1 y1 in tile pixels; `scores` (B, D) float32, 0 = empty slot;
     `converged` (B,) bool; `atlas` is the engine's own handle on the features that masks are made from
-    (valid until the engine's next `detect`, unless the engine keeps them: `EngineSpec.keeps_atlas`).
+    (valid until the engine's next `detect`).
     """
 
     boxes: NDArray[np.float32]

@@ -173,7 +173,7 @@ class TensorRtEngine:
         if facts.is_version_compatible:  # such plans bring code along, which is run only if allowed
             self._runtime.engine_host_code_allowed = True
         name = f"{facts.backend} {facts.version} {facts.precision} {gpu_capability()}"
-        self._spec = make_spec(bundle, name, keeps_atlas=False)  # it stays on the GPU, in one place
+        self._spec = make_spec(bundle, name)
         advice = advise_memory(self._spec, "free GPU memory, or choose another --backend")
         try:
             self._load(bundle, compiled, advice)

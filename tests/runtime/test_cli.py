@@ -14,7 +14,6 @@ from PIL import Image
 from darcnn.runtime.batch import HERE
 from darcnn.runtime.cli import main
 from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_oracle_manifest
-from darcnn.runtime.engines.views import look_from_sides
 from darcnn.runtime.errors import BundleError, DeviceError
 from darcnn.runtime.segmenter import Segmenter
 
@@ -26,14 +25,13 @@ def loaded(monkeypatch):
     """Stands in for the loader of bundles; keeps what it was asked for."""
     calls = []
 
-    def load(model, *, device, backend, min_score, views, tell, engine=None):
+    def load(model, *, device, backend, min_score, tell, engine=None):
         assert backend == "auto"
         calls.append((model, device, min_score) if engine is None else (model, engine))
         if model == "broken":
             raise BundleError("is no bundle", where=model, fix="name a .darcnn file")
         engine = OracleEngine(tile_px=64)
-        manifest = make_oracle_manifest(engine, halo_px=16)
-        return Segmenter(look_from_sides(engine, views, manifest.limits), manifest, min_score=min_score)
+        return Segmenter(engine, make_oracle_manifest(engine, halo_px=16), min_score=min_score)
 
     module = types.ModuleType("darcnn.runtime.load")
     module.load = load
@@ -81,17 +79,6 @@ def test_options_reach_the_run(loaded, slides, tmp_path):
     assert {name: record["options"][name] for name in expected} == expected
     assert (record["network"]["channel"], record["model"]["min_score"]) == (0, 0.75)
     assert record["input"]["file"]["name"] == "a.png"
-
-
-def test_more_views_are_another_question(loaded, slides, tmp_path):
-    out = tmp_path / "out"
-    arguments = (slides / "a.png", "--model", "oracle", "--out", out, "--pixels")
-    assert run(*arguments, "--views", 2).exit_code == 0
-    record = json.loads((out / "a" / "run.json").read_text())
-    assert (record["model"]["views"], record["engine"]) == (2, "oracle, 2 views")
-    assert run(*arguments, "--views", 2).exit_code == 0  # done already
-    assert "--overwrite" in run(*arguments).stderr
-    assert run(*arguments, "--views", 3).exit_code == 2
 
 
 def test_one_bad_slide_among_several_is_one_line_and_exit_1(loaded, slides, tmp_path):

@@ -319,7 +319,6 @@ def test_a_number_where_a_list_is_due_is_refused(table: dict[str, Any], path: st
         ("source_stage.steps", -1),
         ("refine_stage.rounds", 0),
         ("refine_stage.max_objects", 70_000),
-        ("refine_stage.views", 3),
         ("refine_stage.min_score", float("nan")),
     ],
 )

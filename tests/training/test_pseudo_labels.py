@@ -182,24 +182,6 @@ def test_each_scale_shows_the_image_at_its_size(
     assert rough[2] > 1.3 * rough[3]
 
 
-def test_each_view_shows_the_image_turned_or_mirrored_and_labels_are_what_half_find(
-    network: Darcnn, script: Script, targets: tuple[Recipe, TargetImages], tmp_path: Path
-) -> None:
-    script.boxes = [(10, 20, 40, 50, 0.9)]
-    script.wanted = lambda tile: len(script.tiles) in (1, 5)  # one view of four
-    with pytest.raises(InputError, match="min_score"):
-        label(network, targets, tmp_path / "labels", views=4)
-    assert len(script.tiles) == 8
-    as_it_is, transposed, *_ = script.tiles
-    assert np.array_equal(as_it_is.swapaxes(0, 1), transposed)
-    script.wanted = lambda tile: len(script.tiles) % 4 == 1 or len(script.tiles) % 4 == 2
-    script.boxes = [(20, 20, 50, 50, 0.9)]  # on the diagonal: the same place in a mirror image
-    script.tiles.clear()
-    found = label(network, targets, tmp_path / "labels", views=4)
-    assert all(one[35, 35] > 0 and one[5, 5] == 0 for one in found.values())
-    assert set(found) == {"first", "second"}
-
-
 def test_labels_are_what_the_segmenter_finds(
     network: Darcnn, data: Path, recipe: Recipe, tmp_path: Path
 ) -> None:

@@ -58,11 +58,7 @@ def label_images(
     as_they_are = recipe.target.with_intensity_done()
     least = stage.doubt_score if keeps_doubt and stage.doubt_score is not None else stage.min_score
     with make_segmenter(
-        network,
-        as_they_are,
-        min_score=least,
-        max_diameters=stage.max_diameters,
-        n_views=stage.views,
+        network, as_they_are, min_score=least, max_diameters=stage.max_diameters
     ) as segmenter:
         found = [
             _find(segmenter, image, recipe.target.nominal_diameter_px, stage)
