@@ -41,7 +41,7 @@ def cases() -> dict[str, tuple[list[list[Section]], dict[str, Any]]]:
         "one section for\none plane only": (merged, {}),
         "a waist": (waist, {}),
         "fewer planes than\na slab joins (3)": (noise, {"min_planes": 3}),
-        "moments of a series:\nthe nearest of the rest": (leaps, {"is_series": True}),
+        "time points of a series:\nthe nearest of the rest": (leaps, {"is_series": True}),
     }
 
 

@@ -1,11 +1,11 @@
-"""Are cells that move joined in time? Discs that walk at random, seen at each moment.
+"""Are cells that move joined in time? Discs that walk at random, seen at each time point.
 
     python benchmarks/series.py
 
-Discs of 20 px walk on 600 x 600 px, no two nearer than 18 px; a step is normal along x and y. Each moment is
-a plane of sections: of every disc, or of 95 % of them and five where there is none. Joined as moments of a
-series, and as planes of a volume, by overlap alone. `found` is the share of the steps of all discs that a
-track holds, `wrong` the share of the steps of all tracks that do not lead from a disc to itself.
+Discs of 20 px walk on 600 x 600 px, no two nearer than 18 px; a step is normal along x and y. Each time point
+is a plane of sections: of every disc, or of 95 % of them and five where there is none. Joined as those
+of a series, and as planes of a volume, by overlap alone. `found` is the share of the steps of all discs that
+a track holds, `wrong` the share of the steps of all tracks that do not lead from a disc to itself.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from darcnn.runtime.volumes.link import link_sections
 from darcnn.runtime.volumes.sections import Section
 
 _SIDE_PX, _RADIUS_PX, _APART_PX = 600, 10, 18
-_MOMENTS = 20
-_SEEN, _FALSE = 0.95, 5  # share of the discs that is seen, and what is seen besides, at each moment
+_FRAMES = 20
+_SEEN, _FALSE = 0.95, 5  # share of the discs that is seen, and what is seen besides, at each time point
 _TRIES = 50  # of a disc to find a place for its next step
 _DISC = np.hypot(*np.mgrid[-_RADIUS_PX : _RADIUS_PX + 1, -_RADIUS_PX : _RADIUS_PX + 1]) <= _RADIUS_PX
 
@@ -55,11 +55,11 @@ def main(seed: int, json_path: Path | None) -> None:
 def _walk(
     rng: np.random.Generator, n_discs: int, step: float, *, seen: float, n_false: int
 ) -> tuple[Planes, dict[tuple[int, int, int], int]]:
-    """Return the sections of each moment, and which disc each is of, by moment, x and y."""
+    """Return the sections of each time point, and which disc each is of, by time point, x and y."""
     places = np.full((n_discs, 2), -_SIDE_PX, np.float64)  # none is there yet
     planes: Planes = []
     owner = {}
-    for t in range(_MOMENTS):
+    for t in range(_FRAMES):
         for disc in rng.permutation(n_discs):
             for _ in range(_TRIES):
                 place = rng.uniform(0, _SIDE_PX, 2) if t == 0 else _step(rng, places[disc], step)
@@ -93,7 +93,7 @@ def _judge(
         discs = [owner.get((one.plane, one.x, one.y), -1) for one in chain]
         right += sum(one == other >= 0 for one, other in pairwise(discs))
         n_steps += len(chain) - 1
-    return right / (n_discs * (_MOMENTS - 1)), (n_steps - right) / max(1, n_steps)
+    return right / (n_discs * (_FRAMES - 1)), (n_steps - right) / max(1, n_steps)
 
 
 if __name__ == "__main__":

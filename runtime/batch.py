@@ -34,7 +34,7 @@ __all__ = ["HERE", "BatchOutcome", "Finders", "SlideRunner", "run_batch", "run_p
 
 _SMALL_PX0 = 4096 * 4096  # pixels of level 0: the rows of a picture of fewer are not worth spreading
 _INSTEAD = {
-    "--roi": "leave it out, or take one plane with --z (one moment of a series with --t)",
+    "--roi": "leave it out, or take one plane with --z (one time point of a series with --t)",
     "--mpp": "pass --voxel-size",
     "--axis": "leave it out",
     "--slab": "leave it out",

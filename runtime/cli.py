@@ -109,7 +109,7 @@ def _read_voxel_size(
 )
 @click.option("--channel", metavar="N|NAME", help="Which of several channels, by number (from 0) or name.")
 @click.option("--z", type=click.IntRange(min=0), help="Only this plane of a volume, from 0.")
-@click.option("--t", type=click.IntRange(min=0), help="Which moment of a series, from 0.")
+@click.option("--t", type=click.IntRange(min=0), help="Which time point of a series, from 0.")
 @click.option(
     "--axis",
     type=click.Choice(["auto", "z", "y", "x", "all"]),

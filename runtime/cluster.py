@@ -279,7 +279,7 @@ def open_cluster(
         scheduler: ... or those of this scheduler ("tcp://host:8786") are used. They must see the slides under
             the same paths and have darcnn installed.
         z: which plane the slides are opened at.
-        t: which moment, likewise.
+        t: which time point, likewise.
     Raises:
         UsageError: no scheduler answers, or it has no workers, or they lack darcnn.
         BundleError, DeviceError: a worker cannot load the model.

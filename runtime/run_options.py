@@ -29,7 +29,7 @@ class RunOptions:
     # raw values that become black and white; None: the model's rule
     window: tuple[float, float] | None = None
     z: int | None = None  # the plane that the reader was opened at; recorded
-    t: int | None = None  # the moment, likewise
+    t: int | None = None  # the time point, likewise
     tissue: bool = True  # leave out glass and empty background
     roi: str | None = None  # where to look: X0,Y0,X1,Y1 in level-0 pixels, or a GeoJSON file
     row_filter: str | None = None  # a condition on the measurements of the objects that are reported

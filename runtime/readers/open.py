@@ -38,7 +38,7 @@ def open_source(
         path: the file; of a slide of several files, the one that opens it (.mrxs, .vms, one .dcm). Of an
             OME-Zarr image the folder, or a URL.
         z: which plane of a stack, from 0; may be left out where there is one only.
-        t: which moment of a series, likewise.
+        t: which time point of a series, likewise.
         mpp: micrometres per pixel of level 0, in place of what the file says.
     Raises:
         InputError: no such file, a folder, empty, no permission, an unknown or damaged format,

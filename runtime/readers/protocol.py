@@ -60,7 +60,7 @@ class Planes:
     n_t: int = 1
 
     def is_series(self, t: int | None) -> bool:
-        """Tell whether these are moments of one plane, of which `t` chooses none: a volume along t."""
+        """Tell whether these are time points of one plane, of which `t` chooses none: a volume along t."""
         return self.n_z == 1 and self.n_t > 1 and t is None
 
 

@@ -95,7 +95,7 @@ def label_attributes(
 
     Args:
         n_levels: of the pyramid.
-        axes: a letter each, in the order of the array; along t every level has all moments.
+        axes: a letter each, in the order of the array; along t every level has all time points.
         steps: length of a pixel along each axis, None where it is unknown.
         unit: of the steps.
         name: of the multiscale image.

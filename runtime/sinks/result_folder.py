@@ -21,14 +21,14 @@ __all__ = [
     "LABELS_FOLDER",
     "LABELS_MRC_FILE",
     "LABELS_TIFF",
-    "MOMENTS_CSV_FILE",
-    "MOMENTS_FILE",
     "OVERVIEW_FILE",
     "POINTS_FILE",
     "RUN_FILE",
     "SCROLL_FILE",
     "STAR_FILE",
     "TABLE_FILE",
+    "TRACKS_CSV_FILE",
+    "TRACKS_FILE",
     "ResultFolder",
     "claim_folder",
     "drop_lock",
@@ -47,11 +47,11 @@ STAR_FILE = "particles.star"  # these and the next of volumes
 POINTS_FILE = "particles.txt"
 SCROLL_FILE = "scroll.gif"
 LABELS_MRC_FILE = "labels.mrc"
-MOMENTS_FILE = "moments.parquet"  # of series
-MOMENTS_CSV_FILE = "moments.csv"
+TRACKS_FILE = "tracks.parquet"  # of series
+TRACKS_CSV_FILE = "tracks.csv"
 _RESULTS = (
     *(TABLE_FILE, GEOJSON_FILE, LABELS_FOLDER, OVERVIEW_FILE, CSV_FILE, LABELS_TIFF),
-    *(STAR_FILE, POINTS_FILE, SCROLL_FILE, LABELS_MRC_FILE, MOMENTS_FILE, MOMENTS_CSV_FILE),
+    *(STAR_FILE, POINTS_FILE, SCROLL_FILE, LABELS_MRC_FILE, TRACKS_FILE, TRACKS_CSV_FILE),
     RUN_FILE,  # last, always
 )
 _PARTS = ".parts"

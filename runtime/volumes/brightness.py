@@ -20,7 +20,7 @@ def measure_brightness(numbered: Numbered, volume: Volume, *, t: int | None) -> 
     Args:
         numbered: the objects, numbered from 1 without a gap.
         volume: open; stays open.
-        t: the moment that it was opened at.
+        t: the time point that it was opened at.
     Returns:
         (N, 1 + C), C the number of `VolumeInfo.several_channels`; NaN where no value is finite.
     Raises:

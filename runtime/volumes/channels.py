@@ -23,7 +23,7 @@ def read_channels(info: VolumeInfo, t: int | None) -> Iterator[NDArray[Any]]:
 
     Args:
         info: of the volume.
-        t: the moment that it was opened at.
+        t: the time point that it was opened at.
     Raises:
         InputError: the file cannot be read any more.
     """

@@ -16,9 +16,9 @@ from darcnn.runtime.sinks.result_folder import (
     CSV_FILE,
     LABELS_FOLDER,
     LABELS_MRC_FILE,
-    MOMENTS_CSV_FILE,
-    MOMENTS_FILE,
     TABLE_FILE,
+    TRACKS_CSV_FILE,
+    TRACKS_FILE,
     hold_folder,
 )
 from darcnn.runtime.sinks.table_csv import write_csv
@@ -47,8 +47,8 @@ def write_formats(folder: Path, path: Location, described: Mapping[str, Any], al
     """
     if "csv" in also:
         write_csv(folder / CSV_FILE, folder / TABLE_FILE)
-        if (folder / MOMENTS_FILE).exists():
-            write_csv(folder / MOMENTS_CSV_FILE, folder / MOMENTS_FILE)
+        if (folder / TRACKS_FILE).exists():
+            write_csv(folder / TRACKS_CSV_FILE, folder / TRACKS_FILE)
     if "labels-mrc" in also:
         _write_label_mrc(folder, path, described)
 
@@ -68,8 +68,8 @@ def add_formats(folder: Path, path: Location, described: Mapping[str, Any], also
 def _files(folder: Path, extra: str) -> Iterator[str]:
     """Yield the names of the files of one format."""
     yield _FILES[extra]
-    if extra == "csv" and (folder / MOMENTS_FILE).exists():
-        yield MOMENTS_CSV_FILE
+    if extra == "csv" and (folder / TRACKS_FILE).exists():
+        yield TRACKS_CSV_FILE
 
 
 def _write_label_mrc(folder: Path, volume: Location, described: Mapping[str, Any]) -> None:

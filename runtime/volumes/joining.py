@@ -53,7 +53,7 @@ def join_sections(views: Sequence[View], parts: Parts, folder: Path) -> tuple[So
         write_solids(path, agree([first, *others]))
     else:
         rows = np.arange(len(first))
-        # slabs have a rule of their own, and of a series a cell may be seen in one moment
+        # slabs have a rule of their own, and of a series a cell may be seen in one time point
         if stack.axis == "z" and stack.n_joined == 1 and not stack.volume.info.is_series:
             rows = _find_deep(first, stack.axis, n_planes=len(stack))
         write_solids(path, (first[int(row)] for row in rows))

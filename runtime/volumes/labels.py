@@ -63,7 +63,7 @@ def write_label_volume(
     """Write the labels as a 3D label pyramid, uint32: a voxel's value is its object's number.
 
     Each level takes every second voxel of the one before (labels cannot be averaged), down to 256 px; of a
-    series it has all moments. Memory does not grow with the number of planes.
+    series it has all time points. Memory does not grow with the number of planes.
 
     Args:
         path: folder to write; must not exist.

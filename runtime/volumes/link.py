@@ -27,7 +27,7 @@ _DEEP = 0.7  # ... and only into objects that are this deep, in shares of their 
 _LONG = 1.5  # a chain deeper than so many widths is a column of several, and is cut at slighter waists
 _WAIST_OF_COLUMN, _DEEP_OF_COLUMN = 0.85, 0.3
 _BRIDGED = 1  # planes in a row on which an object may be missed
-_REACH = 2.0  # diameters that an object of a series moves at most from moment to moment
+_REACH = 2.0  # diameters that an object of a series moves at most from time point to time point
 _ALIKE = 2.0  # ... and its area changes by this factor at most, where nearness alone joins it
 
 
@@ -49,15 +49,15 @@ def link_sections(
        several: there, without slabs, slight waists and flatter pieces will do.
     5. Chains of fewer than `min_planes` sections are left out: even what is one plane thick shows in all
        slabs that hold it, and what shows in fewer is noise.
-    6. Moments of a series: objects move. What no overlap joins is joined to what is left of the moment
-       before: of those alike in area and at most two diameters apart, the ones nearest to each other. Rule 4
-       means nothing there.
+    6. Time points of a series: objects move. What no overlap joins is joined to what is left of the time
+       point before: of those alike in area and at most two diameters apart, the ones nearest to each other.
+       Rule 4 means nothing there.
 
     Args:
         planes: the sections of each plane; three planes are in memory, and the chains that go on.
         min_planes: of a chain.
         plane_px: distance of two planes in pixels of a plane.
-        is_series: the planes are moments, they do not lie one behind the other.
+        is_series: the planes are time points, they do not lie one behind the other.
     """
     linker, depth_px = _Linker(is_series=is_series), None if is_series else plane_px
     for current, after in _pairs(planes):
@@ -139,7 +139,7 @@ def _match_near(ends: list[Section], sections: list[Section], taken: dict[int, i
 
 
 def _is_next(one: Section, other: Section) -> bool:
-    """Tell whether `other` is of the next moment and about as large."""
+    """Tell whether `other` is of the next time point and about as large."""
     areas = one.area_px, other.area_px
     return one.plane == other.plane - 1 and max(areas) <= _ALIKE * min(areas)
 

@@ -28,7 +28,7 @@ def number_solids(
         solids: all that were found, of which no two share a voxel.
         volume: open; stays open.
         row_filter: which of them are reported; None: all.
-        t: the moment that the volume was opened at.
+        t: the time point that the volume was opened at.
     Raises:
         InputError: the file cannot be read any more.
     """

@@ -28,7 +28,7 @@ class VolumeOptions:
     voxel_nm: tuple[float, float, float] | None = None  # z y x, in place of what the file says
     diameter_px: float | Literal["auto"] | None = None  # of a typical object, voxels; auto: estimated
     pixels: bool = False  # take the voxels as they are, whatever their size
-    t: int | None = None  # which moment of a series of volumes
+    t: int | None = None  # which time point of a series of volumes
     channel: int | str | None = None  # number or name
     # raw values that become black and white; None: the model's rule
     window: tuple[float, float] | None = None

@@ -38,13 +38,13 @@ from darcnn.runtime.sinks.atomic import atomic_file, translated
 from darcnn.runtime.sinks.parquet import write_parquet
 from darcnn.runtime.sinks.result_folder import (
     LABELS_FOLDER,
-    MOMENTS_FILE,
     OVERVIEW_FILE,
     POINTS_FILE,
     RUN_FILE,
     SCROLL_FILE,
     STAR_FILE,
     TABLE_FILE,
+    TRACKS_FILE,
     ResultFolder,
     claim_folder,
     make_folder_name,
@@ -61,7 +61,6 @@ from darcnn.runtime.volumes.find import (
 )
 from darcnn.runtime.volumes.joining import join_sections
 from darcnn.runtime.volumes.labels import write_label_volume
-from darcnn.runtime.volumes.moments import measure_moments, moments_schema
 from darcnn.runtime.volumes.numbering import number_solids, table_columns
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import EXTRA_VOLUME_FORMATS, VolumeOptions
@@ -69,6 +68,7 @@ from darcnn.runtime.volumes.overview import write_overview, write_scroll
 from darcnn.runtime.volumes.particles import write_points, write_star
 from darcnn.runtime.volumes.record import VolumeCounts, describe_views, describe_volume
 from darcnn.runtime.volumes.stack import Stack
+from darcnn.runtime.volumes.tracks import measure_tracks, tracks_schema
 from darcnn.runtime.volumes.volume import AXES, Volume
 
 __all__ = ["run_volume"]
@@ -249,7 +249,7 @@ def _check_volume(volume: Volume, chosen: VolumeOptions, model: ModelInput) -> R
         raise UsageError(
             "means nothing to a series along t",
             where="--axis",
-            fix="leave it out, or take one moment with --t",
+            fix="leave it out, or take one time point with --t",
         )
     if chosen.axis not in ("auto", "z") and voxel is not None and not volume.info.is_cubic:
         sides = " x ".join(f"{one:.4g}" for one in voxel)
@@ -306,8 +306,8 @@ def _finish(
     with times.stage("table"), atomic_file(built / TABLE_FILE) as file:
         pq.write_table(table, file, compression="zstd")
     if info.is_series:
-        with times.stage("moments"):
-            write_parquet(built / MOMENTS_FILE, measure_moments(numbered, volume), moments_schema(info))
+        with times.stage("tracks"):
+            write_parquet(built / TRACKS_FILE, measure_tracks(numbered, volume), tracks_schema(info))
     with times.stage("labels"):
         write_label_volume(
             built / LABELS_FOLDER,

@@ -72,8 +72,8 @@ class VolumeCounts:
             )
         if volume.info.is_series:
             warnings.append(
-                "a series along t: an object is what hangs together in time, moments.parquet has each "
-                "moment of it; --t takes one moment"
+                "a series along t: an object is what hangs together in time, tracks.parquet has each "
+                "time point of it; --t takes one time point"
             )
         elif volume.info.voxel_nm is None:
             warnings.append("voxel size unknown: nanometre columns are empty")

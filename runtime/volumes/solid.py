@@ -91,8 +91,8 @@ def touching(one: SolidFile, other: SolidFile) -> tuple[NDArray[np.int64], NDArr
 def solid_of(chain: Chain, *, axis: Axis, n_planes: int, is_series: bool = False) -> Solid:
     """Return the object of a chain of sections across `axis`, of a volume with `n_planes` planes there.
 
-    On a plane where it was missed the object has the pixels that it has on both planes beside; at a moment of
-    a series it has none, for it may have been anywhere.
+    On a plane where it was missed the object has the pixels that it has on both planes beside; at a time
+    point of a series it has none, for it may have been anywhere.
     """
     filled = list(chain if is_series else _without_gaps(chain))
     x0, y0 = min(one.x for one in filled), min(one.y for one in filled)

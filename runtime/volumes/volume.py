@@ -56,7 +56,7 @@ class VolumeInfo:
 
     @property
     def label_steps_nm(self) -> tuple[float, float, float] | None:
-        """Nanometres from label to label along z, y, x; of a series, from moment to moment, 1 of no unit."""
+        """Nanometres from label to label along z, y, x; along time, 1 of no unit."""
         if self.pixel_um is None:
             return self.voxel_nm
         y, x = self.pixel_um
@@ -79,7 +79,7 @@ class VolumeInfo:
             info: facts about one plane; all are alike.
             path: of the file.
             n_planes: along z, or along t of a series.
-            is_series: they are moments.
+            is_series: they are time points.
             section_um: micrometres from plane to plane; None: the file does not say.
             is_rgb: `Volume.read` returns means of red, green and blue.
         """

@@ -177,7 +177,7 @@ def test_a_series_of_planes_is_a_volume_along_t_and_one_moment_is_not(tmp_path: 
     assert not is_volume(path, t=2)
     with open_volume(path, tmp_path) as volume:
         assert volume.info.shape == VALUES.shape
-        assert volume.info.voxel_nm is None  # moments have no distance
+        assert volume.info.voxel_nm is None  # time points have no distance
     with open_volume(path, tmp_path, voxel_nm=(5.0, 400.0, 900.0)) as volume:
         assert volume.info.voxel_nm is None
         assert volume.info.pixel_nm("z") == pytest.approx(600.0)

@@ -294,7 +294,7 @@ def test_a_series_is_told_to_be_one(oracle16: Segmenter, balls: np.ndarray, tmp_
 
 
 def test_a_series_has_a_row_for_each_object_and_moment(oracle16: Segmenter, tmp_path: Path) -> None:
-    """Two cells: one drifts and is away for a moment, one leaps further than it is wide."""
+    """Two cells: one drifts and is away for a time point, one leaps further than it is wide."""
     series = np.zeros((5, 2, 60, 90), np.uint16)
     for t in range(5):
         if t != 2:
@@ -307,7 +307,7 @@ def test_a_series_has_a_row_for_each_object_and_moment(oracle16: Segmenter, tmp_
     folder = run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out", options=options).folder
     objects = pq.read_table(folder / "objects.parquet").to_pandas()
     assert objects.volume_voxels.tolist() == [4 * 64, 5 * 64]
-    table = pq.read_table(folder / "moments.parquet").to_pandas()
+    table = pq.read_table(folder / "tracks.parquet").to_pandas()
     assert table[["id", "t"]].to_numpy().tolist() == [
         [1, 0], [2, 0], [1, 1], [2, 1], [2, 2], [1, 3], [2, 3], [1, 4], [2, 4]
     ]  # fmt: skip
@@ -319,10 +319,10 @@ def test_a_series_has_a_row_for_each_object_and_moment(oracle16: Segmenter, tmp_
     assert not table.truncated.any()
     labels = np.asarray(zarr.open_array(folder / "labels.ome.zarr/0", mode="r")[:])
     assert np.array_equal(labels > 0, series[:, 0] > 0)
-    assert len((folder / "moments.csv").read_text().splitlines()) == 10
-    (folder / "moments.csv").unlink()
+    assert len((folder / "tracks.csv").read_text().splitlines()) == 10
+    (folder / "tracks.csv").unlink()
     run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out", options=options)
-    assert (folder / "moments.csv").exists()
+    assert (folder / "tracks.csv").exists()
     with pytest.raises(UsageError, match="--axis"):
         run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "x", options=replace(options, axis="all"))
 
@@ -336,7 +336,7 @@ def test_values_that_are_not_finite_count_for_nothing_and_a_channel_keeps_its_na
     metadata = {"axes": "TYX", "Channel": {"Name": ["DAPI"]}}
     tifffile.imwrite(tmp_path / "s.ome.tif", series, metadata=metadata)
     folder = run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out").folder
-    table = pq.read_table(folder / "moments.parquet").to_pandas()
+    table = pq.read_table(folder / "tracks.parquet").to_pandas()
     assert table.mean_intensity_DAPI.tolist() == [1.0, 1.0, 1.0]
 
 

@@ -1,4 +1,4 @@
-"""Of a series: where each object lies at each moment, how large and how bright it is there."""
+"""Of a series: where each object lies at each time point, how large and how bright it is there."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from darcnn.runtime.volumes.channels import read_channels
 from darcnn.runtime.volumes.labels import Numbered, draw_slabs, slab_depth
 from darcnn.runtime.volumes.volume import Volume, VolumeInfo
 
-__all__ = ["measure_moments", "moments_schema"]
+__all__ = ["measure_tracks", "tracks_schema"]
 
 
-def moments_schema(info: VolumeInfo) -> pa.Schema:
-    """Return the columns of the table of moments: those of a slide's objects, and `t` behind `id`."""
+def tracks_schema(info: VolumeInfo) -> pa.Schema:
+    """Return the columns of the table of tracks: those of a slide's objects, and `t` behind `id`."""
     return object_schema(_names(info)).insert(1, pa.field("t", pa.int32()))
 
 
-def measure_moments(numbered: Numbered, volume: Volume) -> Iterator[pa.Table]:
-    """Yield a table of `moments_schema` for each moment on which there are objects, in order of time.
+def measure_tracks(numbered: Numbered, volume: Volume) -> Iterator[pa.Table]:
+    """Yield a table of `tracks_schema` for each time point on which there are objects, in order of time.
 
-    `id` is the number of the object; a moment on which an object was missed has no row of it. Lengths are in
-    pixels, and in micrometres where the pixel size is known. `score` is that of the object in all, and
-    `truncated` says that the edge of the image cuts it at this moment.
+    `id` is the number of the object; a time point on which an object was missed has no row of it. Lengths are
+    in pixels, and in micrometres where the pixel size is known. `score` is that of the object in all, and
+    `truncated` says that the edge of the image cuts it at this time point.
 
     Args:
         numbered: the objects of a series, numbered from 1 without a gap.
@@ -40,12 +40,12 @@ def measure_moments(numbered: Numbered, volume: Volume) -> Iterator[pa.Table]:
     """
     info = volume.info
     _, height, width = info.shape
-    schema, names = moments_schema(info), _names(info)
+    schema, names = tracks_schema(info), _names(info)
     mpp = None if info.pixel_um is None else info.pixel_um[::-1]
     scores = numbered.solids.scores[numbered.rows]
     slabs = draw_slabs(numbered, info.shape, slab_depth(info.shape))
-    moments = (labels for slab in slabs for labels in slab)
-    for t, (labels, channels) in enumerate(zip(moments, read_channels(info, None), strict=True)):
+    planes = (labels for slab in slabs for labels in slab)
+    for t, (labels, channels) in enumerate(zip(planes, read_channels(info, None), strict=True)):
         if not labels.any():
             continue
         ids = np.unique(labels)[1:].astype(np.int64)
