@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from colorsys import hsv_to_rgb
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from darcnn.runtime.volumes.labels import Numbered
 from darcnn.runtime.volumes.stack import Stack
 from darcnn.runtime.volumes.volume import AXES, Axis
 
-__all__ = ["write_overview", "write_scroll"]
+__all__ = ["colours_of", "legend", "plane_with_outlines", "shrunk", "write_overview", "write_scroll"]
 
 _SIDE_PX = 1024  # a plane is at most so large, and a small one is enlarged: outlines hide less of it
 _SCROLL_PX = 384
@@ -28,6 +29,7 @@ _CROP_PX = 96
 _CROP_DIAMETERS = 3.0  # side of a crop round an object, in its own largest extent, at least ...
 _MIN_CROP = 24  # ... so many voxels
 _OUTLINE = (190, 255, 40)
+_GOLDEN = (5**0.5 - 1) / 2
 _GAP_PX = 8
 _LINE_PX = 36
 _FONT_PX = 16
@@ -51,8 +53,8 @@ def write_overview(
         OSError: the file cannot be written; nothing is left behind.
     """
     factor = max(1, _SIDE_PX // max(stacks[0].volume.info.shape))
-    planes = [_plane_with_outlines(stack, len(stack) // 2, window, numbered, factor) for stack in stacks]
-    z, y, x = (_shrunk(plane, _SIDE_PX) for plane in planes)
+    planes = [plane_with_outlines(stack, len(stack) // 2, window, numbered, factor) for stack in stacks]
+    z, y, x = (shrunk(plane, _SIDE_PX) for plane in planes)
     y, x = (_stretched(plane, stacks[0].plane_px) for plane in (y, x))
     crops = _best_crops(stacks[0], window, numbered)
     width = max(z.width + _GAP_PX + x.height, len(crops[:12]) * (_CROP_PX + _GAP_PX), 480)
@@ -67,12 +69,16 @@ def write_overview(
         page.paste(crop, (column * (_CROP_PX + _GAP_PX), top + _GAP_PX + row * (_CROP_PX + _GAP_PX)))
     n = len(numbered.rows)
     shape = " x ".join(str(size) for size in stacks[0].volume.info.shape[::-1])
-    words = f"{model_name}   {n:,} object{'' if n == 1 else 's'}   {shape} voxels (x y z)"
-    draw = ImageDraw.Draw(page)
-    font = ImageFont.load_default(size=_FONT_PX)
-    draw.text((_GAP_PX, page.height - _LINE_PX // 2), words, fill="black", font=font, anchor="lm")
+    legend(page, f"{model_name}   {n:,} object{'' if n == 1 else 's'}   {shape} voxels (x y z)")
     with atomic_file(path) as file:
         page.save(file, format="PNG")
+
+
+def legend(page: Image.Image, words: str) -> None:
+    """Write a line of words at the foot of a page."""
+    font = ImageFont.load_default(size=_FONT_PX)
+    place = (_GAP_PX, page.height - _LINE_PX // 2)
+    ImageDraw.Draw(page).text(place, words, fill="black", font=font, anchor="lm")
 
 
 def _stretched(plane: Image.Image, factor: float) -> Image.Image:
@@ -84,12 +90,17 @@ def _stretched(plane: Image.Image, factor: float) -> Image.Image:
 def write_scroll(path: Path, stack: Stack, window: Window, numbered: Numbered) -> None:
     """Write up to 48 planes with outlines, one after another, as an animated GIF.
 
+    In a series each object has a colour of its own, by which it is known again.
+
     Raises:
         InputError: the volume cannot be read.
         OSError: the file cannot be written; nothing is left behind.
     """
+    colours = colours_of(numbered) if stack.volume.info.is_series else None
     frames = [
-        _shrunk(_plane_with_outlines(stack, index, window, numbered, 1), _SCROLL_PX).quantize(32)
+        shrunk(plane_with_outlines(stack, index, window, numbered, 1, colours), _SCROLL_PX).quantize(
+            32 if colours is None else 256
+        )
         for index in spread_evenly(range(len(stack)), _FRAMES)
     ]
     with atomic_file(path) as file:
@@ -98,15 +109,26 @@ def write_scroll(path: Path, stack: Stack, window: Window, numbered: Numbered) -
         )
 
 
-def _plane_with_outlines(
-    stack: Stack, index: int, window: Window, numbered: Numbered, factor: int
+def colours_of(numbered: Numbered) -> NDArray[np.uint8]:
+    """Return a colour for each number, (N + 1, 3): hues a golden section apart, so that neighbours differ."""
+    hues = np.arange(len(numbered.rows) + 1) * _GOLDEN % 1.0
+    return np.array([[round(255 * part) for part in hsv_to_rgb(hue, 0.75, 1.0)] for hue in hues], np.uint8)
+
+
+def plane_with_outlines(
+    stack: Stack,
+    index: int,
+    window: Window,
+    numbered: Numbered,
+    factor: int,
+    colours: NDArray[np.uint8] | None = None,
 ) -> Image.Image:
-    """Return plane `index`, `factor` times as large."""
+    """Return plane `index`, `factor` times as large; outlines in the objects' `colours`, if they have any."""
     grey = apply_window(stack.plane(index), window)
     labels = np.zeros(grey.shape, np.uint32)
     for crop, row, column, number in _sections(stack.axis, index, numbered):
         labels[row : row + crop.shape[0], column : column + crop.shape[1]][crop] = number
-    return _outlined(grey, labels, factor)
+    return _outlined(grey, labels, factor, colours)
 
 
 def _sections(
@@ -123,7 +145,12 @@ def _sections(
         yield crop, row, column, int(numbered.ids[k])
 
 
-def _outlined(grey: NDArray[np.uint8], labels: NDArray[np.uint32], factor: int) -> Image.Image:
+def _outlined(
+    grey: NDArray[np.uint8],
+    labels: NDArray[np.uint32],
+    factor: int,
+    colours: NDArray[np.uint8] | None = None,
+) -> Image.Image:
     """Return the plane, enlarged, with a line of one pixel inside each object's border."""
     large = np.kron(labels, np.ones((factor, factor), np.uint32)) if factor > 1 else labels
     padded = np.pad(large, 1)
@@ -136,11 +163,13 @@ def _outlined(grey: NDArray[np.uint8], labels: NDArray[np.uint32], factor: int) 
         .resize((large.shape[1], large.shape[0]), Image.Resampling.BICUBIC)
         .convert("RGB")
     )
-    picture.paste(_OUTLINE, mask=Image.fromarray(is_border))
+    lines = _OUTLINE if colours is None else Image.fromarray(colours[large])
+    picture.paste(lines, mask=Image.fromarray(is_border))
     return picture
 
 
-def _shrunk(picture: Image.Image, side_px: int) -> Image.Image:
+def shrunk(picture: Image.Image, side_px: int) -> Image.Image:
+    """Return the picture, at most so large."""
     picture.thumbnail((side_px, side_px), Image.Resampling.BOX)
     return picture
 

@@ -60,13 +60,14 @@ from darcnn.runtime.volumes.find import (
     plan_views,
 )
 from darcnn.runtime.volumes.joining import join_sections
-from darcnn.runtime.volumes.labels import write_label_volume
+from darcnn.runtime.volumes.labels import Numbered, write_label_volume
 from darcnn.runtime.volumes.numbering import number_solids, table_columns
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import EXTRA_VOLUME_FORMATS, VolumeOptions
 from darcnn.runtime.volumes.overview import write_overview, write_scroll
 from darcnn.runtime.volumes.particles import write_points, write_star
 from darcnn.runtime.volumes.record import VolumeCounts, describe_views, describe_volume
+from darcnn.runtime.volumes.series_overview import write_series_overview
 from darcnn.runtime.volumes.stack import Stack
 from darcnn.runtime.volumes.tracks import measure_tracks, tracks_schema
 from darcnn.runtime.volumes.volume import AXES, Volume
@@ -305,9 +306,6 @@ def _finish(
         numbered, table = number_solids(solids, volume, row_filter, t=t)
     with times.stage("table"), atomic_file(built / TABLE_FILE) as file:
         pq.write_table(table, file, compression="zstd")
-    if info.is_series:
-        with times.stage("tracks"):
-            write_parquet(built / TRACKS_FILE, measure_tracks(numbered, volume), tracks_schema(info))
     with times.stage("labels"):
         write_label_volume(
             built / LABELS_FOLDER,
@@ -317,13 +315,27 @@ def _finish(
             name=info.name,
             is_series=info.is_series,
         )
-    with times.stage("particles"):
-        write_star(built / STAR_FILE, table, name=info.name, shape=info.shape, voxel_nm=info.voxel_nm)
-        write_points(built / POINTS_FILE, table)
-    with times.stage("overview"):
-        first = views[0].stack
-        stacks = [Stack(volume, axis, first.n_joined, first.sigma_px) for axis in AXES]
-        window = views[0].window
-        write_overview(built / OVERVIEW_FILE, stacks, window, numbered, model_name=model)
-        write_scroll(built / SCROLL_FILE, stacks[0], window, numbered)
+    if info.is_series:
+        _write_series(built, views[0], numbered, model, times)
+    else:
+        with times.stage("particles"):
+            write_star(built / STAR_FILE, table, name=info.name, shape=info.shape, voxel_nm=info.voxel_nm)
+            write_points(built / POINTS_FILE, table)
+        with times.stage("overview"):
+            first = views[0].stack
+            stacks = [Stack(volume, axis, first.n_joined, first.sigma_px) for axis in AXES]
+            write_overview(built / OVERVIEW_FILE, stacks, views[0].window, numbered, model_name=model)
+            write_scroll(built / SCROLL_FILE, stacks[0], views[0].window, numbered)
     return VolumeCounts(len(numbered.rows), len(solids), by_axis, sum(len(view.stack) for view in views))
+
+
+def _write_series(built: Path, view: View, numbered: Numbered, model: str, times: StageSeconds) -> None:
+    """Write what only a series along time has."""
+    volume, tracks = view.stack.volume, built / TRACKS_FILE
+    with times.stage("tracks"):
+        write_parquet(tracks, measure_tracks(numbered, volume), tracks_schema(volume.info))
+    with times.stage("overview"):
+        write_series_overview(
+            built / OVERVIEW_FILE, view.stack, view.window, numbered, tracks=tracks, model_name=model
+        )
+        write_scroll(built / SCROLL_FILE, view.stack, view.window, numbered)

@@ -320,6 +320,13 @@ def test_a_series_has_a_row_for_each_object_and_moment(oracle16: Segmenter, tmp_
     labels = np.asarray(zarr.open_array(folder / "labels.ome.zarr/0", mode="r")[:])
     assert np.array_equal(labels > 0, series[:, 0] > 0)
     assert len((folder / "tracks.csv").read_text().splitlines()) == 10
+    assert not (folder / "particles.star").exists()
+    with Image.open(folder / "overview.png") as picture:
+        assert picture.size == (3 * 630 + 2 * 8, 420 + 36)  # three time points, seven times as large
+        last = np.asarray(picture.convert("RGB"))[:420, -630:].astype(int)
+    is_coloured = np.ptp(last, axis=2) > 80
+    assert is_coloured[7 * 44, 7 * 30]  # where the leaping cell has been
+    assert not is_coloured[7 * 30].any()
     (folder / "tracks.csv").unlink()
     run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out", options=options)
     assert (folder / "tracks.csv").exists()

@@ -1,0 +1,75 @@
+"""The picture of a series: its first, middle and last time point, and the ways that objects have gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from darcnn.runtime.intensity import Window
+from darcnn.runtime.sinks.atomic import atomic_file
+from darcnn.runtime.volumes.labels import Numbered
+from darcnn.runtime.volumes.overview import colours_of, legend, plane_with_outlines, shrunk
+from darcnn.runtime.volumes.stack import Stack
+
+__all__ = ["write_series_overview"]
+
+_PANEL_PX = 640
+_GAP_PX = 8
+_LINE_PX = 36
+_PATH_PX = 2  # width of the line of a path
+
+
+def write_series_overview(
+    path: Path, stack: Stack, window: Window, numbered: Numbered, *, tracks: Path, model_name: str
+) -> None:
+    """Write the first, the middle and the last time point with outlines and paths, as PNG.
+
+    Each object has a colour of its own; its path is that of its centroid up to the time point shown.
+
+    Args:
+        path: PNG to write.
+        stack: of the series, along time.
+        window: raw values that become black and white.
+        numbered: the objects.
+        tracks: the table of `measure_tracks`.
+        model_name: for the legend.
+    Raises:
+        InputError: the series cannot be read.
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    n_times, height, width = stack.volume.info.shape
+    factor = max(1, _PANEL_PX // max(height, width))
+    colours = colours_of(numbered)
+    table = pq.read_table(tracks, columns=["id", "t", "x", "y"])
+    rows = np.stack([table[name].to_numpy().astype(np.float64) for name in table.column_names], axis=1)
+    panels = []
+    for t in dict.fromkeys((0, n_times // 2, n_times - 1)):
+        panel = shrunk(plane_with_outlines(stack, t, window, numbered, factor, colours), _PANEL_PX)
+        _draw_paths(panel, rows[rows[:, 1] <= t], panel.width / width, colours)
+        panels.append(panel)
+    across = sum(panel.width + _GAP_PX for panel in panels) - _GAP_PX
+    page = Image.new("RGB", (max(across, 480), panels[0].height + _LINE_PX), "white")
+    for number, panel in enumerate(panels):
+        page.paste(panel, (number * (panel.width + _GAP_PX), 0))
+    n = len(numbered.rows)
+    shown = ", ".join(str(t) for t in dict.fromkeys((0, n_times // 2, n_times - 1)))
+    size = f"{width} x {height} pixels, time points {shown} of {n_times}"
+    legend(page, f"{model_name}   {n:,} object{'' if n == 1 else 's'}   {size}")
+    with atomic_file(path) as file:
+        page.save(file, format="PNG")
+
+
+def _draw_paths(
+    panel: Image.Image, rows: NDArray[np.float64], factor: float, colours: NDArray[np.uint8]
+) -> None:
+    """Draw the path of each object; `rows` (N, 4) are id, t, x and y in pixels of the series."""
+    draw = ImageDraw.Draw(panel)
+    for number in np.unique(rows[:, 0]).astype(int):
+        way = rows[rows[:, 0] == number]
+        points = [tuple(point) for point in (way[np.argsort(way[:, 1]), 2:] * factor).tolist()]
+        if len(points) > 1:
+            draw.line(points, fill=tuple(colours[number].tolist()), width=_PATH_PX)
