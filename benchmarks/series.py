@@ -1,6 +1,7 @@
 """Are cells that move joined in time? Discs that walk at random, seen at each time point.
 
     python benchmarks/series.py
+    python benchmarks/series.py --jump 30
 
 Discs of 20 px walk on 600 x 600 px, no two nearer than 18 px; a step is normal along x and y. Each time point
 is a plane of sections: of every disc, or of 95 % of them and five where there is none. Joined as those
@@ -32,8 +33,9 @@ Planes = list[list[Section]]
 
 @click.command()
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--jump", type=float, default=0.0, help="The whole field moves by this once, half way; pixels.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here as well.")
-def main(seed: int, json_path: Path | None) -> None:
+def main(seed: int, jump: float, json_path: Path | None) -> None:
     """Join discs that walk at random, ever denser and faster."""
     rows = []
     click.echo("discs  step (diameters)  seen  by overlap: found  wrong   as a series: found  wrong")
@@ -41,7 +43,7 @@ def main(seed: int, json_path: Path | None) -> None:
         for step in (0.2, 0.4, 0.6, 0.8):
             for seen, n_false in ((1.0, 0), (_SEEN, _FALSE)):
                 rng = np.random.default_rng(seed)
-                planes, owner = _walk(rng, n_discs, step, seen=seen, n_false=n_false)
+                planes, owner = _walk(rng, n_discs, step, seen=seen, n_false=n_false, jump_px=jump)
                 by_overlap = _judge(planes, owner, n_discs, is_series=False)
                 as_series = _judge(planes, owner, n_discs, is_series=True)
                 row = {"discs": n_discs, "step": step, "seen": seen, "false": n_false}
@@ -53,7 +55,7 @@ def main(seed: int, json_path: Path | None) -> None:
 
 
 def _walk(
-    rng: np.random.Generator, n_discs: int, step: float, *, seen: float, n_false: int
+    rng: np.random.Generator, n_discs: int, step: float, *, seen: float, n_false: int, jump_px: float
 ) -> tuple[Planes, dict[tuple[int, int, int], int]]:
     """Return the sections of each time point, and which disc each is of, by time point, x and y."""
     places = np.full((n_discs, 2), -_SIDE_PX, np.float64)  # none is there yet
@@ -68,7 +70,8 @@ def _walk(
                     break
         is_seen = rng.random(n_discs) < seen
         false = rng.uniform(_RADIUS_PX, _SIDE_PX - _RADIUS_PX, (n_false, 2))
-        corners = (np.concatenate([places, false]).astype(int) - _RADIUS_PX).tolist()
+        aside = jump_px / 2**0.5 if t >= _FRAMES // 2 else 0.0
+        corners = (np.concatenate([places, false]) + aside - _RADIUS_PX).astype(int).tolist()
         found = [Section(t, x, y, _DISC, 0.9, False) for x, y in corners]
         planes.append([*(one for one, is_ in zip(found, is_seen, strict=False) if is_), *found[n_discs:]])
         owner |= {(t, x, y): disc for disc, (x, y) in enumerate(corners[:n_discs])}

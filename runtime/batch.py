@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,16 @@ from darcnn.runtime.sinks.atomic import output_error
 from darcnn.runtime.slide_list import place_results
 from darcnn.runtime.summary import SlideOutcome, write_summary
 from darcnn.runtime.volumes.find import BlockRunner, find_blocks_here
-from darcnn.runtime.volumes.open import is_volume
+from darcnn.runtime.volumes.open import is_series, is_volume
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
 
 __all__ = ["HERE", "BatchOutcome", "Finders", "SlideRunner", "run_batch", "run_picture"]
 
+_NM_PER_UM = 1000.0
 _SMALL_PX0 = 4096 * 4096  # pixels of level 0: the rows of a picture of fewer are not worth spreading
 _INSTEAD = {
+    "--series": "leave it out",
     "--roi": "leave it out, or take one plane with --z (one time point of a series with --t)",
     "--mpp": "pass --voxel-size",
     "--axis": "leave it out",
@@ -184,6 +186,10 @@ def _run_one(
     tell = listener.advance
     try:
         holds_volume = options.z is None and is_volume(path, t=options.t)
+        if holds_volume and options.mpp is not None and _is_series(path, options, volume_options):
+            side_nm = _NM_PER_UM * options.mpp
+            volume_options = replace(volume_options or VolumeOptions(), voxel_nm=(side_nm, side_nm, side_nm))
+            options = replace(options, mpp=None)
         foreign = _find_foreign(options, volume_options, holds_volume=holds_volume)
         if foreign is not None:
             kind = "volume" if holds_volume else "picture"
@@ -204,6 +210,11 @@ def _run_one(
         return err
     except OSError as err:  # what no reader and no sink foresaw
         return output_error(err, Path(err.filename or path))
+
+
+def _is_series(path: Location, options: RunOptions, volume_options: VolumeOptions | None) -> bool:
+    is_told = volume_options is not None and volume_options.series
+    return is_told or is_series(path, t=options.t)
 
 
 def _conclude(
@@ -232,5 +243,6 @@ def _find_foreign(
             "--axis": axis,
             "--slab": volume_options.n_joined,
             "--voxel-size": volume_options.voxel_nm,
+            "--series": volume_options.series or None,
         }
     return next((option for option, value in given.items() if value is not None), None)

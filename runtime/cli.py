@@ -110,6 +110,7 @@ def _read_voxel_size(
 @click.option("--channel", metavar="N|NAME", help="Which of several channels, by number (from 0) or name.")
 @click.option("--z", type=click.IntRange(min=0), help="Only this plane of a volume, from 0.")
 @click.option("--t", type=click.IntRange(min=0), help="Which time point of a series, from 0.")
+@click.option("--series", is_flag=True, help="The planes of a stack are time points, whatever the file says.")
 @click.option(
     "--axis",
     type=click.Choice(["auto", "z", "y", "x", "all"]),
@@ -183,6 +184,7 @@ def main(
     channel: str | None,
     z: int | None,
     t: int | None,
+    series: bool,
     axis: AxisOption,
     slab: int | None,
     voxel_size: tuple[float, float, float] | None,
@@ -225,6 +227,7 @@ def main(
         diameter_px=diameter,
         pixels=pixels,
         t=t,
+        series=series,
         channel=options.channel,
         window=window,
         row_filter=row_filter,

@@ -45,8 +45,9 @@ def asked_options(chosen: RunOptions | VolumeOptions) -> dict[str, Any]:
     (False, (0.0, 9.0))
     """
     asked = {key: value for key, value in asdict(chosen).items() if key not in _NOT_ASKED}
-    if chosen.window is None:  # results from before there was one stay what was asked for
-        del asked["window"]
+    for name in ("window", "series"):  # results from before there were these stay what was asked for
+        if not asked.get(name):
+            asked.pop(name, None)
     return asked
 
 

@@ -118,7 +118,8 @@ def choose_plane(axis: str, asked: int | None, count: int, *, where: Location) -
         return 0
     fix = f"pass --{axis} N with N from 0 to {count - 1}" if count > 1 else f"leave --{axis} out"
     if asked is None:
-        raise InputError(f"holds {count} planes along {axis}", where=where, fix=fix)
+        what = "time points" if axis == "t" else "planes along z"
+        raise InputError(f"holds {count} {what}", where=where, fix=fix)
     if not 0 <= asked < count:
         raise InputError(f"has no plane {asked} along {axis}", where=where, fix=fix)
     return asked

@@ -31,8 +31,8 @@ def read_channels(info: VolumeInfo, t: int | None) -> Iterator[NDArray[Any]]:
     if not info.several_channels:
         yield from (np.zeros((height, width, 0)) for _ in range(n_planes))
     elif not isinstance(info.path, Path) or is_ome_zarr(info.path):
-        yield from read_zarr_channels(info.path, t=t, is_series=info.is_series)
+        yield from read_zarr_channels(info.path, t=t, is_series=info.planes_along == "t")
     else:
-        places = [(None, index) if info.is_series else (index, t) for index in range(n_planes)]
+        places = [(None, index) if info.planes_along == "t" else (index, t) for index in range(n_planes)]
         for reader in read_planes(info.path, places):
             yield reader.read(Region(0, 0, width, height), level=0)

@@ -12,7 +12,7 @@ from darcnn.runtime.parts import Parts
 from darcnn.runtime.volumes.agree import agree
 from darcnn.runtime.volumes.find import View, plan_blocks
 from darcnn.runtime.volumes.link import link_sections
-from darcnn.runtime.volumes.overlaps import cut_overlaps
+from darcnn.runtime.volumes.overlaps import cut_overlaps, cut_sections
 from darcnn.runtime.volumes.sections import Section, read_sections
 from darcnn.runtime.volumes.solid import SolidFile, solid_of, write_solids
 from darcnn.runtime.volumes.volume import AXES, Axis
@@ -31,11 +31,12 @@ def join_sections(views: Sequence[View], parts: Parts, folder: Path) -> tuple[So
         folder: for files.
     """
     found: dict[Axis, SolidFile] = {}
+    is_series = views[0].stack.volume.info.is_series
     for view in views:
         stack, path = view.stack, folder / f"solids-{view.stack.axis}.arrow"
-        planes, is_series = _planes(views, view, parts), stack.volume.info.is_series
+        planes = _planes(views, view, parts)
         chains = link_sections(
-            planes,
+            (cut_sections(plane) for plane in planes) if is_series else planes,
             min_planes=stack.n_joined,
             plane_px=stack.plane_px,
             is_series=is_series,
@@ -47,14 +48,15 @@ def join_sections(views: Sequence[View], parts: Parts, folder: Path) -> tuple[So
         found[stack.axis] = SolidFile(path)
     by_axis = {str(axis): len(solids) for axis, solids in found.items()}
     first, *others = found.values()
+    if is_series:  # its sections share no pixel already, and a cell may be seen at one time point
+        return first, by_axis
     stack = views[0].stack
     path = folder / "chosen.arrow"
     if others:
         write_solids(path, agree([first, *others]))
     else:
         rows = np.arange(len(first))
-        # slabs have a rule of their own, and of a series a cell may be seen in one time point
-        if stack.axis == "z" and stack.n_joined == 1 and not stack.volume.info.is_series:
+        if stack.axis == "z" and stack.n_joined == 1:  # slabs have a rule of their own
             rows = _find_deep(first, stack.axis, n_planes=len(stack))
         write_solids(path, (first[int(row)] for row in rows))
     chosen = SolidFile(path)

@@ -13,7 +13,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from darcnn.runtime.volumes.sections import Section, common_pixels
+from darcnn.runtime.volumes.sections import Section, common_pixels, trimmed
 
 __all__ = ["Chain", "link_sections"]
 
@@ -28,6 +28,9 @@ _LONG = 1.5  # a chain deeper than so many widths is a column of several, and is
 _WAIST_OF_COLUMN, _DEEP_OF_COLUMN = 0.85, 0.3
 _BRIDGED = 1  # planes in a row on which an object may be missed
 _REACH = 2.0  # diameters that an object of a series moves at most from time point to time point
+_FEW = 5  # objects do not tell that the whole field has moved
+_JUMP = 6.0  # diameters that it moves at most
+_SHARED, _CLEARLY = 0.5, 1.5  # of the objects move alike; times as many as stay where they were
 _ALIKE = 2.0  # ... and its area changes by this factor at most, where nearness alone joins it
 
 
@@ -88,6 +91,8 @@ class _Linker:
         """Take the next plane; return the chains that have ended before it."""
         self._plane += 1
         ends = [chain[-1] for chain in self.active]
+        if self.is_series:
+            ends = _follow_field(ends, current)
         sections = _split_merged(ends, current, after)
         taken = _match(ends, sections)
         if self.is_series:
@@ -138,6 +143,34 @@ def _match_near(ends: list[Section], sections: list[Section], taken: dict[int, i
     return {rows[k]: left[n] for k, n in pairs if of_now[k] == of_before[n] == (k, n)}
 
 
+def _follow_field(ends: list[Section], sections: list[Section]) -> list[Section]:
+    """Return `ends` where they lie if the whole field has moved since: a stage that jumped, a dish moved.
+
+    Each pair of objects of both time points votes for the way between them. The ways of cells that move on
+    their own differ; a jump is what half of them share, and half as many again as stay where they were.
+    """
+    before = [one for one in ends if sections and one.plane == sections[0].plane - 1]
+    n_pairs = min(len(before), len(sections))
+    if n_pairs < _FEW:
+        return ends
+    step = _width([one.area_px for one in sections]) / 3.0
+    points = ([shapely.Point(_centre(one)) for one in part] for part in (before, sections))
+    there, here = points
+    k, n = shapely.STRtree(there).query(here, predicate="dwithin", distance=3.0 * _JUMP * step)
+    ways = shapely.get_coordinates(here)[k] - shapely.get_coordinates(there)[n]  # (P, 2) y x
+    side = 2 * math.ceil(3.0 * _JUMP) + 3
+    cells = np.round(ways / step).astype(np.int64) + side // 2
+    votes = np.zeros((side, side), np.int64)
+    np.add.at(votes, (cells[:, 0], cells[:, 1]), 1)
+    padded = np.pad(votes, 1)
+    around = np.sum([padded[y : y + side, x : x + side] for y in range(3) for x in range(3)], axis=0)
+    best = np.unravel_index(int(np.argmax(around)), around.shape)
+    if around[best] < max(_SHARED * n_pairs, _CLEARLY * around[side // 2, side // 2]):
+        return ends
+    dy, dx = np.round(np.median(ways[(np.abs(cells - best) <= 1).all(axis=1)], axis=0)).astype(int).tolist()
+    return [replace(one, x=one.x + dx, y=one.y + dy) for one in ends]
+
+
 def _is_next(one: Section, other: Section) -> bool:
     """Tell whether `other` is of the next time point and about as large."""
     areas = one.area_px, other.area_px
@@ -177,15 +210,8 @@ def _cut(section: Section, ends: list[Section]) -> list[Section]:
         if own.any():
             mask = np.zeros_like(section.mask)
             mask[ys[own], xs[own]] = True
-            parts.append(_trim(replace(section, mask=mask)))
+            parts.append(trimmed(replace(section, mask=mask)))
     return parts
-
-
-def _trim(section: Section) -> Section:
-    """Return the section without empty borders."""
-    rows, columns = np.flatnonzero(section.mask.any(axis=1)), np.flatnonzero(section.mask.any(axis=0))
-    mask = section.mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return replace(section, x=section.x + int(columns[0]), y=section.y + int(rows[0]), mask=mask)
 
 
 def _centre(section: Section) -> NDArray[np.float64]:

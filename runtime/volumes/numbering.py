@@ -12,6 +12,7 @@ from darcnn.runtime.volumes.brightness import measure_brightness
 from darcnn.runtime.volumes.labels import Numbered
 from darcnn.runtime.volumes.measure import measure_solids, solid_schema
 from darcnn.runtime.volumes.solid import SolidFile
+from darcnn.runtime.volumes.tracks import as_tracks
 from darcnn.runtime.volumes.volume import Volume, VolumeInfo
 
 __all__ = ["number_solids", "table_columns"]
@@ -40,6 +41,8 @@ def number_solids(
     table = _with_column(table, _BRIGHTNESS, first)
     for name, means in zip(_channel_columns(volume.info), others, strict=True):
         table = _with_column(table, name, means)
+    if volume.info.is_series:
+        table = as_tracks(table, volume.info)
     if row_filter is not None:
         keeps = row_filter.keep(table)
         order, table = order[keeps], table.filter(pa.array(keeps))
@@ -57,7 +60,10 @@ def _with_column(table: pa.Table, name: str, values: NDArray[np.float64]) -> pa.
 
 def table_columns(info: VolumeInfo) -> list[str]:
     """Return the names of the columns of the table of a volume's objects."""
-    return [*solid_schema().names, *_channel_columns(info)]
+    empty = solid_schema().empty_table()
+    for name in _channel_columns(info):
+        empty = _with_column(empty, name, np.zeros(0))
+    return list((as_tracks(empty, info) if info.is_series else empty).column_names)
 
 
 def _channel_columns(info: VolumeInfo) -> list[str]:

@@ -28,7 +28,7 @@ from darcnn.runtime.readers.tiff import read_planes, read_section_um
 from darcnn.runtime.volumes.ome_zarr import unpack_zarr
 from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, check_room, in_nanometres
 
-__all__ = ["is_volume", "open_volume"]
+__all__ = ["is_series", "is_volume", "open_volume"]
 
 _MRC = (".mrc", ".rec", ".map", ".st")
 _PACKED = (".gz", ".bz2")
@@ -47,6 +47,17 @@ def is_volume(path: Location, *, t: int | None = None) -> bool:
     return planes.n_z > 1 or planes.is_series(t)
 
 
+def is_series(path: Location, *, t: int | None = None) -> bool:
+    """Tell whether a source holds time points of one plane, of which `t` chooses none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if isinstance(path, Path) and _inner_suffix(path) is not None:
+        return False
+    return count_planes(path).is_series(t)
+
+
 def open_volume(
     path: Location,
     scratch: Path,
@@ -54,6 +65,7 @@ def open_volume(
     t: int | None = None,
     channel: int | str | None = None,
     voxel_nm: tuple[float, float, float] | None = None,
+    series: bool = False,
 ) -> Volume:
     """Open the volume in `path`; a context manager.
 
@@ -64,6 +76,7 @@ def open_volume(
         t: which moment of a series of volumes. A series of single planes is a volume along t.
         channel: which of several channels, number or name.
         voxel_nm: nanometres per voxel along z, y, x, in place of what the file says.
+        series: the planes are time points, whatever the file says.
     Raises:
         InputError: the file is damaged, holds no volume or several, or needs a choice of `t` or `channel`.
         OutputError, OSError: there is no room to unpack it.
@@ -77,9 +90,19 @@ def open_volume(
         volume = _open_nifti(path, scratch, t)
     else:
         volume = _unpack_stack(path, scratch, t, channel)
+    if series and not volume.info.is_series:
+        volume.info = _as_series(volume.info)
     if voxel_nm is not None:
         volume.info = _with_voxel_size(volume.info, voxel_nm)
     return volume
+
+
+def _as_series(info: VolumeInfo) -> VolumeInfo:
+    """Return the facts of planes that are time points, of which the file does not know."""
+    if info.voxel_nm is None:
+        return replace(info, is_series=True)
+    _, y, x = (side / _NM_PER_UM for side in info.voxel_nm)
+    return replace(info, is_series=True, voxel_nm=None, pixel_um=(y, x))
 
 
 def _with_voxel_size(info: VolumeInfo, voxel_nm: tuple[float, float, float]) -> VolumeInfo:

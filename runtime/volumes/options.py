@@ -29,6 +29,7 @@ class VolumeOptions:
     diameter_px: float | Literal["auto"] | None = None  # of a typical object, voxels; auto: estimated
     pixels: bool = False  # take the voxels as they are, whatever their size
     t: int | None = None  # which time point of a series of volumes
+    series: bool = False  # the planes are time points, whatever the file says
     channel: int | str | None = None  # number or name
     # raw values that become black and white; None: the model's rule
     window: tuple[float, float] | None = None

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from darcnn.runtime.volumes.sections import Section, trimmed
 from darcnn.runtime.volumes.solid import Solid, SolidFile, common_box, cropped, touching
 
-__all__ = ["cut_overlaps"]
+__all__ = ["cut_overlaps", "cut_sections"]
 
 _MAX_COVERED = 0.5  # share of its voxels that an object may lose to better ones, as in a plane
 
@@ -39,6 +40,26 @@ def cut_overlaps(solids: SolidFile) -> Iterator[Solid]:
             origin, mask = cropped(solid.origin, rest.mask)
             n_planes = min(solid.n_planes, max(mask.shape))
             yield replace(solid, origin=origin, mask=mask, n_planes=n_planes)
+
+
+def cut_sections(sections: list[Section]) -> list[Section]:
+    """Return the sections of one plane, in their order, without the pixels of better ones: `cut_overlaps`."""
+    if len(sections) < 2:
+        return sections
+    x0, y0 = min(one.x for one in sections), min(one.y for one in sections)
+    width = max(one.x + one.mask.shape[1] for one in sections) - x0
+    height = max(one.y + one.mask.shape[0] for one in sections) - y0
+    taken = np.zeros((height, width), np.bool_)
+    left: dict[int, Section] = {}
+    for row in np.argsort([-one.score for one in sections], kind="stable").tolist():
+        one = sections[row]
+        h, w = one.mask.shape
+        place = taken[one.y - y0 : one.y - y0 + h, one.x - x0 : one.x - x0 + w]
+        mask = one.mask & ~place
+        if np.count_nonzero(mask) >= (1 - _MAX_COVERED) * one.area_px:
+            place |= mask
+            left[row] = trimmed(replace(one, mask=mask))
+    return [left[row] for row in sorted(left)]
 
 
 def _better_neighbours(solids: SolidFile, rank: NDArray[np.int64]) -> dict[int, list[int]]:

@@ -139,9 +139,13 @@ def _sections(
     boxes = numbered.solids.boxes[numbered.rows]
     hits = np.flatnonzero((boxes[:, which] <= index) & (boxes[:, 3 + which] > index))
     for k in hits[np.argsort(numbered.solids.scores[numbered.rows[hits]], kind="stable")]:
-        solid = numbered.solids[int(numbered.rows[k])]
-        crop = np.take(solid.mask, index - solid.origin[which], axis=which)
-        row, column = (start for axis_, start in enumerate(solid.origin) if axis_ != which)
+        origin, rank = boxes[k, :3].tolist(), int(numbered.rows[k])
+        at = index - origin[which]
+        if which == 0:
+            crop = numbered.solids.planes(rank, at, at + 1)[0]
+        else:
+            crop = np.take(numbered.solids[rank].mask, at, axis=which)
+        row, column = (start for axis_, start in enumerate(origin) if axis_ != which)
         yield crop, row, column, int(numbered.ids[k])
 
 

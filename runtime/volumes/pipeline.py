@@ -119,7 +119,12 @@ def run_volume(
         noted = parts.begin(asked)
         with translated(folder), times.stage("open"):
             volume = open_volume(
-                path, claimed.built, t=chosen.t, channel=chosen.channel, voxel_nm=chosen.voxel_nm
+                path,
+                claimed.built,
+                t=chosen.t,
+                channel=chosen.channel,
+                voxel_nm=chosen.voxel_nm,
+                series=chosen.series,
             )
         with volume:
             row_filter = _check_volume(volume, chosen, segmenter.manifest.input)
@@ -246,6 +251,8 @@ def _check_volume(volume: Volume, chosen: VolumeOptions, model: ModelInput) -> R
         )
     if voxel is None and row_filter is not None:
         row_filter.require_known(_NANOMETRES, where=volume.info.path, fix="--voxel-size")
+    if chosen.n_joined is not None and volume.info.is_series:
+        raise UsageError("means nothing to a series along t", where="--slab", fix="leave it out")
     if chosen.axis not in ("auto", "z") and volume.info.is_series:
         raise UsageError(
             "means nothing to a series along t",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from darcnn.runtime.readers.base import suffix_of
 from darcnn.runtime.record import warn_of_unread
 from darcnn.runtime.volumes.find import View
 from darcnn.runtime.volumes.volume import Volume
 
 __all__ = ["VolumeCounts", "describe_views", "describe_volume"]
 
+_OF_SPACE = (".mrc", ".rec", ".map", ".st", ".gz", ".bz2", ".nii", ".nii.gz")  # formats that hold volumes
 _FEW_AGREED = 0.8  # of what a single axis finds; 0.93 on the volumes of our tests, 0.66 at twice their noise
 
 
@@ -26,6 +29,8 @@ def describe_volume(volume: Volume, asked: Mapping[str, Any]) -> dict[str, Any]:
         "voxel_nm_zyx": None if info.voxel_nm is None else list(info.voxel_nm),
         "voxel_source": info.voxel_source,
         "voxel_depth_is_known": info.voxel_nm is not None and info.is_depth_known,
+        "is_series": info.is_series,
+        "pixel_um_yx": None if info.pixel_um is None else list(info.pixel_um),
     }
 
 
@@ -70,14 +75,15 @@ class VolumeCounts:
                 f"two axes agree on {self.n_agreed} objects where one alone finds {most}: "
                 "the volume has much noise, or the model does not fit it"
             )
-        if volume.info.is_series:
-            warnings.append(
-                "a series along t: an object is what hangs together in time, tracks.parquet has each "
-                "time point of it; --t takes one time point"
-            )
-        elif volume.info.voxel_nm is None:
-            warnings.append("voxel size unknown: nanometre columns are empty")
-        elif not volume.info.is_depth_known:
+        info = volume.info
+        if info.is_series and info.pixel_um is None:
+            warnings.append("pixel size unknown: micrometre columns are empty")
+        elif not info.is_series and info.voxel_nm is None:
+            words = "voxel size unknown: nanometre columns are empty"
+            is_microscope = not isinstance(info.path, Path) or suffix_of(info.path) not in _OF_SPACE
+            hint = f"; {info.shape[0]} planes were taken for a volume: if they are time points, pass --series"
+            warnings.append(words + (hint if is_microscope else ""))
+        elif not info.is_series and not info.is_depth_known:
             warnings.append(
                 "the file does not tell how far apart its planes are: as far as pixels, it was assumed; "
                 "--voxel-size Z,Y,X tells it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.instances import Instances
 
-__all__ = ["Section", "common_pixels", "pack_mask", "read_sections", "sections_of", "to_table", "unpack_mask"]
+__all__ = [
+    "Section",
+    "common_pixels",
+    "pack_mask",
+    "read_sections",
+    "sections_of",
+    "to_table",
+    "trimmed",
+    "unpack_mask",
+]
 
 _SCHEMA = pa.schema(
     [
@@ -71,6 +80,13 @@ def common_pixels(one: Section, other: Section) -> NDArray[np.bool_]:
         mine = (slice(y0 - one.y, y1 - one.y), slice(x0 - one.x, x1 - one.x))
         mask[mine] = one.mask[mine] & other.mask[y0 - other.y : y1 - other.y, x0 - other.x : x1 - other.x]
     return mask
+
+
+def trimmed(section: Section) -> Section:
+    """Return the section without empty borders."""
+    rows, columns = np.flatnonzero(section.mask.any(axis=1)), np.flatnonzero(section.mask.any(axis=0))
+    mask = section.mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return replace(section, x=section.x + int(columns[0]), y=section.y + int(rows[0]), mask=mask)
 
 
 def to_table(sections: Sequence[Section]) -> pa.Table:

@@ -43,7 +43,7 @@ class Solid:
     origin: tuple[int, int, int]  # z y x
     mask: NDArray[np.bool_]  # (d, h, w)
     score: float  # mean over the sections
-    truncated: bool  # reaches the edge of the volume, or of a tile
+    truncated: bool  # reaches the edge of the volume (of a series, of its pictures), or of a tile
     n_planes: int  # on which it was found
 
     @property
@@ -107,7 +107,9 @@ def solid_of(chain: Chain, *, axis: Axis, n_planes: int, is_series: bool = False
     which = AXES.index(axis)
     origin = [y0, x0]
     origin.insert(which, first)
-    is_cut = any(one.truncated for one in chain) or first == 0 or filled[-1].plane == n_planes - 1
+    is_cut = any(one.truncated for one in chain)
+    if not is_series:
+        is_cut = is_cut or first == 0 or filled[-1].plane == n_planes - 1
     return Solid(
         origin=(origin[0], origin[1], origin[2]),
         mask=np.ascontiguousarray(np.moveaxis(mask, 0, which)),

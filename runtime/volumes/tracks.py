@@ -17,7 +17,33 @@ from darcnn.runtime.volumes.channels import read_channels
 from darcnn.runtime.volumes.labels import Numbered, draw_slabs, slab_depth
 from darcnn.runtime.volumes.volume import Volume, VolumeInfo
 
-__all__ = ["measure_tracks", "tracks_schema"]
+__all__ = ["as_tracks", "measure_tracks", "tracks_schema"]
+
+
+_SAME = ("id", "score")
+_PLACE = ("y", "x", "bbox_y0", "bbox_x0", "bbox_y1", "bbox_x1")
+_OF_SPACE = ("sphericity", "volume_nm3", "diameter_nm", "major_axis_nm", "middle_axis_nm", "minor_axis_nm")
+
+
+def as_tracks(table: pa.Table, info: VolumeInfo) -> pa.Table:
+    """Return the table of the solids of a series with what is true of objects in time.
+
+    `t_first` and `t_last` are time points, `n_time_points` counts those with the object, `y` and
+    `x` are the mean place of its pixels, `area_px` is its mean area (`area_um2`: null without a pixel size).
+    """
+    n_found = table["n_planes"].to_numpy().astype(np.float64)
+    area = table["volume_voxels"].to_numpy() / np.maximum(n_found, 1.0)
+    um2 = np.full(len(area), np.nan) if info.pixel_um is None else area * float(np.prod(info.pixel_um))
+    columns = {name: table[name] for name in _SAME}
+    columns["t_first"] = table["bbox_z0"]
+    columns["t_last"] = pa.array(table["bbox_z1"].to_numpy() - 1, pa.int32())
+    columns["n_time_points"] = table["n_planes"]
+    columns |= {name: table[name] for name in _PLACE}
+    columns["area_px"] = pa.array(area, pa.float64())
+    columns["area_um2"] = pa.array(um2, pa.float64(), from_pandas=True)
+    gone = {*columns, *_OF_SPACE, "z", "bbox_z0", "bbox_z1", "volume_voxels", "n_planes"}
+    columns |= {name: table[name] for name in table.column_names if name not in gone}
+    return pa.table(columns)
 
 
 def tracks_schema(info: VolumeInfo) -> pa.Schema:

@@ -39,6 +39,7 @@ class VolumeInfo:
     voxel_source: str | None = None
     is_rgb: bool = False  # its values are means of red, green and blue
     is_series: bool = False  # z is time
+    planes_along: Literal["z", "t"] = "z"  # the axis of the file that z is
     pixel_um: tuple[float, float] | None = None  # of a series: micrometres per pixel along y, x
     channel_names: tuple[str, ...] = ()  # where the file knows channels; `Volume.read` returns one
     is_depth_known: bool = True  # else planes are taken to lie as far apart as pixels
@@ -93,6 +94,7 @@ class VolumeInfo:
             None if voxel is None else info.mpp_source,
             is_rgb=is_rgb,
             is_series=is_series,
+            planes_along="t" if is_series else "z",
             pixel_um=info.mpp[::-1] if is_series and info.mpp is not None else None,
             channel_names=() if info.is_rgb else info.channel_names,
             is_depth_known=section_um is not None,

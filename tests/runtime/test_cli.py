@@ -271,6 +271,17 @@ def test_options_that_mean_nothing_to_a_volume_are_refused(loaded, tmp_path, opt
     assert f"{option}: means nothing to" in result.stderr
 
 
+def test_a_series_takes_the_pixel_size_of_a_picture(loaded, tmp_path):
+    planes = np.zeros((3, 64, 64), np.uint8)
+    planes[:, 10:20, 10:20] = 1
+    tifffile.imwrite(tmp_path / "s.tif", planes, photometric="minisblack")
+    arguments = (tmp_path / "s.tif", "--model", "oracle", "--out", tmp_path / "out", "--mpp", 0.5)
+    assert "--voxel-size" in run(*arguments).stderr  # a volume
+    assert run(*arguments, "--series").exit_code == 0
+    record = json.loads((tmp_path / "out" / "s" / "run.json").read_text())
+    assert record["input"]["pixel_um_yx"] == [0.5, 0.5]
+
+
 def test_a_filter_on_what_is_not_known_is_refused(loaded, slides, tmp_path):
     ask = ("--model", "oracle", "--out", tmp_path / "out", "--filter", "area_um2 > 20 and score > 0")
     result = run(slides / "b.png", *ask)

@@ -97,7 +97,7 @@ def test_a_stack_without_a_choice_names_the_option_and_its_range(
     tmp_path: Path, axes: str, option: str
 ) -> None:
     path = write(tmp_path / "a.ome.tif", noise(5, 20, 30), metadata={"axes": axes})
-    with pytest.raises(InputError, match=f"5 planes .*; pass {option} N with N from 0 to 4"):
+    with pytest.raises(InputError, match=f"holds 5 .*; pass {option} N with N from 0 to 4"):
         TiffReader(path)
     for wrong in (-1, 5):
         with pytest.raises(InputError, match=f"no plane {wrong} .* from 0 to 4"):

@@ -101,6 +101,18 @@ def test_a_cell_that_leaps_is_one_track_and_other_cells_are_not_its_continuation
     assert len(list(link_sections(missed, is_series=True))) == 2
 
 
+def test_cells_keep_their_tracks_where_the_stage_jumps() -> None:
+    """Each cell lands where another was: overlap alone gives it that one's track."""
+    rng = np.random.default_rng(1)
+    columns = [(12 * n + int(rng.integers(-2, 3)), int(rng.integers(0, 40))) for n in range(12)]
+    still = [[square(t, x, y) for x, y in columns] for t in range(2)]
+    jumped = [[square(t, x + 12, y + 5) for x, y in columns] for t in range(2, 4)]
+    chains = list(link_sections([*still, *jumped], is_series=True))
+    assert sorted([(one.x, one.y) for one in chain] for chain in chains) == sorted(
+        [(x, y), (x, y), (x + 12, y + 5), (x + 12, y + 5)] for x, y in columns
+    )
+
+
 def test_no_flat_pieces_are_cut_off_unless_planes_lie_far_apart() -> None:
     sides = [4, 8, 9, 8, 4, 8, 9, 8, 4]
     planes = [[square(z, 10 - side // 2, 10 - side // 2, side)] for z, side in enumerate(sides)]

@@ -282,7 +282,9 @@ def test_a_series_is_told_to_be_one(oracle16: Segmenter, balls: np.ndarray, tmp_
     metadata = {"axes": "TYX", "PhysicalSizeX": 0.3, "PhysicalSizeY": 0.3}
     tifffile.imwrite(tmp_path / "s.ome.tif", wide.astype(np.uint16), metadata=metadata)
     summary = run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out")
-    assert any("a series along t" in warning for warning in summary.warnings)
+    assert summary.warnings == ()
+    record = json.loads((summary.folder / "run.json").read_text())
+    assert (record["input"]["is_series"], record["input"]["pixel_um_yx"]) == (True, [0.3, 0.3])
     labels = zarr.open_group(summary.folder / "labels.ome.zarr", mode="r")
     image = labels.attrs["ome"]["multiscales"][0]
     assert [axis["name"] for axis in image["axes"]] == ["t", "y", "x"]
@@ -293,7 +295,7 @@ def test_a_series_is_told_to_be_one(oracle16: Segmenter, balls: np.ndarray, tmp_
     assert labels["1"][:].any()
 
 
-def test_a_series_has_a_row_for_each_object_and_moment(oracle16: Segmenter, tmp_path: Path) -> None:
+def test_a_series_has_a_row_for_each_object_and_time_point(oracle16: Segmenter, tmp_path: Path) -> None:
     """Two cells: one drifts and is away for a time point, one leaps further than it is wide."""
     series = np.zeros((5, 2, 60, 90), np.uint16)
     for t in range(5):
@@ -306,7 +308,10 @@ def test_a_series_has_a_row_for_each_object_and_moment(oracle16: Segmenter, tmp_
     options = VolumeOptions(channel="a", also=("csv",))
     folder = run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out", options=options).folder
     objects = pq.read_table(folder / "objects.parquet").to_pandas()
-    assert objects.volume_voxels.tolist() == [4 * 64, 5 * 64]
+    assert objects[["t_first", "t_last", "n_time_points"]].to_numpy().tolist() == [[0, 4, 4], [0, 4, 5]]
+    assert (objects.area_px.tolist(), objects.area_um2.tolist()) == ([64, 64], [16, 16])
+    assert not objects.truncated.any()
+    assert not {"z", "volume_voxels", "sphericity", "diameter_nm"} & set(objects)
     table = pq.read_table(folder / "tracks.parquet").to_pandas()
     assert table[["id", "t"]].to_numpy().tolist() == [
         [1, 0], [2, 0], [1, 1], [2, 1], [2, 2], [1, 3], [2, 3], [1, 4], [2, 4]
@@ -332,6 +337,26 @@ def test_a_series_has_a_row_for_each_object_and_moment(oracle16: Segmenter, tmp_
     assert (folder / "tracks.csv").exists()
     with pytest.raises(UsageError, match="--axis"):
         run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "x", options=replace(options, axis="all"))
+    with pytest.raises(UsageError, match="--slab"):
+        run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "x", options=replace(options, n_joined=3))
+    large = replace(options, row_filter="area_um2 > 20", overwrite=True)
+    assert run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out", options=large).n_objects == 0
+
+
+def test_planes_without_a_name_are_a_series_when_told(oracle16: Segmenter, tmp_path: Path) -> None:
+    planes = np.zeros((4, 60, 90), np.uint16)
+    for t in range(4):
+        planes[t, 40:48, 4 + 11 * t : 12 + 11 * t] = 2
+    tifffile.imwrite(tmp_path / "s.tif", planes, photometric="minisblack")
+    as_volume = run_volume(oracle16, tmp_path / "s.tif", tmp_path / "out")
+    assert as_volume.n_objects == 4
+    assert any("--series" in warning for warning in as_volume.warnings)
+    options = VolumeOptions(series=True, voxel_nm=(500.0, 500.0, 500.0), overwrite=True)
+    summary = run_volume(oracle16, tmp_path / "s.tif", tmp_path / "out", options=options)
+    assert (summary.n_objects, summary.warnings) == (1, ())
+    table = pq.read_table(summary.folder / "tracks.parquet").to_pandas()
+    assert table.t.tolist() == [0, 1, 2, 3]
+    assert (table.area_um2 == 16.0).all()
 
 
 def test_values_that_are_not_finite_count_for_nothing_and_a_channel_keeps_its_name(
