@@ -27,11 +27,11 @@ _DEEP = 0.7  # ... and only into objects that are this deep, in shares of their 
 _LONG = 1.5  # a chain deeper than so many widths is a column of several, and is cut at slighter waists
 _WAIST_OF_COLUMN, _DEEP_OF_COLUMN = 0.85, 0.3
 _BRIDGED = 1  # planes in a row on which an object may be missed
-_REACH = 2.0  # diameters that an object of a series moves at most from time point to time point
+_REACH = 2.0  # diameters that an object of a series moves at most from time point to time point ...
+_ALIKE = 2.0  # ... and its area changes by this factor at most, where nearness alone joins it
 _FEW = 5  # objects do not tell that the whole field has moved
 _JUMP = 6.0  # diameters that it moves at most
 _SHARED, _CLEARLY = 0.5, 1.5  # of the objects move alike; times as many as stay where they were
-_ALIKE = 2.0  # ... and its area changes by this factor at most, where nearness alone joins it
 
 
 def link_sections(
@@ -54,7 +54,7 @@ def link_sections(
        slabs that hold it, and what shows in fewer is noise.
     6. Time points of a series: objects move. What no overlap joins is joined to what is left of the time
        point before: of those alike in area and at most two diameters apart, the ones nearest to each other.
-       Rule 4 means nothing there.
+       A field that has moved as a whole is first moved back. Rule 4 means nothing there.
 
     Args:
         planes: the sections of each plane; three planes are in memory, and the chains that go on.
@@ -154,8 +154,7 @@ def _follow_field(ends: list[Section], sections: list[Section]) -> list[Section]
     if n_pairs < _FEW:
         return ends
     step = _width([one.area_px for one in sections]) / 3.0
-    points = ([shapely.Point(_centre(one)) for one in part] for part in (before, sections))
-    there, here = points
+    there, here = ([shapely.Point(_centre(one)) for one in part] for part in (before, sections))
     k, n = shapely.STRtree(there).query(here, predicate="dwithin", distance=3.0 * _JUMP * step)
     ways = shapely.get_coordinates(here)[k] - shapely.get_coordinates(there)[n]  # (P, 2) y x
     side = 2 * math.ceil(3.0 * _JUMP) + 3
