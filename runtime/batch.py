@@ -37,7 +37,7 @@ _SMALL_PX0 = 4096 * 4096  # pixels of level 0: the rows of a picture of fewer ar
 _INSTEAD = {
     "--series": "leave it out",
     "--roi": "leave it out, or take one plane with --z (one time point of a series with --t)",
-    "--mpp": "pass --voxel-size",
+    "--mpp": "pass --voxel-size, with its unit: 0.5um or 1,0.5,0.5um (z y x)",
     "--axis": "leave it out",
     "--slab": "leave it out",
     "--voxel-size": "pass --mpp",

@@ -153,7 +153,7 @@ def _read_voxel_size(
     multiple=True,
     type=click.Choice(tuple(dict.fromkeys((*EXTRA_FORMATS, *EXTRA_VOLUME_FORMATS)))),
     help="Write this format too; repeatable. A finished slide gets it without being done again. "
-    "labels-tiff is for slides, labels-mrc for volumes.",
+    "labels-mrc is for volumes.",
 )
 @click.option(
     "--workers",
@@ -244,7 +244,7 @@ def main(
 
         slides = list_slides(inputs)
         for line in find_unread(inputs):
-            terminal.tell(line)
+            terminal.warn(line)
         if build and engine is not None:
             raise UsageError("goes without --engine", where="--build", fix="pass one of them")
         if build:

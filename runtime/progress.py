@@ -59,6 +59,10 @@ class Terminal:
         if self._shows_progress:
             click.echo(words, err=True)
 
+    def warn(self, words: str) -> None:
+        """Print a line that matters, whoever reads it."""
+        click.echo(words, err=True)
+
     def show_phase(self, phase: str, done: int, total: int) -> None:
         """Draw how far an engine is compiled."""
         self._title = "building"
@@ -129,6 +133,8 @@ class JsonLines:
     def tell(self, words: str) -> None:
         """Say what runs."""
         _print({"event": "note", "text": words})
+
+    warn = tell
 
     def show_phase(self, phase: str, done: int, total: int) -> None:
         """Say how far an engine is compiled."""

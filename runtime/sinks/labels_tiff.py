@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.sinks.atomic import atomic_file
 
-__all__ = ["write_labels_tiff"]
+__all__ = ["write_label_stack", "write_labels_tiff"]
 
 _TILE_PX = 512
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "darcnn:labels")
@@ -55,6 +55,43 @@ def write_labels_tiff(path: Path, labels: Path, *, mpp: tuple[float, float] | No
                 subfiletype=0 if number == 0 else 1,  # 1: a reduced image
                 metadata=metadata if number == 0 else None,
             )
+
+
+def write_label_stack(path: Path, labels: Path, *, axes: str, step_um: Mapping[str, float]) -> None:
+    """Write the labels of a volume or series as an OME-TIFF (BigTIFF) of one page a plane, uint32.
+
+    One slab of planes is in memory at once. Equal labels give equal bytes.
+
+    Args:
+        path: file to write.
+        labels: from `darcnn.runtime.volumes.labels`.
+        axes: "ZYX", or "TYX" of a series.
+        step_um: micrometres from label to label along these axes, as far as they are known.
+    Raises:
+        OSError: the file cannot be written; nothing is left behind.
+    """
+    array = zarr.open_array(labels / "0", mode="r")
+    metadata: dict[str, Any] = {"axes": axes, "UUID": uuid.uuid5(_NAMESPACE, path.parent.name).urn}
+    for axis, step in step_um.items():
+        metadata |= {f"PhysicalSize{axis}": step, f"PhysicalSize{axis}Unit": "\u00b5m"}
+    with (
+        atomic_file(path) as file,
+        tifffile.TiffWriter(file, bigtiff=True, ome=True) as writer,
+    ):
+        writer.write(
+            _planes(array),
+            shape=array.shape,
+            dtype=np.uint32,
+            compression="zlib",
+            photometric="minisblack",
+            metadata=metadata,
+        )
+
+
+def _planes(array: Any) -> Iterator[NDArray[np.uint32]]:
+    depth = array.chunks[0]
+    for start in range(0, array.shape[0], depth):
+        yield from np.asarray(array[start : start + depth])
 
 
 def _tiles(level: Any) -> Iterator[NDArray[np.uint32]]:

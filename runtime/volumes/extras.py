@@ -11,11 +11,13 @@ import zarr
 
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.sinks.atomic import translated
+from darcnn.runtime.sinks.labels_tiff import write_label_stack
 from darcnn.runtime.sinks.parquet import count_objects
 from darcnn.runtime.sinks.result_folder import (
     CSV_FILE,
     LABELS_FOLDER,
     LABELS_MRC_FILE,
+    LABELS_TIFF,
     TABLE_FILE,
     TRACKS_CSV_FILE,
     TRACKS_FILE,
@@ -25,9 +27,10 @@ from darcnn.runtime.sinks.table_csv import write_csv
 
 __all__ = ["add_formats", "write_formats"]
 
-_FILES = {"csv": CSV_FILE, "labels-mrc": LABELS_MRC_FILE}
+_FILES = {"csv": CSV_FILE, "labels-mrc": LABELS_MRC_FILE, "labels-tiff": LABELS_TIFF}
 _MAX_UINT16 = 65535
 _ANGSTROM_PER_NM = 10.0
+_NM_PER_UM = 1000.0
 _GEOMETRY = (
     *("cella", "cellb", "origin", "mapc", "mapr", "maps"),
     *("mx", "my", "mz", "nxstart", "nystart", "nzstart", "ispg"),
@@ -51,6 +54,11 @@ def write_formats(folder: Path, path: Location, described: Mapping[str, Any], al
             write_csv(folder / TRACKS_CSV_FILE, folder / TRACKS_FILE)
     if "labels-mrc" in also:
         _write_label_mrc(folder, path, described)
+    if "labels-tiff" in also:
+        axes = "TYX" if described.get("is_series") else "ZYX"
+        write_label_stack(
+            folder / LABELS_TIFF, folder / LABELS_FOLDER, axes=axes, step_um=_step_um(described)
+        )
 
 
 def add_formats(folder: Path, path: Location, described: Mapping[str, Any], also: Sequence[str]) -> None:
@@ -63,6 +71,15 @@ def add_formats(folder: Path, path: Location, described: Mapping[str, Any], also
     if missing:
         with hold_folder(folder), translated(folder):
             write_formats(folder, path, described, missing)
+
+
+def _step_um(described: Mapping[str, Any]) -> dict[str, float]:
+    """Return micrometres from label to label by axis, as far as they are known."""
+    if described.get("pixel_um_yx") is not None:
+        return dict(zip("YX", described["pixel_um_yx"], strict=True))
+    if described["voxel_nm_zyx"] is None:
+        return {}
+    return dict(zip("ZYX", (side / _NM_PER_UM for side in described["voxel_nm_zyx"]), strict=True))
 
 
 def _files(folder: Path, extra: str) -> Iterator[str]:

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from darcnn.runtime.diameter import is_size_measured
 from darcnn.runtime.errors import InputError, UsageError
-from darcnn.runtime.fit import warn_of_size
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.parts import Parts
@@ -66,7 +64,7 @@ from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import EXTRA_VOLUME_FORMATS, VolumeOptions
 from darcnn.runtime.volumes.overview import write_overview, write_scroll
 from darcnn.runtime.volumes.particles import write_points, write_star
-from darcnn.runtime.volumes.record import VolumeCounts, describe_views, describe_volume
+from darcnn.runtime.volumes.record import VolumeCounts, describe_views, describe_volume, size_warnings
 from darcnn.runtime.volumes.series_overview import write_series_overview
 from darcnn.runtime.volumes.stack import Stack
 from darcnn.runtime.volumes.tracks import measure_tracks, tracks_schema
@@ -110,7 +108,8 @@ def run_volume(
     folder = out_dir / make_folder_name(name)
     check_formats(chosen.also, EXTRA_VOLUME_FORMATS)
     asked = _asked(segmenter, path, chosen)
-    final = {**asked, "filter": chosen.row_filter}
+    final_options = {"filter": chosen.row_filter}
+    final = asked | final_options
     if not chosen.overwrite and (earlier := read_record(folder / RUN_FILE, final)) is not None:
         add_formats(folder, path, earlier["input"], chosen.also)
         return _summarize(name, folder, earlier, start, megavoxels=0.0, was_done=True)
@@ -140,30 +139,24 @@ def run_volume(
                 with times.stage("also"):
                     write_formats(claimed.built, path, described, chosen.also)
             record = {
-                **describe_run(segmenter, final),
+                **describe_run(
+                    segmenter, asked | {"options": {**asked["options"], "filter": chosen.row_filter}}
+                ),
                 "asked_sha256": hash_of(final),
                 "input": described,
                 "network": describe_views(views, diameter),
                 "counts": counts.describe(),
                 "seconds": rounded_seconds(times.seconds),
-                "warnings": [*_size_warnings(segmenter, volume, chosen, diameter), *counts.warnings(volume)],
+                "warnings": [
+                    *size_warnings(segmenter.manifest.input, volume, chosen, diameter),
+                    *counts.warnings(volume),
+                ],
             }
             megavoxels = float(np.prod(volume.info.shape)) / 1e6
         with translated(folder):
             write_record(claimed.built / RUN_FILE, record)
             claimed.commit()
     return _summarize(name, folder, record, start, megavoxels=megavoxels)
-
-
-def _size_warnings(
-    segmenter: Segmenter, volume: Volume, chosen: VolumeOptions, diameter_px: float | None
-) -> list[str]:
-    model, given = segmenter.manifest.input, chosen.diameter_px
-    has_pixel_size = volume.info.pixel_nm(chosen.first_axis) is not None
-    if not is_size_measured(model, given, pixels=chosen.pixels, has_pixel_size=has_pixel_size):
-        return []
-    warning = warn_of_size(model, diameter_px, has_pixel_size=has_pixel_size)
-    return [] if warning is None else [warning]
 
 
 def _plan(

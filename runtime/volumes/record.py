@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from darcnn.runtime.diameter import is_size_measured
+from darcnn.runtime.fit import warn_of_size
+from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.readers.base import suffix_of
 from darcnn.runtime.record import warn_of_unread
 from darcnn.runtime.volumes.find import View
+from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.volume import Volume
 
-__all__ = ["VolumeCounts", "describe_views", "describe_volume"]
+__all__ = ["VolumeCounts", "describe_views", "describe_volume", "size_warnings"]
 
 _OF_SPACE = (".mrc", ".rec", ".map", ".st", ".gz", ".bz2", ".nii", ".nii.gz")  # formats that hold volumes
+_TINY_NM = 2.0
 _FEW_AGREED = 0.8  # of what a single axis finds; 0.93 on the volumes of our tests, 0.66 at twice their noise
 
 
@@ -81,7 +86,8 @@ class VolumeCounts:
         elif not info.is_series and info.voxel_nm is None:
             words = "voxel size unknown: nanometre columns are empty"
             is_microscope = not isinstance(info.path, Path) or suffix_of(info.path) not in _OF_SPACE
-            hint = f"; {info.shape[0]} planes were taken for a volume: if they are time points, pass --series"
+            hint = f"; {info.shape[0]} planes were taken for a volume: --series if they are time points, "
+            hint += "--z takes one if they are channels"
             warnings.append(words + (hint if is_microscope else ""))
         elif not info.is_series and not info.is_depth_known:
             warnings.append(
@@ -89,3 +95,16 @@ class VolumeCounts:
                 "--voxel-size Z,Y,X tells it"
             )
         return tuple(warnings)
+
+
+def size_warnings(
+    model: ModelInput, volume: Volume, chosen: VolumeOptions, diameter_px: float | None
+) -> list[str]:
+    """Return what a user should know of the size given of the voxels, or measured of the objects."""
+    if chosen.voxel_nm is not None and min(chosen.voxel_nm) < _TINY_NM and model.slab is None:
+        return ["voxels smaller than any light microscope sees: --voxel-size without a unit is in nanometres"]
+    has_pixel_size = volume.info.pixel_nm(chosen.first_axis) is not None
+    if not is_size_measured(model, chosen.diameter_px, pixels=chosen.pixels, has_pixel_size=has_pixel_size):
+        return []
+    warning = warn_of_size(model, diameter_px, has_pixel_size=has_pixel_size)
+    return [] if warning is None else [warning]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,8 @@ from darcnn.runtime.volumes.volume import AXES, Axis, Volume
 
 __all__ = ["SAMPLED_PLANES", "Stack", "measure_stack"]
 
+_MOST, _NEARLY_ALL = 25.0, 99.0  # percentiles: the range of a plane
+_FAR, _FEW_FLASHES = 10.0, 0.25
 SAMPLED_PLANES = 16  # of a volume stand for all: neighbours show the same objects
 
 
@@ -89,7 +91,8 @@ def measure_stack(stack: Stack, rule: IntensityRule, *, scale: float) -> Window:
     """Return the one intensity window of all planes; read only if the rule needs statistics.
 
     Up to 16 planes at even steps stand for the volume: percentiles of many slabs are not moved by a bead, a
-    hot voxel or planes without values.
+    hot voxel or planes without values. A few planes that are far brighter as a whole (a reflection, a flash)
+    count for nothing.
 
     Args:
         stack: the planes.
@@ -102,5 +105,26 @@ def measure_stack(stack: Stack, rule: IntensityRule, *, scale: float) -> Window:
         for index in spread_evenly(range(len(stack)), SAMPLED_PLANES):
             with ArrayReader(stack.plane(index)) as reader:
                 parts.append(sample_slide(reader, scale=scale, channels=1))
-        sample = join_samples(parts)
+        sample = join_samples(_without_flashes(parts))
     return measure_window(rule, sample)
+
+
+def _without_flashes(parts: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Return the samples of planes without the few that as a whole are far brighter than a typical one.
+
+    Far: by ten times the range of the values in either. What shows objects has a range of its own, and planes
+    without any are not typical.
+    """
+    finite = [part[np.isfinite(part)] for part in parts]
+    low, high = (
+        np.array([np.percentile(values, at) if values.size else 0.0 for values in finite])
+        for at in (_MOST, _NEARLY_ALL)
+    )
+    span, has_span = high - low, high > low
+    if not has_span.any():
+        return list(parts)
+    typical, usual = np.median(high[has_span]), np.median(span[has_span])
+    is_flash = low - typical > _FAR * np.maximum(span, usual)
+    if is_flash.mean() > _FEW_FLASHES:
+        return list(parts)
+    return [part for part, one in zip(parts, is_flash, strict=True) if not one]

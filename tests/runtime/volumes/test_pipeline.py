@@ -20,7 +20,7 @@ from PIL import Image
 import darcnn.runtime
 from darcnn.runtime.engines.oracle import OracleEngine, make_oracle_manifest
 from darcnn.runtime.errors import InputError, OutputError, UsageError
-from darcnn.runtime.intensity import IntensityRule
+from darcnn.runtime.intensity import IntensityRule, Window
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.slab import Slab
 from darcnn.runtime.volumes import find
@@ -28,6 +28,8 @@ from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
 from darcnn.runtime.volumes.record import VolumeCounts
+from darcnn.runtime.volumes.stack import Stack, measure_stack
+from darcnn.runtime.volumes.volume import Axis, Stored, Volume, VolumeInfo
 
 pytest.importorskip("mrcfile", reason="volumes need the extra volumes")
 starfile = pytest.importorskip("starfile", reason="volumes need the extra volumes")
@@ -195,8 +197,8 @@ def test_formats_are_added_to_a_finished_result(oracle16: Segmenter, mrc_file: P
     lines = (folder / "objects.csv").read_text().splitlines()
     assert len(lines) == whole.n_objects + 1
     assert "sphericity" in lines[0]
-    with pytest.raises(UsageError, match="no format labels-tiff"):
-        run_volume(oracle16, mrc_file, tmp_path / "out", options=VolumeOptions(also=("labels-tiff",)))
+    with pytest.raises(UsageError, match="no format geojson"):
+        run_volume(oracle16, mrc_file, tmp_path / "out", options=VolumeOptions(also=("geojson",)))
 
 
 def test_a_filter_on_nanometres_needs_a_voxel_size(
@@ -341,6 +343,49 @@ def test_a_series_has_a_row_for_each_object_and_time_point(oracle16: Segmenter, 
         run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "x", options=replace(options, n_joined=3))
     large = replace(options, row_filter="area_um2 > 20", overwrite=True)
     assert run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out", options=large).n_objects == 0
+
+
+def test_labels_of_stacks_and_series_as_tiff(oracle16: Segmenter, balls: np.ndarray, tmp_path: Path) -> None:
+    for axes, order in (("ZYX", "ZYX"), ("TYX", "TYX")):
+        metadata = {"axes": axes, "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "PhysicalSizeZ": 2.0}
+        tifffile.imwrite(tmp_path / f"{axes}.ome.tif", balls.astype(np.uint16), metadata=metadata)
+        options = VolumeOptions(also=("labels-tiff",), axis="z")
+        folder = run_volume(oracle16, tmp_path / f"{axes}.ome.tif", tmp_path / "out", options=options).folder
+        expected = np.asarray(zarr.open_array(folder / "labels.ome.zarr/0", mode="r")[:])
+        with tifffile.TiffFile(folder / "labels.ome.tiff") as tiff:
+            assert tiff.series[0].axes == order
+            assert np.array_equal(tiff.asarray(), expected)
+            assert 'PhysicalSizeX="0.5"' in str(tiff.ome_metadata)
+            assert ('PhysicalSizeZ="2.0"' in str(tiff.ome_metadata)) == (axes == "ZYX")
+
+
+def test_a_flash_does_not_blind_the_whole_stack() -> None:
+    random = np.random.default_rng(0)
+    planes = random.normal(100, 5, (14, 64, 64)).astype(np.float32)
+    planes[:, 20:40, 20:40] += 400
+    rule = IntensityRule("percentile", low=0.5, high=99.8)
+    steady = window_of(planes, rule)
+    assert 480 < steady.high < 540
+    planes[3] += 40_000
+    flashed = window_of(planes, rule)
+    assert abs(flashed.high - steady.high) < 10
+    for empty in (
+        0,
+        random.normal(80, 5, (10, 64, 64)),
+    ):  # what shows objects is no flash
+        hazy = planes.copy()
+        hazy[3] -= 40_000
+        hazy[4:] = empty
+        assert window_of(hazy, rule).high > 450
+
+
+def window_of(planes: np.ndarray, rule: IntensityRule) -> Window:
+    class Planes(Volume):
+        def read(self, axis: Axis, index: int) -> np.ndarray:
+            return planes[index].copy()
+
+    info = VolumeInfo(Path("a"), "a", planes.shape, planes.dtype)
+    return measure_stack(Stack(Planes(info, Stored(Path("a"), planes.dtype)), "z"), rule, scale=1.0)
 
 
 def test_planes_without_a_name_are_a_series_when_told(oracle16: Segmenter, tmp_path: Path) -> None:
