@@ -29,10 +29,10 @@ from darcnn.runtime.volumes.find import BlockRunner, find_blocks_here
 from darcnn.runtime.volumes.open import is_series, is_volume
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
+from darcnn.runtime.volumes.volume import NM_PER_UM
 
 __all__ = ["HERE", "BatchOutcome", "Finders", "SlideRunner", "run_batch", "run_picture"]
 
-_NM_PER_UM = 1000.0
 _SMALL_PX0 = 4096 * 4096  # pixels of level 0: the rows of a picture of fewer are not worth spreading
 _INSTEAD = {
     "--series": "leave it out",
@@ -187,7 +187,7 @@ def _run_one(
     try:
         holds_volume = options.z is None and is_volume(path, t=options.t)
         if holds_volume and options.mpp is not None and _is_series(path, options, volume_options):
-            side_nm = _NM_PER_UM * options.mpp
+            side_nm = NM_PER_UM * options.mpp
             volume_options = replace(volume_options or VolumeOptions(), voxel_nm=(side_nm, side_nm, side_nm))
             options = replace(options, mpp=None)
         foreign = _find_foreign(options, volume_options, holds_volume=holds_volume)

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from darcnn.runtime.load import load
 from darcnn.runtime.segmenter import Segmenter
-from darcnn.training.checkpoint import load_network
-from darcnn.training.engine import make_segmenter
 
 __all__ = ["is_checkpoint", "open_model"]
 
@@ -28,6 +26,9 @@ def open_model(model: str, *, min_score: float | None = None) -> Segmenter:
     """
     if not is_checkpoint(model):
         return load(model, min_score=min_score)
+    from darcnn.training.checkpoint import load_network  # here: a bundle needs no torch
+    from darcnn.training.engine import make_segmenter
+
     network, info = load_network(Path(model))
     recipe = info.recipe
     return make_segmenter(

@@ -35,10 +35,7 @@ def write_labels_tiff(path: Path, labels: Path, *, mpp: tuple[float, float] | No
     """
     group = zarr.open_group(labels, mode="r")
     levels: list[Any] = [group[key] for key in sorted(group.array_keys(), key=int)]
-    metadata: dict[str, Any] = {"axes": "YX", "Name": name, "UUID": uuid.uuid5(_NAMESPACE, name).urn}
-    if mpp is not None:
-        for axis, step in zip("XY", mpp, strict=True):
-            metadata |= {f"PhysicalSize{axis}": step, f"PhysicalSize{axis}Unit": "\u00b5m"}
+    metadata = _ome("YX", name, {} if mpp is None else dict(zip("XY", mpp, strict=True)))
     with (
         atomic_file(path) as file,
         tifffile.TiffWriter(file, bigtiff=True, ome=True) as writer,
@@ -57,7 +54,9 @@ def write_labels_tiff(path: Path, labels: Path, *, mpp: tuple[float, float] | No
             )
 
 
-def write_label_stack(path: Path, labels: Path, *, axes: str, step_um: Mapping[str, float]) -> None:
+def write_label_stack(
+    path: Path, labels: Path, *, axes: str, step_um: Mapping[str, float], name: str
+) -> None:
     """Write the labels of a volume or series as an OME-TIFF (BigTIFF) of one page a plane, uint32.
 
     One slab of planes is in memory at once. Equal labels give equal bytes.
@@ -67,13 +66,11 @@ def write_label_stack(path: Path, labels: Path, *, axes: str, step_um: Mapping[s
         labels: from `darcnn.runtime.volumes.labels`.
         axes: "ZYX", or "TYX" of a series.
         step_um: micrometres from label to label along these axes, as far as they are known.
+        name: of the volume.
     Raises:
         OSError: the file cannot be written; nothing is left behind.
     """
     array = zarr.open_array(labels / "0", mode="r")
-    metadata: dict[str, Any] = {"axes": axes, "UUID": uuid.uuid5(_NAMESPACE, path.parent.name).urn}
-    for axis, step in step_um.items():
-        metadata |= {f"PhysicalSize{axis}": step, f"PhysicalSize{axis}Unit": "\u00b5m"}
     with (
         atomic_file(path) as file,
         tifffile.TiffWriter(file, bigtiff=True, ome=True) as writer,
@@ -84,8 +81,16 @@ def write_label_stack(path: Path, labels: Path, *, axes: str, step_um: Mapping[s
             dtype=np.uint32,
             compression="zlib",
             photometric="minisblack",
-            metadata=metadata,
+            metadata=_ome(axes, name, step_um),
         )
+
+
+def _ome(axes: str, name: str, step_um: Mapping[str, float]) -> dict[str, Any]:
+    """Return what OME-XML says of the labels; the same name gives the same UUID."""
+    metadata: dict[str, Any] = {"axes": axes, "Name": name, "UUID": uuid.uuid5(_NAMESPACE, name).urn}
+    for axis, step in step_um.items():
+        metadata |= {f"PhysicalSize{axis}": step, f"PhysicalSize{axis}Unit": "\u00b5m"}
+    return metadata
 
 
 def _planes(array: Any) -> Iterator[NDArray[np.uint32]]:

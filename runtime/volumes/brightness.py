@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.volumes.channels import read_channels
-from darcnn.runtime.volumes.labels import Numbered, draw_slabs, slab_depth
+from darcnn.runtime.volumes.labels import Numbered, draw_planes
 from darcnn.runtime.volumes.volume import Volume
 
 __all__ = ["measure_brightness"]
@@ -31,9 +31,8 @@ def measure_brightness(numbered: Numbered, volume: Volume, *, t: int | None) -> 
     if not n:
         return np.zeros((0, shape[1]))
     sums, counts = np.zeros(shape), np.zeros(shape)
-    slabs = draw_slabs(numbered, info.shape, slab_depth(info.shape))
-    labels_of_planes = (labels for slab in slabs for labels in slab)
-    for index, (labels, channels) in enumerate(zip(labels_of_planes, read_channels(info, t), strict=True)):
+    planes = zip(draw_planes(numbered, info.shape), read_channels(info, t), strict=True)
+    for index, (labels, channels) in enumerate(planes):
         inside = labels > 0
         if not inside.any():
             continue

@@ -24,13 +24,13 @@ from darcnn.runtime.sinks.result_folder import (
     hold_folder,
 )
 from darcnn.runtime.sinks.table_csv import write_csv
+from darcnn.runtime.volumes.volume import NM_PER_UM
 
 __all__ = ["add_formats", "write_formats"]
 
 _FILES = {"csv": CSV_FILE, "labels-mrc": LABELS_MRC_FILE, "labels-tiff": LABELS_TIFF}
 _MAX_UINT16 = 65535
 _ANGSTROM_PER_NM = 10.0
-_NM_PER_UM = 1000.0
 _GEOMETRY = (
     *("cella", "cellb", "origin", "mapc", "mapr", "maps"),
     *("mx", "my", "mz", "nxstart", "nystart", "nzstart", "ispg"),
@@ -57,7 +57,11 @@ def write_formats(folder: Path, path: Location, described: Mapping[str, Any], al
     if "labels-tiff" in also:
         axes = "TYX" if described.get("is_series") else "ZYX"
         write_label_stack(
-            folder / LABELS_TIFF, folder / LABELS_FOLDER, axes=axes, step_um=_step_um(described)
+            folder / LABELS_TIFF,
+            folder / LABELS_FOLDER,
+            axes=axes,
+            step_um=_step_um(described),
+            name=described["name"],
         )
 
 
@@ -79,7 +83,7 @@ def _step_um(described: Mapping[str, Any]) -> dict[str, float]:
         return dict(zip("YX", described["pixel_um_yx"], strict=True))
     if described["voxel_nm_zyx"] is None:
         return {}
-    return dict(zip("ZYX", (side / _NM_PER_UM for side in described["voxel_nm_zyx"]), strict=True))
+    return dict(zip("ZYX", (side / NM_PER_UM for side in described["voxel_nm_zyx"]), strict=True))
 
 
 def _files(folder: Path, extra: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ from darcnn.runtime.sinks.atomic import atomic_folder
 from darcnn.runtime.sinks.ome_zarr import label_attributes
 from darcnn.runtime.volumes.solid import SolidFile
 
-__all__ = ["Numbered", "draw_slabs", "slab_depth", "write_label_volume"]
+__all__ = ["Numbered", "draw_planes", "write_label_volume"]
 
 _CHUNK = (16, 256, 256)  # what a viewer fetches, z y x
 _SHARD_PX = 2048  # side of what is one file
@@ -33,7 +33,7 @@ class Numbered:
     ids: NDArray[np.int64]
 
 
-def draw_slabs(numbered: Numbered, shape: tuple[int, int, int], depth: int) -> Iterator[NDArray[np.uint32]]:
+def _draw_slabs(numbered: Numbered, shape: tuple[int, int, int], depth: int) -> Iterator[NDArray[np.uint32]]:
     """Yield the labels of `depth` planes at a time along z, (d, H, W), 0 where there is nothing.
 
     Where objects overlap, the higher score is on top, and of equal scores the lower number.
@@ -49,6 +49,12 @@ def draw_slabs(numbered: Numbered, shape: tuple[int, int, int], depth: int) -> I
             mask = numbered.solids.planes(int(numbered.rows[k]), low - z0, high - z0)
             labels[low - start : high - start, y0:y1, x0:x1][mask] = numbered.ids[k]
         yield labels
+
+
+def draw_planes(numbered: Numbered, shape: tuple[int, int, int]) -> Iterator[NDArray[np.uint32]]:
+    """Yield the labels of each plane along z, (H, W), as `write_label_volume` writes them."""
+    for labels in _draw_slabs(numbered, shape, _slab_depth(shape)):
+        yield from labels
 
 
 def write_label_volume(
@@ -78,7 +84,7 @@ def write_label_volume(
     n_levels = 1
     while max(shape[1:]) >> (n_levels - 1) > _SMALLEST_PX:
         n_levels += 1
-    depth, axes = slab_depth(shape), "tyx" if is_series else "zyx"
+    depth, axes = _slab_depth(shape), "tyx" if is_series else "zyx"
     with atomic_folder(path) as folder:
         group = zarr.create_group(
             store=zarr.storage.LocalStore(folder),
@@ -92,14 +98,14 @@ def write_label_volume(
             for level, step in enumerate(steps)
         ]
         start = 0
-        for labels in draw_slabs(numbered, shape, depth):
+        for labels in _draw_slabs(numbered, shape, depth):
             if labels.any():  # what is not written is 0
                 for array, step in zip(arrays, steps, strict=True):
                     _put(array, labels, start, step)
             start += len(labels)
 
 
-def slab_depth(shape: tuple[int, int, int]) -> int:
+def _slab_depth(shape: tuple[int, int, int]) -> int:
     """Return how many planes are drawn at once, and lie in one chunk: few where they are large."""
     return min(_CHUNK[0], max(1, _SLAB_BYTES // (4 * shape[1] * shape[2])))
 

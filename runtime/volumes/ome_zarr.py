@@ -65,7 +65,7 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
 
 
 def read_zarr_channels(path: Location, *, t: int | None, is_series: bool) -> Iterator[NDArray[Any]]:
-    """Yield all channels of each plane of an OME-Zarr image, (H, W, C); of a series of each moment.
+    """Yield all channels of each plane of an OME-Zarr image, (H, W, C); of a series of each time point.
 
     Raises:
         InputError: it cannot be read any more.

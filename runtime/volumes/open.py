@@ -26,13 +26,14 @@ from darcnn.runtime.readers.open import count_planes
 from darcnn.runtime.readers.protocol import Location, Reader
 from darcnn.runtime.readers.tiff import read_planes, read_section_um
 from darcnn.runtime.volumes.ome_zarr import unpack_zarr
-from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, check_room, in_nanometres
+from darcnn.runtime.volumes.volume import NM_PER_UM, Stored, Volume, VolumeInfo, check_room, in_nanometres
 
-__all__ = ["is_series", "is_volume", "open_volume"]
+__all__ = ["VOLUME_SUFFIXES", "is_series", "is_volume", "open_volume"]
 
 _MRC = (".mrc", ".rec", ".map", ".st")
 _PACKED = (".gz", ".bz2")
-_NM_PER_UM = 1000.0
+_NIFTI = (".nii", ".nii.gz")
+VOLUME_SUFFIXES = (*_MRC, *_PACKED, *_NIFTI)  # of formats that hold volumes and nothing else
 
 
 def is_volume(path: Location, *, t: int | None = None) -> bool:
@@ -73,7 +74,7 @@ def open_volume(
         path: MRC (.mrc, .rec, .map, .st, also packed as .gz or .bz2), NIfTI, a TIFF stack, or OME-Zarr (a
             folder or a URL).
         scratch: a folder that may be written to; what must be unpacked lies there until the volume is closed.
-        t: which moment of a series of volumes. A series of single planes is a volume along t.
+        t: which time point of a series of volumes. A series of single planes is a volume along t.
         channel: which of several channels, number or name.
         voxel_nm: nanometres per voxel along z, y, x, in place of what the file says.
         series: the planes are time points, whatever the file says.
@@ -86,7 +87,7 @@ def open_volume(
     elif (inner := _inner_suffix(path)) is not None or suffix_of(path) in _MRC:
         volume = _open_mrc(path, scratch, is_packed=inner is not None)
         choose_plane("t", t, 1, where=path)
-    elif suffix_of(path) in (".nii", ".nii.gz"):
+    elif suffix_of(path) in _NIFTI:
         volume = _open_nifti(path, scratch, t)
     else:
         volume = _unpack_stack(path, scratch, t, channel)
@@ -99,18 +100,21 @@ def open_volume(
 
 def _as_series(info: VolumeInfo) -> VolumeInfo:
     """Return the facts of planes that are time points, of which the file does not know."""
-    if info.voxel_nm is None:
-        return replace(info, is_series=True)
-    _, y, x = (side / _NM_PER_UM for side in info.voxel_nm)
-    return replace(info, is_series=True, voxel_nm=None, pixel_um=(y, x))
+    pixel_um = None if info.voxel_nm is None else _pixel_um(info.voxel_nm)
+    return replace(info, is_series=True, voxel_nm=None, pixel_um=pixel_um)
 
 
 def _with_voxel_size(info: VolumeInfo, voxel_nm: tuple[float, float, float]) -> VolumeInfo:
-    """Return the facts with the size that the user gave; moments of a series have no distance."""
+    """Return the facts with the size that the user gave; time points have no distance."""
     if info.is_series:
-        _, y, x = (one / _NM_PER_UM for one in voxel_nm)
-        return replace(info, pixel_um=(y, x), voxel_source="--voxel-size")
+        return replace(info, pixel_um=_pixel_um(voxel_nm), voxel_source="--voxel-size")
     return replace(info, voxel_nm=voxel_nm, voxel_source="--voxel-size", is_depth_known=True)
+
+
+def _pixel_um(voxel_nm: tuple[float, float, float]) -> tuple[float, float]:
+    """Return micrometres per pixel along y, x."""
+    _, y, x = (side / NM_PER_UM for side in voxel_nm)
+    return y, x
 
 
 def _inner_suffix(path: Path) -> str | None:

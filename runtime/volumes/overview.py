@@ -18,7 +18,16 @@ from darcnn.runtime.volumes.labels import Numbered
 from darcnn.runtime.volumes.stack import Stack
 from darcnn.runtime.volumes.volume import AXES, Axis
 
-__all__ = ["colours_of", "legend", "plane_with_outlines", "shrunk", "write_overview", "write_scroll"]
+__all__ = [
+    "GAP_PX",
+    "LINE_PX",
+    "colours_of",
+    "legend",
+    "plane_with_outlines",
+    "shrunk",
+    "write_overview",
+    "write_scroll",
+]
 
 _SIDE_PX = 1024  # a plane is at most so large, and a small one is enlarged: outlines hide less of it
 _SCROLL_PX = 384
@@ -30,8 +39,8 @@ _CROP_DIAMETERS = 3.0  # side of a crop round an object, in its own largest exte
 _MIN_CROP = 24  # ... so many voxels
 _OUTLINE = (190, 255, 40)
 _GOLDEN = (5**0.5 - 1) / 2
-_GAP_PX = 8
-_LINE_PX = 36
+GAP_PX = 8
+LINE_PX = 36
 _FONT_PX = 16
 
 
@@ -57,27 +66,28 @@ def write_overview(
     z, y, x = (shrunk(plane, _SIDE_PX) for plane in planes)
     y, x = (_stretched(plane, stacks[0].plane_px) for plane in (y, x))
     crops = _best_crops(stacks[0], window, numbered)
-    width = max(z.width + _GAP_PX + x.height, len(crops[:12]) * (_CROP_PX + _GAP_PX), 480)
-    rows = math.ceil(len(crops) / max(1, (width + _GAP_PX) // (_CROP_PX + _GAP_PX)))
-    top = max(z.height + _GAP_PX + y.height, x.width)
-    page = Image.new("RGB", (width, top + rows * (_CROP_PX + _GAP_PX) + _LINE_PX), "white")
+    width = max(z.width + GAP_PX + x.height, len(crops[:12]) * (_CROP_PX + GAP_PX), 480)
+    rows = math.ceil(len(crops) / max(1, (width + GAP_PX) // (_CROP_PX + GAP_PX)))
+    top = max(z.height + GAP_PX + y.height, x.width)
+    page = Image.new("RGB", (width, top + rows * (_CROP_PX + GAP_PX) + LINE_PX), "white")
     page.paste(z, (0, 0))
-    page.paste(y, (0, z.height + _GAP_PX))  # x to the right as above it
-    page.paste(x.transpose(Image.Transpose.TRANSPOSE), (z.width + _GAP_PX, 0))  # y downwards as beside it
+    page.paste(y, (0, z.height + GAP_PX))  # x to the right as above it
+    page.paste(x.transpose(Image.Transpose.TRANSPOSE), (z.width + GAP_PX, 0))  # y downwards as beside it
     for number, crop in enumerate(crops):
-        row, column = divmod(number, (width + _GAP_PX) // (_CROP_PX + _GAP_PX))
-        page.paste(crop, (column * (_CROP_PX + _GAP_PX), top + _GAP_PX + row * (_CROP_PX + _GAP_PX)))
-    n = len(numbered.rows)
+        row, column = divmod(number, (width + GAP_PX) // (_CROP_PX + GAP_PX))
+        page.paste(crop, (column * (_CROP_PX + GAP_PX), top + GAP_PX + row * (_CROP_PX + GAP_PX)))
     shape = " x ".join(str(size) for size in stacks[0].volume.info.shape[::-1])
-    legend(page, f"{model_name}   {n:,} object{'' if n == 1 else 's'}   {shape} voxels (x y z)")
+    legend(page, model_name, numbered, f"{shape} voxels (x y z)")
     with atomic_file(path) as file:
         page.save(file, format="PNG")
 
 
-def legend(page: Image.Image, words: str) -> None:
-    """Write a line of words at the foot of a page."""
+def legend(page: Image.Image, model_name: str, numbered: Numbered, size: str) -> None:
+    """Write at the foot of a page, in its last `LINE_PX`, what was found on a volume of some size."""
+    n = len(numbered.rows)
+    words = f"{model_name}   {n:,} object{'' if n == 1 else 's'}   {size}"
     font = ImageFont.load_default(size=_FONT_PX)
-    place = (_GAP_PX, page.height - _LINE_PX // 2)
+    place = (GAP_PX, page.height - LINE_PX // 2)
     ImageDraw.Draw(page).text(place, words, fill="black", font=font, anchor="lm")
 
 

@@ -13,12 +13,12 @@ from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.readers.base import suffix_of
 from darcnn.runtime.record import warn_of_unread
 from darcnn.runtime.volumes.find import View
+from darcnn.runtime.volumes.open import VOLUME_SUFFIXES
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.volume import Volume
 
 __all__ = ["VolumeCounts", "describe_views", "describe_volume", "size_warnings"]
 
-_OF_SPACE = (".mrc", ".rec", ".map", ".st", ".gz", ".bz2", ".nii", ".nii.gz")  # formats that hold volumes
 _TINY_NM = 2.0
 _FEW_AGREED = 0.8  # of what a single axis finds; 0.93 on the volumes of our tests, 0.66 at twice their noise
 
@@ -85,7 +85,7 @@ class VolumeCounts:
             warnings.append("pixel size unknown: micrometre columns are empty")
         elif not info.is_series and info.voxel_nm is None:
             words = "voxel size unknown: nanometre columns are empty"
-            is_microscope = not isinstance(info.path, Path) or suffix_of(info.path) not in _OF_SPACE
+            is_microscope = not isinstance(info.path, Path) or suffix_of(info.path) not in VOLUME_SUFFIXES
             hint = f"; {info.shape[0]} planes were taken for a volume: --series if they are time points, "
             hint += "--z takes one if they are channels"
             warnings.append(words + (hint if is_microscope else ""))

@@ -12,14 +12,19 @@ from PIL import Image, ImageDraw
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.sinks.atomic import atomic_file
 from darcnn.runtime.volumes.labels import Numbered
-from darcnn.runtime.volumes.overview import colours_of, legend, plane_with_outlines, shrunk
+from darcnn.runtime.volumes.overview import (
+    GAP_PX,
+    LINE_PX,
+    colours_of,
+    legend,
+    plane_with_outlines,
+    shrunk,
+)
 from darcnn.runtime.volumes.stack import Stack
 
 __all__ = ["write_series_overview"]
 
 _PANEL_PX = 640
-_GAP_PX = 8
-_LINE_PX = 36
 _PATH_PX = 2  # width of the line of a path
 
 
@@ -46,19 +51,18 @@ def write_series_overview(
     colours = colours_of(numbered)
     table = pq.read_table(tracks, columns=["id", "t", "x", "y"])
     rows = np.stack([table[name].to_numpy().astype(np.float64) for name in table.column_names], axis=1)
+    shown = tuple(dict.fromkeys((0, n_times // 2, n_times - 1)))
     panels = []
-    for t in dict.fromkeys((0, n_times // 2, n_times - 1)):
+    for t in shown:
         panel = shrunk(plane_with_outlines(stack, t, window, numbered, factor, colours), _PANEL_PX)
         _draw_paths(panel, rows[rows[:, 1] <= t], panel.width / width, colours)
         panels.append(panel)
-    across = sum(panel.width + _GAP_PX for panel in panels) - _GAP_PX
-    page = Image.new("RGB", (max(across, 480), panels[0].height + _LINE_PX), "white")
+    across = sum(panel.width + GAP_PX for panel in panels) - GAP_PX
+    page = Image.new("RGB", (max(across, 480), panels[0].height + LINE_PX), "white")
     for number, panel in enumerate(panels):
-        page.paste(panel, (number * (panel.width + _GAP_PX), 0))
-    n = len(numbered.rows)
-    shown = ", ".join(str(t) for t in dict.fromkeys((0, n_times // 2, n_times - 1)))
-    size = f"{width} x {height} pixels, time points {shown} of {n_times}"
-    legend(page, f"{model_name}   {n:,} object{'' if n == 1 else 's'}   {size}")
+        page.paste(panel, (number * (panel.width + GAP_PX), 0))
+    times = ", ".join(map(str, shown))
+    legend(page, model_name, numbered, f"{width} x {height} pixels, time points {times} of {n_times}")
     with atomic_file(path) as file:
         page.save(file, format="PNG")
 
@@ -68,8 +72,8 @@ def _draw_paths(
 ) -> None:
     """Draw the path of each object; `rows` (N, 4) are id, t, x and y in pixels of the series."""
     draw = ImageDraw.Draw(panel)
-    for number in np.unique(rows[:, 0]).astype(int):
-        way = rows[rows[:, 0] == number]
-        points = [tuple(point) for point in (way[np.argsort(way[:, 1]), 2:] * factor).tolist()]
-        if len(points) > 1:
-            draw.line(points, fill=tuple(colours[number].tolist()), width=_PATH_PX)
+    ordered = rows[np.lexsort((rows[:, 1], rows[:, 0]))]  # object by object, in time
+    for way in np.split(ordered, 1 + np.flatnonzero(np.diff(ordered[:, 0]))):
+        if len(way) > 1:
+            points = [tuple(point) for point in (way[:, 2:] * factor).tolist()]
+            draw.line(points, fill=tuple(colours[int(way[0, 0])].tolist()), width=_PATH_PX)

@@ -14,11 +14,10 @@ from darcnn.runtime.masks import label_instances
 from darcnn.runtime.measure import measure, object_schema
 from darcnn.runtime.readers.base import make_channel_names
 from darcnn.runtime.volumes.channels import read_channels
-from darcnn.runtime.volumes.labels import Numbered, draw_slabs, slab_depth
+from darcnn.runtime.volumes.labels import Numbered, draw_planes
 from darcnn.runtime.volumes.volume import Volume, VolumeInfo
 
 __all__ = ["as_tracks", "measure_tracks", "tracks_schema"]
-
 
 _SAME = ("id", "score")
 _PLACE = ("y", "x", "bbox_y0", "bbox_x0", "bbox_y1", "bbox_x1")
@@ -69,9 +68,8 @@ def measure_tracks(numbered: Numbered, volume: Volume) -> Iterator[pa.Table]:
     schema, names = tracks_schema(info), _names(info)
     mpp = None if info.pixel_um is None else info.pixel_um[::-1]
     scores = numbered.solids.scores[numbered.rows]
-    slabs = draw_slabs(numbered, info.shape, slab_depth(info.shape))
-    planes = (labels for slab in slabs for labels in slab)
-    for t, (labels, channels) in enumerate(zip(planes, read_channels(info, None), strict=True)):
+    planes = zip(draw_planes(numbered, info.shape), read_channels(info, None), strict=True)
+    for t, (labels, channels) in enumerate(planes):
         if not labels.any():
             continue
         ids = np.unique(labels)[1:].astype(np.int64)

@@ -15,10 +15,20 @@ from darcnn.runtime.closing import Closing
 from darcnn.runtime.errors import InputError, OutputError, ShapeError
 from darcnn.runtime.readers.protocol import Location, SlideInfo
 
-__all__ = ["AXES", "Axis", "Stored", "Volume", "VolumeInfo", "across", "check_room", "in_nanometres"]
+__all__ = [
+    "AXES",
+    "NM_PER_UM",
+    "Axis",
+    "Stored",
+    "Volume",
+    "VolumeInfo",
+    "across",
+    "check_room",
+    "in_nanometres",
+]
 
 Axis = Literal["z", "y", "x"]
-_NM_PER_UM = 1000.0
+NM_PER_UM = 1000.0
 _CUBE = 0.01
 _MAX_PLANE_BYTES = 2**32  # a plane is read as a whole
 AXES: tuple[Axis, ...] = ("z", "y", "x")  # the order of an array's axes
@@ -61,7 +71,7 @@ class VolumeInfo:
         if self.pixel_um is None:
             return self.voxel_nm
         y, x = self.pixel_um
-        return 1.0, _NM_PER_UM * y, _NM_PER_UM * x
+        return 1.0, NM_PER_UM * y, NM_PER_UM * x
 
     @classmethod
     def of_planes(
@@ -109,7 +119,7 @@ class VolumeInfo:
     def pixel_nm(self, axis: Axis) -> float | None:
         """Return the side of a pixel of a plane across `axis`, the geometric mean; None: unknown."""
         if self.pixel_um is not None and axis == "z":
-            return _NM_PER_UM * math.sqrt(math.prod(self.pixel_um))
+            return NM_PER_UM * math.sqrt(math.prod(self.pixel_um))
         if self.voxel_nm is None:
             return None
         return math.sqrt(math.prod(self.voxel_nm[AXES.index(one)] for one in across(axis)))
@@ -129,7 +139,7 @@ def in_nanometres(
         return None
     x, y = mpp
     z = x if section_um is None else section_um
-    return z * _NM_PER_UM, y * _NM_PER_UM, x * _NM_PER_UM
+    return z * NM_PER_UM, y * NM_PER_UM, x * NM_PER_UM
 
 
 def check_room(path: Location, scratch: Path, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> None:

@@ -357,6 +357,10 @@ def test_labels_of_stacks_and_series_as_tiff(oracle16: Segmenter, balls: np.ndar
             assert np.array_equal(tiff.asarray(), expected)
             assert 'PhysicalSizeX="0.5"' in str(tiff.ome_metadata)
             assert ('PhysicalSizeZ="2.0"' in str(tiff.ome_metadata)) == (axes == "ZYX")
+        at_once = (folder / "labels.ome.tiff").read_bytes()
+        (folder / "labels.ome.tiff").unlink()
+        run_volume(oracle16, tmp_path / f"{axes}.ome.tif", tmp_path / "out", options=options)
+        assert (folder / "labels.ome.tiff").read_bytes() == at_once
 
 
 def test_a_flash_does_not_blind_the_whole_stack() -> None:
