@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -17,10 +15,9 @@ from darcnn.export.parity import (
     compare_runtimes,
     compare_with_checkpoint,
     limits_of,
-    verify_bundle,
 )
 from darcnn.export.printing import describe_bundle, parity_record, parity_table, to_json
-from darcnn.runtime.bundle import Bundle, open_bundle, write_bundle
+from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.tensorrt_build import BACKENDS as TENSORRT
 from darcnn.runtime.engines.tensorrt_build import MAX_WORKSPACE_MIB, BuildOptions, build_engine
 from darcnn.runtime.errors import (
@@ -32,7 +29,7 @@ from darcnn.runtime.errors import (
     OutputError,
     UsageError,
 )
-from darcnn.runtime.load import find_bundle
+from darcnn.runtime.load import find_bundle, names_bundle
 from darcnn.runtime.options import BACKENDS
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 
@@ -74,72 +71,50 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", type=_folder)
+@click.argument("source")
 @click.option("--out", required=True, type=_file, help="The bundle to write, NAME.darcnn.")
-@click.option("--name", help="Name of the model; the recipe's by default.")
-@click.option("--tile", type=int, help="Side of a tile, pixels; the recipe's by default.")
-@click.option("--batch", type=int, default=1, show_default=True, help="Tiles per call.")
+@click.option("--name", help="Name of the model; the recipe's by default, or the bundle's.")
+@click.option("--tile", type=int, help="Side of a tile, pixels; the recipe's by default, or the bundle's.")
+@click.option("--batch", type=int, help="Tiles per call; 1 by default, or the bundle's.")
 @click.option("--proposals", type=int, help="Candidates a level, and proposals of a tile; 400 by default.")
 @click.option("--detections", type=int, help="Most objects of a tile; 256 by default.")
+@click.option("--mask-batch", type=int, help="Objects per call of the mask graph; 64 by default.")
 @click.option("--data", type=_folder, help="Images to verify on; the recipe's by default, or in their place.")
 @click.option("--licence", type=_file, help="Text of the model's licence.")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle if it exists.")
 def bundle(
-    checkpoint: Path,
+    source: str,
     out: Path,
     name: str | None,
-    tile: int | None,
-    batch: int,
-    proposals: int | None,
-    detections: int | None,
     data: Path | None,
     licence: Path | None,
     overwrite: bool,
+    **sizes: int | None,
 ) -> None:
-    """Export CHECKPOINT, a folder that darcnn-train wrote, and write the bundle if it agrees with PyTorch.
+    """Export SOURCE, a folder that darcnn-train wrote, and write the bundle if it agrees with PyTorch.
 
-    Of the folder of a whole run, the round that is trusted most on the unlabelled images is taken.
+    Of the folder of a whole run, the round that is trusted most on the unlabelled images is taken. SOURCE
+    may be a bundle too, or the name of a shipped model: the same network with another --tile or --batch.
     """
     _require(*_NEEDS)
-    from darcnn.export.pack import make_licence, make_members, make_training, manifest_of_recipe, options_of
-    from darcnn.export.tiles import images_of, learned_images, measure_mpp, read_tiles
-    from darcnn.training.checkpoint import load_network
-    from darcnn.training.trust import checkpoint_in
+    from darcnn.export.draft import Sizes, draft_of_bundle, draft_of_checkpoint, write_verified
 
     _check_place(out, overwrite)
-    chosen = checkpoint_in(checkpoint)
-    if chosen != checkpoint:
-        click.echo(f"taking the most trusted round, {chosen.name}", err=True)
-    network, info = load_network(chosen)
-    recipe = info.recipe
-    name = name or recipe.name
-    sources = images_of(recipe, data)
-    terms = make_licence(name, recipe.data_licence) if licence is None else _read_text(licence)
-    sizes = {"proposals_per_level": proposals, "proposals": proposals, "detections": detections}
-    given = {size: value for size, value in sizes.items() if value is not None}
-    target = recipe.target
-    if target.mpp is None and not target.finds_diameter:
-        target = replace(target, mpp=measure_mpp(learned_images(recipe, data), target.nominal_diameter_px))
-        if target.mpp is not None:
-            click.echo(f"the images tell the scale: {target.mpp:g} um per network pixel", err=True)
-    recipe = replace(recipe, target=target)
-    tile = recipe.export.tile_px if tile is None else tile
-    manifest = manifest_of_recipe(network, recipe, name, tile, batch=batch, **given)
-    click.echo(f"exporting {name}, stage {info.stage}, step {info.step}", err=True)
-    members = make_members(network, options_of(manifest), make_training(info), terms)
-    with tempfile.TemporaryDirectory() as folder:
-        draft = Path(folder) / "draft.darcnn"
-        write_bundle(draft, manifest, members)
-        opened = open_bundle(draft)
-        parity = verify_bundle(opened, network, read_tiles(sources, opened))
+    wanted = Sizes(tile_px=sizes.pop("tile"), **sizes)
+    terms = None if licence is None else _read_text(licence)
+    if names_bundle(source):
+        draft = draft_of_bundle(find_bundle(source), wanted, name=name, data=data, licence=terms)
+    else:
+        folder = Path(source)
+        draft = draft_of_checkpoint(folder, wanted, name=name, data=data, licence=terms, tell=_tell)
+    parity = write_verified(out, draft)
     click.echo(parity_table(parity), err=True)
     if not parity.agrees:
         raise InputError(
             f"the exported graphs do not agree with PyTorch: {', '.join(parity.complaints)}",
-            where=checkpoint,
+            where=source,
             fix="nothing was written; report this with the checkpoint",
         )
-    write_bundle(out, manifest, members)
     click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 import onnxscript
 import torch
 from onnx import ModelProto, TensorProto, numpy_helper
-from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from darcnn.export.operations import MIN_HALF_ELEMENTS, OPSET, check_graph, store_as_half, strip_notes
 from darcnn.export.static import MAX_TOP_K, AtlasPool, DetectGraph, ExportOptions, MaskGraph
 from darcnn.runtime.errors import InputError
 from darcnn.training.model.network import Darcnn
+from darcnn.training.model.norms import normed_convolutions
 
 __all__ = [
     "DETECT_INPUTS",
@@ -71,7 +70,8 @@ def freeze_network(network: Darcnn) -> Darcnn:
     """
     frozen = copy.deepcopy(network).eval()
     with torch.no_grad():
-        _fold_batch_norms(frozen)
+        for pair in normed_convolutions(frozen):
+            pair.fold()
         for name, parameter in frozen.named_parameters():
             parameter.requires_grad_(False)
             if not _is_stored_as_half(parameter):
@@ -85,23 +85,6 @@ def freeze_network(network: Darcnn) -> Darcnn:
                 )
             parameter.copy_(rounded)
     return frozen
-
-
-def _fold_batch_norms(module: nn.Module) -> None:
-    """Let each convolution do the frozen batch normalisation that follows it."""
-    before: nn.Module | None = None
-    for name, child in list(module.named_children()):
-        if isinstance(child, (FrozenBatchNormAct2d, FrozenBatchNorm2d)) and isinstance(before, nn.Conv2d):
-            scale = child.get_buffer("weight") * (child.get_buffer("running_var") + child.eps).rsqrt()  # (C,)
-            shift = child.get_buffer("bias") - child.get_buffer("running_mean") * scale
-            if before.bias is not None:
-                shift = shift + before.bias * scale
-            before.weight.mul_(scale[:, None, None, None])
-            before.bias = nn.Parameter(shift, requires_grad=False)
-            module.add_module(name, child.act if isinstance(child, FrozenBatchNormAct2d) else nn.Identity())
-        else:
-            _fold_batch_norms(child)
-        before = child
 
 
 def _is_stored_as_half(parameter: Tensor) -> bool:

@@ -10,11 +10,10 @@ from importlib import metadata
 from typing import Any
 
 from darcnn.export.parity import COLUMNS, LIMITS, MAX_UNMATCHED, Parity
-from darcnn.runtime.bundle import Bundle
-from darcnn.runtime.errors import BundleError
+from darcnn.runtime.bundle import Bundle, read_training
 from darcnn.runtime.slab import Slab
 
-__all__ = ["describe_bundle", "parity_record", "parity_table", "read_training", "to_json"]
+__all__ = ["describe_bundle", "parity_record", "parity_table", "to_json"]
 
 _VERSIONS = (
     *("darcnn", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch"),
@@ -91,23 +90,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(part) for part in value]
     return value
-
-
-def read_training(bundle: Bundle) -> dict[str, Any]:
-    """Return what training.json of `bundle` says.
-
-    Raises:
-        BundleError: it is no table in JSON.
-    """
-    try:
-        table = json.loads(bundle.read("training.json"))
-    except (ValueError, RecursionError) as err:
-        raise BundleError(
-            "training.json is not JSON", where=bundle.path, fix="export the model again"
-        ) from err
-    if not isinstance(table, dict):
-        raise BundleError("training.json is not a table", where=bundle.path, fix="export the model again")
-    return table
 
 
 def describe_bundle(bundle: Bundle) -> list[str]:

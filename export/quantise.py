@@ -17,8 +17,8 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from darcnn.export.operations import MIN_HALF_ELEMENTS, QUANTISED_OPS, check_graph, store_as_half, strip_notes
-from darcnn.export.printing import read_training, to_json
-from darcnn.runtime.bundle import MEMBER_CAPS, Bundle, write_bundle
+from darcnn.export.printing import to_json
+from darcnn.runtime.bundle import MEMBER_CAPS, Bundle, read_training, write_bundle
 from darcnn.runtime.errors import UsageError
 
 __all__ = ["quantise", "write_quantised"]

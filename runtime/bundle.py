@@ -26,7 +26,7 @@ from darcnn.runtime.manifest import (
 )
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 
-__all__ = ["MEMBER_CAPS", "Bundle", "open_bundle", "write_bundle"]
+__all__ = ["MEMBER_CAPS", "Bundle", "open_bundle", "read_training", "write_bundle"]
 
 _MIB = 2**20
 
@@ -97,6 +97,23 @@ def open_bundle(path: str | Path) -> Bundle:
     manifest = _parse_manifest(path, members["manifest.json"])
     _check_hashes(path, manifest, members)
     return Bundle(path, hashlib.sha256(content).hexdigest(), manifest, members)
+
+
+def read_training(bundle: Bundle) -> dict[str, Any]:
+    """Return what training.json of `bundle` says.
+
+    Raises:
+        BundleError: it is no table in JSON.
+    """
+    try:
+        table = json.loads(bundle.read("training.json"))
+    except (ValueError, RecursionError) as err:
+        raise BundleError(
+            "training.json is not JSON", where=bundle.path, fix="export the model again"
+        ) from err
+    if not isinstance(table, dict):
+        raise BundleError("training.json is not a table", where=bundle.path, fix="export the model again")
+    return table
 
 
 def write_bundle(path: str | Path, manifest: Manifest, members: Mapping[str, bytes]) -> None:

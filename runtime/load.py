@@ -11,7 +11,7 @@ from darcnn.runtime.engines.choose import open_engine
 from darcnn.runtime.errors import BundleError, UsageError
 from darcnn.runtime.segmenter import Segmenter
 
-__all__ = ["find_bundle", "load", "shipped_models"]
+__all__ = ["find_bundle", "load", "names_bundle", "shipped_models"]
 
 _SUFFIX = ".darcnn"
 
@@ -75,6 +75,11 @@ def find_bundle(name_or_path: str | Path) -> Bundle:
     raise BundleError(
         "no such model", where=path, fix=f"name one that is shipped ({names}) or the path of a .darcnn file"
     )
+
+
+def names_bundle(text: str) -> bool:
+    """Tell whether `text` is the name of a shipped model, or ends as the path of a bundle does."""
+    return text.endswith(_SUFFIX) or text in shipped_models()
 
 
 def shipped_models() -> tuple[str, ...]:

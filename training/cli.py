@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,6 +80,7 @@ def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
 def _open_run(recipe: Path, out: Path | None, data: Path | None, resume: bool, device: str) -> Iterator[Run]:
     """Yield the run that the options describe, joined with the other processes if torchrun started some."""
     from darcnn.training.config import read_recipe
+    from darcnn.training.model.pretrained import licence_of
     from darcnn.training.parallel import processes
     from darcnn.training.stages import Run
 
@@ -86,6 +88,9 @@ def _open_run(recipe: Path, out: Path | None, data: Path | None, resume: bool, d
     folder = data if data is not None else recipe.resolve().parent / content.data
     if not folder.is_dir():
         raise UsageError("no such data folder", where=folder, fix="pass --data with the folder of the images")
+    licence = licence_of(content.preset, content.weights, folder)
+    if licence is not None and licence not in content.data_licence:
+        content = replace(content, data_licence=f"{content.data_licence}; before that: {licence}")
     chosen = _device(device)
     with processes(chosen):
         yield Run(content, folder, out if out is not None else Path("runs") / content.name, resume, chosen)

@@ -179,8 +179,8 @@ class Recipe:
     source_stage: SourceStage = field(default_factory=SourceStage)
     adapt_stage: AdaptStage = field(default_factory=AdaptStage)
     tile_px: int = 256
-    # or "coco", a Mask R-CNN that knows photographs, or a detectron2 checkpoint (.pkl, .pth) relative to the
-    # data folder
+    # or "coco", a Mask R-CNN that knows photographs, the name of a shipped model, or a bundle (.darcnn) or
+    # detectron2 checkpoint (.pkl, .pth) relative to the data folder
     weights: str = "imagenet"
     export: Export = field(default_factory=Export)
     ablation: Ablation | None = None

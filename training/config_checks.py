@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from darcnn.runtime.load import names_bundle, shipped_models
 from darcnn.training.model.presets import PRESETS, is_detectron2_file
 
 if TYPE_CHECKING:
@@ -24,10 +25,12 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield from _source_problems(recipe.source)
     if recipe.preset not in PRESETS:
         yield f"preset = {recipe.preset!r} is unknown", f"use one of {', '.join(PRESETS)}"
-    if recipe.weights not in ("imagenet", "coco") and not is_detectron2_file(recipe.weights):
+    if recipe.weights not in ("imagenet", "coco") and not (
+        is_detectron2_file(recipe.weights) or names_bundle(recipe.weights)
+    ):
         yield (
             f"weights = {recipe.weights!r} is unknown",
-            "use imagenet, coco or the path of a .pkl or .pth",
+            f"use imagenet, coco, {', '.join(shipped_models())} or the path of a .darcnn, .pkl or .pth",
         )
     elif is_detectron2_file(recipe.weights) and recipe.preset != "resnet50":
         yield f"weights = {recipe.weights!r} does not fit preset {recipe.preset}", "use preset resnet50"
@@ -106,6 +109,11 @@ def _start_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield (
             "refine_stage.source_every needs labelled images, and the recipe has no [source]",
             "leave it out",
+        )
+    if recipe.source_stage.steps > 0 and names_bundle(recipe.weights):
+        yield (
+            f"weights = {recipe.weights!r} has been through all stages",
+            "give source_stage.steps = 0, or leave [source_stage] out",
         )
     if recipe.source_stage.steps == 0 and recipe.weights == "imagenet":
         yield (

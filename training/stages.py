@@ -119,7 +119,8 @@ def run_adapt(run: Run, start: Path) -> Darcnn:
     recipe, stage = run.recipe, run.recipe.adapt_stage
     folder = run.folder("adapt")
     network = run.start_from(start)
-    network.start_adaptation()
+    if recipe.source_stage.steps > 0:  # else all parts come from the recipe's weights
+        network.start_adaptation()
     targets = TargetImages(run.data, recipe.target, recipe.seed)
     _match_scales(run, network, targets, folder)
     if stage.steps == 0:
@@ -235,7 +236,8 @@ def run_refine(run: Run, start: Path) -> Darcnn:
 def _decide(run: Run, is_right: Callable[[Decisions], bool]) -> None:
     """Let the size and polarity of the objects be judged before anything is learned from them."""
     network = run.start_from(run.out / "source")
-    network.start_adaptation()
+    if run.recipe.source_stage.steps > 0:
+        network.start_adaptation()
     targets = TargetImages(run.data, run.recipe.target, run.recipe.seed)
     match_scales(network, run.recipe, targets, run.out / "adapt")
     decisions = decide(network, run.recipe, targets, run.out)

@@ -145,7 +145,7 @@ def advise_memory(spec: EngineSpec, advice: str) -> str:
     A batch is part of the graphs: a run cannot halve it.
     """
     half = spec.batch // 2
-    return f"{advice}, or export the model again with --batch {half}" if half else advice
+    return f"{advice}, or make a model with `darcnn-export bundle MODEL --batch {half}`" if half else advice
 
 
 def first_line(error: object) -> str:

@@ -11,7 +11,7 @@ __all__ = ["OFFSETS_FIX", "OFFSETS_PROBLEM", "has_offsets"]
 
 OFFSETS_PROBLEM = "was made in int8 for CPUs, which TensorRT does not compile"
 OFFSETS_FIX = (
-    "compile the float model that it was made of, make one with `darcnn-export quantise --tensorrt`, "
+    "compile what `darcnn-export bundle` makes of it, which is float32, "
     "or run this one with --backend onnxruntime"
 )
 

@@ -136,3 +136,16 @@ def bundle_path(checkpoint, tmp_path_factory):
 @pytest.fixture(scope="session")
 def bundle(bundle_path):
     return open_bundle(bundle_path)
+
+
+@pytest.fixture
+def run(capsys):
+    """A function that runs `darcnn-export` and returns exit code, standard output and errors."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as done:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return done.value.code, captured.out, captured.err
+
+    return call

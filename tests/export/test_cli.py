@@ -12,19 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from darcnn.export import cli, pack, parity
+from darcnn.export import pack, parity
 from darcnn.runtime.bundle import MEMBER_CAPS, write_bundle
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*arguments):
-        with pytest.raises(SystemExit) as done:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return done.value.code, captured.out, captured.err
-
-    return call
 
 
 def members_of(bundle):

@@ -114,7 +114,8 @@ def test_exhausted_memory_is_said_in_one_line(engine, tiles):
 
 
 @pytest.mark.parametrize(
-    ("batch", "advice"), [(2, "or export the model again with --batch 1"), (1, "pass --device cpu")]
+    ("batch", "advice"),
+    [(2, "or make a model with `darcnn-export bundle MODEL --batch 1`"), (1, "pass --device cpu")],
 )
 def test_memory_that_gives_out_is_one_line_that_says_what_to_do(engine, tiles, monkeypatch, batch, advice):
     def give_out(*_):

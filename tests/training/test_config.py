@@ -336,9 +336,9 @@ def test_weights_are_of_imagenet_unless_a_recipe_says_otherwise(table: dict[str,
 @pytest.mark.parametrize(
     ("preset", "weights", "hint"),
     [
-        ("resnet50", "Coco", "imagenet, coco or the path"),
-        ("resnet50", "", "imagenet, coco or the path"),
-        ("resnet50", "model.safetensors", "imagenet, coco or the path"),
+        ("resnet50", "Coco", "imagenet, coco, nuclei-"),
+        ("resnet50", "", "imagenet, coco, nuclei-"),
+        ("resnet50", "model.safetensors", "imagenet, coco, nuclei-"),
         ("lite", "model.pkl", "does not fit preset lite; use preset resnet50"),
     ],
 )

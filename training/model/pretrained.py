@@ -11,16 +11,21 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
+from darcnn.runtime.bundle import read_training
 from darcnn.runtime.errors import InputError
+from darcnn.runtime.load import names_bundle
 from darcnn.training.model.backbone import make_trunk_and_stages
+from darcnn.training.model.bundle_weights import bundle_named, load_bundle
 from darcnn.training.model.detectron2 import load_detectron2
 from darcnn.training.model.foreign_weights import collapse_classes, load_mask_rcnn, take_tensors
 from darcnn.training.model.network import Darcnn
 from darcnn.training.model.photographs import load_photographs, read_photographs
+from darcnn.training.model.presets import is_detectron2_file
 
-__all__ = ["imagenet_classifier", "load_coco", "load_imagenet", "load_weights", "start_of"]
+__all__ = ["imagenet_classifier", "licence_of", "load_coco", "load_imagenet", "load_weights", "start_of"]
 
 _BATCH_NORM_EPSILON = 1e-5  # of torchvision's FrozenBatchNorm2d
+_PHOTOGRAPHS_LICENCE = "COCO 2017 subset (annotations CC BY 4.0)"  # of what comes with the package
 _TORCHVISION_NAMES = {  # beginnings of names here, and there
     "trunk.layers.": "backbone.body.",
     "shared_encoder.stages.0.": "backbone.body.layer2.",
@@ -37,10 +42,13 @@ def load_weights(network: Darcnn, weights: str, data: Path) -> None:
 
     Args:
         network: fresh, of the preset and for the weights of the recipe.
-        weights: "imagenet", "coco" or a checkpoint of detectron2, absolute or relative to `data`.
+        weights: "imagenet", "coco", the name of a shipped model, or a bundle or checkpoint of detectron2,
+            absolute or relative to `data`.
         data: the data folder.
     Raises:
         InputError: they cannot be had, or do not fit the network.
+        BundleError: the bundle cannot be used.
+        UsageError: the bundle is of another preset.
     """
     if weights == "imagenet":
         load_imagenet(network)
@@ -48,8 +56,12 @@ def load_weights(network: Darcnn, weights: str, data: Path) -> None:
         load_photographs(network)
     elif weights == "coco":
         load_coco(network)
-    else:
+    elif is_detectron2_file(weights):
         load_detectron2(network, data / weights)
+    else:
+        if network.preset.name == "lite":
+            load_photographs(network)  # whose statistics of normalisation all `lite` networks share
+        load_bundle(network, bundle_named(weights, data))
 
 
 def start_of(preset: str, weights: str, data: Path) -> str:
@@ -57,11 +69,14 @@ def start_of(preset: str, weights: str, data: Path) -> str:
 
     Raises:
         InputError: the file cannot be read.
+        BundleError: it is a bundle that cannot be used.
     """
     if weights == "imagenet" or (weights == "coco" and preset != "lite"):
         return weights  # of a fixed version, checked when it is loaded
     if weights == "coco":
         content = read_photographs()
+    elif not is_detectron2_file(weights):
+        return f"{weights} sha256:{bundle_named(weights, data).sha256}"
     else:
         try:
             content = (data / weights).read_bytes()
@@ -70,6 +85,20 @@ def start_of(preset: str, weights: str, data: Path) -> str:
                 err.strerror or "cannot be read", where=data / weights, fix="correct weights in the recipe"
             ) from err
     return f"{weights} sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def licence_of(preset: str, weights: str, data: Path) -> str | None:
+    """Return the terms of the data that a recipe's `weights` learned from, None where they are not known.
+
+    Raises:
+        BundleError: it is a bundle that cannot be used.
+    """
+    if weights == "coco" and preset == "lite":
+        return _PHOTOGRAPHS_LICENCE
+    if not names_bundle(weights):
+        return None
+    licence = read_training(bundle_named(weights, data)).get("data_licence")
+    return licence if isinstance(licence, str) else None
 
 
 def imagenet_classifier() -> nn.Module:
