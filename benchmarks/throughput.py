@@ -6,6 +6,8 @@
 Four figures a slide, all in megapixels of tissue (level 0) a second: decode only (tiles read as a run reads
 them, nothing computed), engine only (the two graphs on tiles in memory, nothing else), find (a run up to its
 part files) and end to end (all outputs written). `efficiency`: end to end by the slower of decode and engine.
+With `--host` there is a fifth, for which the slide is run twice more: all but the engine, whose answers are
+kept and given again at once. A GPU, however fast, is no faster than that with one process: see `--workers`.
 Decode and engine are timed on a sample of the tiles before and after the run, for the load of a machine
 changes. Figures hold for this machine and load.
 """
@@ -22,12 +24,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from replayed_engine import ReplayedEngine
 
 import darcnn.runtime
 from darcnn.runtime.ground import Ground, survey_ground
@@ -57,6 +60,7 @@ class Figures:
     engine_mpx_s: float
     find_mpx_s: float
     end_to_end_mpx_s: float
+    host_mpx_s: float | None  # with answers of the engine that take no time; None: not asked for
     objects_per_s: float
     efficiency: float
     wall_by_engine: float  # of the same run: its seconds by those in which the engine was busy
@@ -92,6 +96,7 @@ class Figures:
     show_default=True,
     help="Tiles for decode and engine alone.",
 )
+@click.option("--host", "asks_host", is_flag=True, help="Also time all but the engine.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw them here as PNG.")
 def main(
@@ -102,6 +107,7 @@ def main(
     sides: tuple[int, ...],
     filled: float,
     sample: int,
+    asks_host: bool,
     out: Path | None,
     plot: Path | None,
 ) -> None:
@@ -118,9 +124,16 @@ def main(
                 [sys.executable, str(Path(__file__).with_name("synthetic_slide.py")), *options], check=True
             )
         with darcnn.runtime.load(model, device=device, backend=backend) as loaded:
-            engine = TimedEngine(loaded.engine)
+            replayed = ReplayedEngine(loaded.engine)
+            engine = TimedEngine(replayed)
             segmenter = Segmenter(engine, loaded.manifest)
-            figures = [_measure(segmenter, engine, path, sample, folder) for path in (*slides, *made)]
+            figures = []
+            for path in (*slides, *made):
+                one = _measure(segmenter, engine, path, sample, folder)
+                if asks_host:
+                    alone = _time_host(segmenter, engine, replayed, path, folder)
+                    one = replace(one, host_mpx_s=one.tissue_megapixels / alone)
+                figures.append(one)
             record = {
                 "model": model,
                 "engine": engine.spec.name,
@@ -170,6 +183,7 @@ def _measure(segmenter: Segmenter, engine: TimedEngine, path: Path, sample: int,
         engine_mpx_s=alone,
         find_mpx_s=tissue / finding,
         end_to_end_mpx_s=tissue / wall,
+        host_mpx_s=None,
         objects_per_s=summary.n_objects / wall,
         efficiency=tissue / wall / min(decode, alone),
         wall_by_engine=wall / in_engine,
@@ -178,6 +192,23 @@ def _measure(segmenter: Segmenter, engine: TimedEngine, path: Path, sample: int,
         peak_memory_gb=peak / 1e9,
         seconds=seconds,
     )
+
+
+def _time_host(
+    segmenter: Segmenter, engine: TimedEngine, replayed: ReplayedEngine, path: Path, folder: Path
+) -> float:
+    """Return the seconds that a whole run takes beside its engine, and beside looking up its answers."""
+    replayed.is_recording = True
+    try:
+        with darcnn.runtime.open_source(path) as reader:
+            for _ in ("the answers are kept", "and given again"):
+                engine.reset()
+                start = time.perf_counter()
+                run_slide(segmenter, reader, folder / "host", options=RunOptions(overwrite=True))
+                seconds = time.perf_counter() - start - sum(engine.seconds.values())
+    finally:
+        replayed.is_recording = False
+    return seconds
 
 
 def _time_alone(
@@ -219,8 +250,8 @@ def _draw(figures: list[Figures], path: Path) -> None:
 
     page = Figure(figsize=(8, 1 + 1.6 * len(figures)), layout="constrained")
     axes = page.subplots(len(figures), squeeze=False)[:, 0]
-    names = ("decode", "engine", "find", "end_to_end")
     for one, axis in zip(figures, axes, strict=True):
+        names = [n for n in ("decode", "engine", "host", "find", "end_to_end") if getattr(one, f"{n}_mpx_s")]
         speeds = [getattr(one, f"{name}_mpx_s") for name in names]
         axis.bar_label(axis.barh([name.replace("_", " ") for name in names], speeds), fmt=" %.3g")
         axis.invert_yaxis()

@@ -5,7 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
+
+import darcnn.runtime
+from darcnn.runtime.segmenter import Segmenter
 
 pytest.importorskip("torch", reason="some benchmarks need torch")
 
@@ -73,3 +78,23 @@ def test_what_the_graphs_cost_is_called_an_estimate(run, tmp_path):
     assert code == 0, err
     assert "times the estimate" in out
     assert "bound" not in out
+
+
+def test_an_engine_that_is_replayed_gives_the_same_objects_and_is_not_asked(root, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    from replayed_engine import ReplayedEngine
+
+    pixels = np.asarray(Image.open(root / "tests" / "data" / "target" / "u2os_2abc40c118.png"))
+    with darcnn.runtime.load("nuclei-fluorescence") as loaded:
+        replayed = ReplayedEngine(loaded.engine)
+        segmenter = Segmenter(replayed, loaded.manifest)
+        before = segmenter(pixels, diameter_px=25.0)
+        replayed.is_recording = True
+        kept = segmenter(pixels, diameter_px=25.0)
+        monkeypatch.setattr(loaded.engine, "detect", None)
+        monkeypatch.setattr(loaded.engine, "masks", None)
+        again = segmenter(pixels, diameter_px=25.0)
+    assert len(before) > 2
+    for one in (kept, again):
+        assert np.array_equal(one.labels(), before.labels())
+        assert np.array_equal(one.scores, before.scores)

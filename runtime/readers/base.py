@@ -20,6 +20,7 @@ from darcnn.runtime.readers.protocol import Location, Pixels, Planes, SlideInfo
 
 __all__ = [
     "RGB_NAMES",
+    "SECONDS",
     "PlaneReader",
     "check_channels",
     "choose_plane",
@@ -34,6 +35,16 @@ __all__ = [
     "to_pixels",
     "without_secrets",
 ]
+
+# Seconds in the units of OME (TimeIncrementUnit), ImageJ (tunit) and OME-Zarr.
+SECONDS = {
+    **dict.fromkeys(("s", "sec", "second", "seconds"), 1.0),
+    **dict.fromkeys(("ms", "msec", "millisecond"), 1e-3),
+    **dict.fromkeys(("µs", "μs", "us", "microsecond"), 1e-6),
+    **dict.fromkeys(("min", "minute", "minutes"), 60.0),
+    **dict.fromkeys(("h", "hr", "hour", "hours"), 3600.0),
+    **dict.fromkeys(("d", "day", "days"), 86400.0),
+}
 
 RGB_NAMES = ("red", "green", "blue")
 MAX_CHANNELS = 4096  # more than any instrument has: such a number is damage, and costs memory for every pixel

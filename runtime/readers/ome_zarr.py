@@ -19,6 +19,7 @@ import zarr
 from darcnn.runtime.errors import DamagedPixelsError, InputError
 from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.readers.base import (
+    SECONDS,
     PlaneReader,
     check_channels,
     choose_plane,
@@ -161,6 +162,15 @@ class Multiscale:
 
     def steps_um(self) -> dict[str, float]:
         """Return micrometres per pixel of the first level by axis (x, y, z), those that are known."""
+        return self._steps(_UM)
+
+    def frame_interval_s(self) -> float | None:
+        """Return the seconds from one time point to the next, None where they are not known."""
+        step = self._steps(SECONDS).get("t")
+        return step if step is not None and 0 < step < math.inf else None
+
+    def _steps(self, sizes: Mapping[str, float]) -> dict[str, float]:
+        """Return the step of the first level along each axis whose unit has a size, in that size."""
         units = {
             axis["name"]: axis.get("unit") for axis in self.image.get("axes", ()) if isinstance(axis, Mapping)
         }
@@ -170,9 +180,9 @@ class Multiscale:
         ]
         if not scales or any(len(scale) != len(self.axes) for scale in scales):
             return {}
-        known = [axis for axis in self.axes if str(units.get(axis)) in _UM]
+        known = [axis for axis in self.axes if str(units.get(axis)) in sizes]
         factors = {axis: math.prod(float(scale[self.axes.index(axis)]) for scale in scales) for axis in known}
-        return {axis: _UM[str(units[axis])] * factor for axis, factor in factors.items()}
+        return {axis: sizes[str(units[axis])] * factor for axis, factor in factors.items()}
 
 
 def open_multiscale(path: Location) -> Multiscale:

@@ -30,6 +30,7 @@ from darcnn.runtime.readers.protocol import Pixels, Planes, SlideInfo
 from darcnn.runtime.readers.tiff_metadata import (
     Axes,
     PixelSize,
+    frame_interval_s,
     lay_out,
     locate_channels,
     ome_facts,
@@ -39,7 +40,7 @@ from darcnn.runtime.readers.tiff_metadata import (
 from darcnn.runtime.readers.tiff_pages import UNREADABLE, PageFiles, PageSource, damaged
 from darcnn.runtime.readers.tiff_segments import JPEG, locate_page
 
-__all__ = ["TiffReader", "is_tiff", "read_planes", "read_section_um"]
+__all__ = ["TiffReader", "is_tiff", "read_frame_interval_s", "read_planes", "read_section_um"]
 
 _LESSER = 0.25  # values of an image by those of the first: labels and thumbnails have fewer
 
@@ -139,6 +140,15 @@ def read_section_um(path: Path) -> float | None:
     try:
         with tifffile.TiffFile(path) as tiff:
             return section_um(tiff.ome_metadata, tiff.imagej_metadata)
+    except UNREADABLE as err:
+        raise _unreadable(path, err) from err
+
+
+def read_frame_interval_s(path: Path) -> float | None:
+    """Return the seconds from one time point of a series to the next, None where the file does not say."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return frame_interval_s(tiff.ome_metadata, tiff.imagej_metadata)
     except UNREADABLE as err:
         raise _unreadable(path, err) from err
 

@@ -9,12 +9,13 @@ from functools import lru_cache
 from typing import Any
 from xml.etree import ElementTree
 
-from darcnn.runtime.readers.base import plausible_mpp
+from darcnn.runtime.readers.base import SECONDS, plausible_mpp
 
 __all__ = [
     "Axes",
     "PixelSize",
     "Place",
+    "frame_interval_s",
     "lay_out",
     "locate_channels",
     "ome_facts",
@@ -166,6 +167,39 @@ def section_um(ome: str | None, imagej: Mapping[str, Any] | None) -> float | Non
     return None if size is None else size[0]
 
 
+def frame_interval_s(ome: str | None, imagej: Mapping[str, Any] | None) -> float | None:
+    """Return the seconds from one time point to the next, None where the file does not say.
+
+    OME tells it as TimeIncrement, or by the DeltaT of planes, whose mean step is taken; ImageJ as finterval.
+
+    >>> frame_interval_s(None, {"finterval": 2, "tunit": "min"}), frame_interval_s(None, {})
+    (120.0, None)
+    """
+    found = None
+    if ome is not None:
+        try:
+            pixels = ElementTree.fromstring(ome).find("{*}Image/{*}Pixels")
+        except ElementTree.ParseError:
+            pixels = None
+        if pixels is not None:
+            found = _seconds(pixels.get("TimeIncrement"), pixels.get("TimeIncrementUnit", "s"))
+            found = found or _mean_step_s(pixels)
+    elif imagej is not None:
+        found = _seconds(imagej.get("finterval"), str(imagej.get("tunit", "sec")))
+    return found if found is not None and 0 < found < math.inf else None
+
+
+def _mean_step_s(pixels: ElementTree.Element) -> float | None:
+    """Return the mean time between the planes of the first channel and section, where each is told."""
+    moments = {
+        int(plane.get("TheT", "0")): _seconds(plane.get("DeltaT"), plane.get("DeltaTUnit", "s"))
+        for plane in pixels.findall("{*}Plane")
+        if plane.get("TheZ") == "0" and plane.get("TheC") == "0" and plane.get("TheT", "").isdigit()
+    }
+    first, last = moments.get(0), moments.get(max(moments, default=0))
+    return None if first is None or last is None or len(moments) < 2 else (last - first) / max(moments)
+
+
 def tag_pixel_size(
     resolution: tuple[float, float], *, unit: int, imagej: Mapping[str, Any] | None
 ) -> PixelSize | None:
@@ -209,6 +243,13 @@ def _place(axes: Axes, coordinates: list[int]) -> Place:
     for index, n in zip(coordinates, axes.n_pages, strict=False):  # a depth may follow
         page = page * n + index
     return Place(page, coordinates[-1] if axes.depth else 0)
+
+
+def _seconds(value: object, unit: str) -> float | None:
+    try:
+        return float(str(value)) * SECONDS[unit.strip().lower()]
+    except (ValueError, KeyError):  # absent, no number, or a unit that is no time
+        return None
 
 
 def _um(value: str | None, unit: str) -> float | None:

@@ -48,6 +48,7 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
         n_planes=n_planes,
         is_series=is_series,
         section_um=None if section is None else section[0],
+        frame_interval_s=image.frame_interval_s() if is_series else None,
         is_rgb=False,  # one of its channels is read, also of colours
     )
     check_room(path, scratch, facts.shape, facts.dtype)

@@ -24,7 +24,7 @@ from darcnn.runtime.readers.nifti import open_nifti
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr
 from darcnn.runtime.readers.open import count_planes
 from darcnn.runtime.readers.protocol import Location, Reader
-from darcnn.runtime.readers.tiff import read_planes, read_section_um
+from darcnn.runtime.readers.tiff import read_frame_interval_s, read_planes, read_section_um
 from darcnn.runtime.volumes.ome_zarr import unpack_zarr
 from darcnn.runtime.volumes.volume import NM_PER_UM, Stored, Volume, VolumeInfo, check_room, in_nanometres
 
@@ -209,7 +209,8 @@ def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str |
                         path=path,
                         n_planes=len(places),
                         is_series=is_series,
-                        section_um=read_section_um(path),
+                        section_um=None if is_series else read_section_um(path),
+                        frame_interval_s=read_frame_interval_s(path) if is_series else None,
                         is_rgb=info.is_rgb,
                     )
                     check_room(path, scratch, facts.shape, facts.dtype)

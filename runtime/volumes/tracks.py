@@ -46,16 +46,18 @@ def as_tracks(table: pa.Table, info: VolumeInfo) -> pa.Table:
 
 
 def tracks_schema(info: VolumeInfo) -> pa.Schema:
-    """Return the columns of the table of tracks: those of a slide's objects, and `t` behind `id`."""
-    return object_schema(_names(info)).insert(1, pa.field("t", pa.int32()))
+    """Return the columns of the table of tracks: those of a slide's objects, `t` and `time_s` behind `id`."""
+    schema = object_schema(_names(info)).insert(1, pa.field("t", pa.int32()))
+    return schema.insert(2, pa.field("time_s", pa.float64()))
 
 
 def measure_tracks(numbered: Numbered, volume: Volume) -> Iterator[pa.Table]:
     """Yield a table of `tracks_schema` for each time point on which there are objects, in order of time.
 
-    `id` is the number of the object; a time point on which an object was missed has no row of it. Lengths are
-    in pixels, and in micrometres where the pixel size is known. `score` is that of the object in all, and
-    `truncated` says that the edge of the image cuts it at this time point.
+    `id` is the number of the object; a time point on which an object was missed has no row of it. `time_s`
+    counts from the first time point, where the file tells the interval. Lengths are in pixels, and in
+    micrometres where the pixel size is known. `score` is that of the object in all, and `truncated` says that
+    the edge of the image cuts it at this time point.
 
     Args:
         numbered: the objects of a series, numbered from 1 without a gap.
@@ -78,7 +80,9 @@ def measure_tracks(numbered: Numbered, volume: Volume) -> Iterator[pa.Table]:
         pixels = channels if info.several_channels else volume.read("z", t)[:, :, None]
         table = measure(found, pixels, Region(0, 0, width, height), 1.0, names, mpp)
         table = table.set_column(0, "id", pa.array(ids))
-        yield table.add_column(1, "t", pa.array(np.full(len(ids), t, np.int32))).cast(schema)
+        table = table.add_column(1, "t", pa.array(np.full(len(ids), t, np.int32)))
+        time_s = None if info.frame_interval_s is None else t * info.frame_interval_s
+        yield table.add_column(2, "time_s", pa.array([time_s] * len(ids), pa.float64())).cast(schema)
 
 
 def _is_cut(boxes: NDArray[np.float32], width: int, height: int) -> NDArray[np.bool_]:

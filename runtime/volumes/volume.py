@@ -51,6 +51,7 @@ class VolumeInfo:
     is_series: bool = False  # z is time
     planes_along: Literal["z", "t"] = "z"  # the axis of the file that z is
     pixel_um: tuple[float, float] | None = None  # of a series: micrometres per pixel along y, x
+    frame_interval_s: float | None = None  # of a series: from one time point to the next
     channel_names: tuple[str, ...] = ()  # where the file knows channels; `Volume.read` returns one
     is_depth_known: bool = True  # else planes are taken to lie as far apart as pixels
     n_unread: int = 0  # further images of the file (scenes)
@@ -82,6 +83,7 @@ class VolumeInfo:
         n_planes: int,
         is_series: bool,
         section_um: float | None,
+        frame_interval_s: float | None,
         is_rgb: bool,
     ) -> VolumeInfo:
         """Return the facts about planes that a reader reads one by one.
@@ -92,6 +94,7 @@ class VolumeInfo:
             n_planes: along z, or along t of a series.
             is_series: they are time points.
             section_um: micrometres from plane to plane; None: the file does not say.
+            frame_interval_s: seconds from time point to time point; None: the file does not say.
             is_rgb: `Volume.read` returns means of red, green and blue.
         """
         voxel = None if is_series else in_nanometres(info.mpp, section_um)
@@ -106,6 +109,7 @@ class VolumeInfo:
             is_series=is_series,
             planes_along="t" if is_series else "z",
             pixel_um=info.mpp[::-1] if is_series and info.mpp is not None else None,
+            frame_interval_s=frame_interval_s,
             channel_names=() if info.is_rgb else info.channel_names,
             is_depth_known=section_um is not None,
             n_unread=info.n_unread,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,12 @@ def test_the_terms_of_a_start_are_told() -> None:
     assert "BBBC038" in (licence_of("lite", MODEL, Path()) or "")
     assert "COCO" in (licence_of("lite", "coco", Path()) or "")
     assert licence_of("lite", "imagenet", Path()) is None
+
+
+def test_without_onnx_the_extra_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UsageError, match=r"pip install 'darcnn\[export\]'"):
+        load_bundle(Darcnn.from_name("lite"), bundle)
 
 
 def test_a_bundle_of_another_preset_is_refused(bundle: Bundle) -> None:

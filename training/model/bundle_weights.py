@@ -83,7 +83,12 @@ def load_bundle(network: Darcnn, bundle: Bundle) -> None:
 
 def _stored_weights(bundle: Bundle) -> dict[str, Tensor]:
     """Return the numbers in both graphs, under the names that a network has for them."""
-    import onnx
+    try:
+        import onnx
+    except ImportError as err:
+        raise UsageError(
+            "needs onnx to be read as a start", where=bundle.path, fix="run pip install 'darcnn[export]'"
+        ) from err
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has no stubs
 
     stored: dict[str, Tensor] = {}

@@ -184,6 +184,44 @@ def test_a_series_of_planes_is_a_volume_along_t_and_one_moment_is_not(tmp_path: 
         assert volume.info.label_steps_nm == (1.0, 400.0, 900.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "seconds"),
+    [
+        ("a.ome.tif", {"metadata": {"TimeIncrement": 2.0, "TimeIncrementUnit": "min"}}, 120.0),
+        ("b.ome.tif", {"metadata": {"TimeIncrement": 500.0, "TimeIncrementUnit": "ms"}}, 0.5),
+        ("c.ome.tif", {"metadata": {"Plane": {"DeltaT": [0.5, 3.5, 7.5, 9.5], "TheT": [0, 1, 2, 3]}}}, 3.0),
+        ("d.ome.tif", {"metadata": {"TimeIncrement": 0.0}}, None),
+        ("e.ome.tif", {}, None),
+        ("f.tif", {"imagej": True, "metadata": {"finterval": 30.0}}, 30.0),
+        ("g.tif", {"imagej": True, "metadata": {"finterval": 5.0, "tunit": "min"}}, 300.0),
+        ("h.tif", {"imagej": True}, None),
+    ],
+)
+def test_the_interval_of_a_series_comes_from_its_file(
+    tmp_path: Path, name: str, options: dict[str, Any], seconds: float | None
+) -> None:
+    planes = {**options.get("metadata", {}), "axes": "TYX"}
+    if "Plane" in planes:
+        planes["Plane"] |= {"TheZ": [0] * 4, "TheC": [0] * 4}
+    tifffile.imwrite(tmp_path / name, VALUES[:4].astype(np.uint16), **{**options, "metadata": planes})
+    with open_volume(tmp_path / name, tmp_path) as volume:
+        assert volume.info.is_series
+        assert volume.info.frame_interval_s == (seconds if seconds is None else pytest.approx(seconds))
+
+
+@pytest.mark.parametrize(("unit", "seconds"), [("minute", 90.0), ("second", 1.5), (None, None)])
+def test_the_interval_of_a_series_in_ome_zarr(tmp_path: Path, unit: str | None, seconds: float) -> None:
+    group = zarr.create_group(tmp_path / "s.zarr", zarr_format=2)
+    group.create_array("0", data=VALUES.astype(np.uint16))
+    axes = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]
+    time = {"name": "t", "type": "time"} | ({} if unit is None else {"unit": unit})
+    scale = {"type": "scale", "scale": [1.5, 0.5, 0.5]}
+    datasets = [{"path": "0", "coordinateTransformations": [scale]}]
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": [time, *axes], "datasets": datasets}]
+    with open_volume(tmp_path / "s.zarr", tmp_path) as volume:
+        assert volume.info.frame_interval_s == seconds
+
+
 def test_a_series_in_ome_zarr_is_a_volume_along_t_too(tmp_path: Path) -> None:
     for name, axes in (("a", "tcyx"), ("b", "czyxt")):
         kinds = {"t": "time", "c": "channel"}

@@ -306,6 +306,7 @@ def test_a_series_has_a_row_for_each_object_and_time_point(oracle16: Segmenter, 
         series[t, 0, 40:48, 4 + 11 * t : 12 + 11 * t] = 2
     series[:, 1] = 100 * np.arange(5)[:, None, None]
     metadata = {"axes": "TCYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "Channel": {"Name": ["a", "b"]}}
+    metadata |= {"TimeIncrement": 2.5, "TimeIncrementUnit": "min"}
     tifffile.imwrite(tmp_path / "s.ome.tif", series, metadata=metadata)
     options = VolumeOptions(channel="a", also=("csv",))
     folder = run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out", options=options).folder
@@ -318,6 +319,7 @@ def test_a_series_has_a_row_for_each_object_and_time_point(oracle16: Segmenter, 
     assert table[["id", "t"]].to_numpy().tolist() == [
         [1, 0], [2, 0], [1, 1], [2, 1], [2, 2], [1, 3], [2, 3], [1, 4], [2, 4]
     ]  # fmt: skip
+    assert table.time_s.tolist() == [150.0 * t for t in table.t]
     drifting, leaping = table[table.id == 1], table[table.id == 2]
     assert drifting.x.tolist() == [9, 11, 15, 17]
     assert leaping.x.tolist() == [8, 19, 30, 41, 52]
