@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from darcnn.runtime.engines.protocol import Detections, Engine, EngineSpec
+from darcnn.runtime.engines.protocol import Detections, Engine, EngineSpec, UploadsTiles
 
 __all__ = ["ReplayedEngine"]
 
@@ -27,7 +27,12 @@ class ReplayedEngine:
         """The static sizes."""
         return self._inner.spec
 
-    def detect(self, tiles: NDArray[np.uint8]) -> Detections:
+    def upload(self, tiles: NDArray[np.uint8]) -> Any:
+        """Start to copy `tiles` to the device, if the engine is on one and is asked."""
+        is_asked = isinstance(self._inner, UploadsTiles) and not self.is_recording
+        return self._inner.upload(tiles) if is_asked else tiles
+
+    def detect(self, tiles: Any) -> Detections:
         """Find objects on `tiles`, as `inner` does or did."""
         self._last: Any = None
         if not self.is_recording:

@@ -16,7 +16,7 @@ from darcnn.runtime.ahead import map_ahead
 from darcnn.runtime.boxes import non_maximum_suppression
 from darcnn.runtime.closing import Closing
 from darcnn.runtime.diameter import choose_diameter
-from darcnn.runtime.engines.protocol import Detections, Engine
+from darcnn.runtime.engines.protocol import Detections, Engine, UploadsTiles
 from darcnn.runtime.errors import ShapeError
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import Window
@@ -204,7 +204,8 @@ class Segmenter(Closing):
             [SampledTile(plan, shape, *pair, sampler) for pair in zip(*batch, strict=True)]
             for batch in batches
         )
-        for batch, seen in map_ahead(self._compute, sampled, name="darcnn-engine"):
+        uploaded = ((batch, self._upload(batch)) for batch in sampled)
+        for (batch, _), seen in map_ahead(lambda pair: self._compute(*pair), uploaded, name="darcnn-engine"):
             yield from zip([one.tile for one in batch], self._finish(batch, seen), strict=True)
 
     def segment_batch(
@@ -236,7 +237,7 @@ class Segmenter(Closing):
         Raises:
             InputError: the slide cannot be read any more.
         """
-        return self._finish(batch, self._compute(batch))
+        return self._finish(batch, self._compute(batch, self._stack(batch)))
 
     def _finish(self, batch: Sequence[SampledTile], seen: _Seen) -> list[Instances]:
         """Put what was seen on each tile in its place, and look again where that is called for."""
@@ -256,18 +257,28 @@ class Segmenter(Closing):
 
     def _look(self, batch: Sequence[SampledTile]) -> list[Instances]:
         """Return what each tile of an engine call reports, as it is seen there."""
-        return _place_all(batch, self._compute(batch))
+        return _place_all(batch, self._compute(batch, self._stack(batch)))
 
     def detect(self, tiles: NDArray[np.uint8]) -> Detections:
         """Run the first graph alone on (B, S, S, C); of several threads one after another."""
         with self._lock:
             return self._engine.detect(tiles)
 
-    def _compute(self, batch: Sequence[SampledTile]) -> _Seen:
-        """Run both graphs on up to `engine.spec.batch` tiles; of several threads one after another."""
+    def _stack(self, batch: Sequence[SampledTile]) -> NDArray[np.uint8]:
+        """Return (B, S, S, C), the pixels of up to `engine.spec.batch` tiles."""
         spec = self._engine.spec
         pixels = np.zeros((spec.batch, spec.tile_px, spec.tile_px, spec.channels), np.uint8)
         pixels[: len(batch)] = np.stack([sampled.pixels for sampled in batch])
+        return pixels
+
+    def _upload(self, batch: Sequence[SampledTile]) -> Any:
+        """Return the pixels as `detect` takes them, on their way to the device if the engine is on one."""
+        pixels = self._stack(batch)
+        return self._engine.upload(pixels) if isinstance(self._engine, UploadsTiles) else pixels
+
+    def _compute(self, batch: Sequence[SampledTile], pixels: Any) -> _Seen:
+        """Run both graphs on what `_upload` or `_stack` returned; of several threads one after another."""
+        spec = self._engine.spec
         with self._lock:  # masks are made of what the last `detect` left in the engine
             detections = self._engine.detect(pixels)
             slots = [self._reported(detections, n, sampled) for n, sampled in enumerate(batch)]

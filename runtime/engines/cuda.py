@@ -16,8 +16,10 @@ from darcnn.runtime.errors import DeviceError
 
 __all__ = [
     "DeviceBuffer",
+    "Event",
     "Stream",
     "copy_in",
+    "copy_on_gpu",
     "copy_out",
     "copy_to_host",
     "gpu_capability",
@@ -103,6 +105,10 @@ class Stream:
         """Return when all that was queued is done."""
         _call("cudaStreamSynchronize", self.handle)
 
+    def wait_for(self, event: Event) -> None:
+        """Let what is queued from now on begin after `event`; the host goes on at once."""
+        _call("cudaStreamWaitEvent", self.handle, event.handle, 0)
+
     def begin_capture(self) -> None:
         """Record what is queued from now on instead of running it."""
         mode = _cudart().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -124,6 +130,27 @@ class Stream:
         """Give it back."""
         if self.handle is not None:
             _call("cudaStreamDestroy", self.handle)
+            self.handle = None
+
+
+class Event:
+    """A point in the work of a stream; closing twice is allowed."""
+
+    def __init__(self) -> None:
+        self.handle: Any = _call("cudaEventCreateWithFlags", _cudart().cudaEventDisableTiming)
+
+    def record(self, stream: Stream) -> None:
+        """Let the event happen when all that is queued in `stream` by now is done."""
+        _call("cudaEventRecord", self.handle, stream.handle)
+
+    def wait(self) -> None:
+        """Return when the event has happened, at once if it was never recorded."""
+        _call("cudaEventSynchronize", self.handle)
+
+    def close(self) -> None:
+        """Give it back."""
+        if self.handle is not None:
+            _call("cudaEventDestroy", self.handle)
             self.handle = None
 
 
@@ -185,6 +212,12 @@ def copy_in(buffer: DeviceBuffer, source: Any, pinned: NDArray[Any], stream: Str
         np.copyto(pinned, source)
         address, kind = pinned.ctypes.data, kinds.cudaMemcpyHostToDevice
     _call("cudaMemcpyAsync", buffer.address, address, buffer.n_bytes, kind, stream.handle)
+
+
+def copy_on_gpu(buffer: DeviceBuffer, source: DeviceBuffer, stream: Stream) -> None:
+    """Queue a copy of `source` into `buffer`, both of one shape and type."""
+    kind = _cudart().cudaMemcpyKind.cudaMemcpyDeviceToDevice
+    _call("cudaMemcpyAsync", buffer.address, source.address, buffer.n_bytes, kind, stream.handle)
 
 
 def copy_out(pinned: NDArray[Any], buffer: DeviceBuffer, stream: Stream) -> None:

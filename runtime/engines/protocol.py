@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Detections", "Engine", "EngineSpec"]
+__all__ = ["Detections", "Engine", "EngineSpec", "UploadsTiles"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,4 +67,16 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release device memory; closing twice is allowed."""
+        ...
+
+
+@runtime_checkable
+class UploadsTiles(Protocol):
+    """What an engine on a device may do beside: take the next tiles in while it computes."""
+
+    def upload(self, tiles: NDArray[np.uint8]) -> Any:
+        """Start to copy `tiles`, a batch, and return at once what `detect` takes in their place.
+
+        May be called while another thread computes.
+        """
         ...

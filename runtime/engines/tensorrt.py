@@ -37,6 +37,7 @@ from darcnn.runtime.engines.offsets import OFFSETS_FIX, OFFSETS_PROBLEM, has_off
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
 from darcnn.runtime.engines.tensorrt_build import load_backend
 from darcnn.runtime.engines.tensorrt_graph import REBUILD, LoadedGraph
+from darcnn.runtime.engines.uploads import Uploader
 from darcnn.runtime.errors import BundleError, DeviceError, UsageError
 
 __all__ = ["TensorRtEngine", "has_engine", "open_engine_in", "open_tensorrt"]
@@ -153,10 +154,11 @@ def _nothing_fits(
 
 
 class TensorRtEngine:
-    """An `Engine` on TensorRT: one context and one stream for each graph, all buffers made once.
+    """An `Engine` on TensorRT: a context and a stream for each graph, one more for uploads.
 
-    The atlas stays on the GPU between `detect` and `masks`. After two runs a graph is recorded and launched
-    as one (CUDA graphs). Tiles that are on the GPU already are taken from there.
+    All buffers are made once. The atlas stays on the GPU between `detect` and `masks`. After two runs a graph is recorded and launched
+    as one (CUDA graphs). Tiles that are on the GPU already are taken from there; `upload` brings the next
+    ones there while it computes.
     """
 
     def __init__(self, bundle: Bundle, compiled: CompiledEngine) -> None:
@@ -169,6 +171,7 @@ class TensorRtEngine:
         self._logger = trt.Logger(trt.Logger.ERROR)
         self._runtime = trt.Runtime(self._logger)
         self._graphs: dict[str, LoadedGraph] = {}
+        self._uploader: Uploader | None = None
         facts = compiled.facts
         if facts.is_version_compatible:  # such plans bring code along, which is run only if allowed
             self._runtime.engine_host_code_allowed = True
@@ -191,11 +194,26 @@ class TensorRtEngine:
             except BundleError as err:
                 raise DeviceError(f"does not fit: {err.problem}", where=compiled.folder, fix=REBUILD) from err
             shared = {"atlas": loaded.buffers["atlas"]}
+        self._uploader = Uploader(self._graphs["detect"].buffers["tile"].shape)
 
     @property
     def spec(self) -> EngineSpec:
         """The static sizes."""
         return self._spec
+
+    def upload(self, tiles: NDArray[np.uint8]) -> Any:
+        """Queue a copy of `tiles` to the GPU and return at once what `detect` takes in their place.
+
+        Another thread may compute meanwhile.
+
+        Raises:
+            ShapeError: `tiles` has another shape or type.
+            DeviceError: the copy failed.
+        """
+        check_tiles(self._spec, tiles)
+        if self._uploader is None:
+            raise ValueError("the engine is closed")
+        return self._uploader.upload(tiles)
 
     def detect(self, tiles: Any) -> Detections:
         """Find objects on `tiles`, (B, S, S, C) uint8 with exactly B = spec.batch, on the host or on the GPU.
@@ -223,7 +241,10 @@ class TensorRtEngine:
     def close(self) -> None:
         """Release the GPU's memory; closing twice is allowed."""
         graphs, self._graphs = self._graphs, {}
+        uploader, self._uploader = self._uploader, None
         with ExitStack() as releases:  # all of them, whatever becomes of one
+            if uploader is not None:
+                releases.callback(uploader.close)
             for graph in graphs.values():
                 releases.callback(graph.close)
 

@@ -14,6 +14,7 @@ from darcnn.runtime.engines.cuda import (
     DeviceBuffer,
     Stream,
     copy_in,
+    copy_on_gpu,
     copy_out,
     pinned_array,
     release_recorded,
@@ -21,6 +22,7 @@ from darcnn.runtime.engines.cuda import (
 from darcnn.runtime.engines.engine_cache import CompiledEngine
 from darcnn.runtime.engines.graphs import INPUTS, OUTPUTS
 from darcnn.runtime.engines.tensorrt_build import DTYPES
+from darcnn.runtime.engines.uploads import UploadedTiles
 from darcnn.runtime.errors import DeviceError
 
 __all__ = ["REBUILD", "LoadedGraph"]
@@ -86,13 +88,20 @@ class LoadedGraph:
         """Return the outputs but for the atlas, which stays on the GPU; the arrays are the caller's."""
         for tensor in INPUTS[self.name]:
             if tensor in inputs:
-                copy_in(self.buffers[tensor], inputs[tensor], self._pinned[tensor], self._stream)
+                self._take(tensor, inputs[tensor])
         self._compute()
         outputs = [tensor for tensor in OUTPUTS[self.name] if tensor != "atlas"]
         for tensor in outputs:
             copy_out(self._pinned[tensor], self.buffers[tensor], self._stream)
         self._stream.wait()
         return {tensor: self._pinned[tensor].copy() for tensor in outputs}
+
+    def _take(self, tensor: str, source: Any) -> None:
+        if isinstance(source, UploadedTiles):
+            self._stream.wait_for(source.is_there)
+            copy_on_gpu(self.buffers[tensor], source.buffer, self._stream)
+        else:
+            copy_in(self.buffers[tensor], source, self._pinned[tensor], self._stream)
 
     def _compute(self) -> None:
         if self._recorded is None and self._n_runs == _RUNS_BEFORE_CAPTURE:

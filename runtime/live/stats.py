@@ -7,11 +7,12 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from darcnn.runtime.engines.protocol import Detections, Engine, EngineSpec
+from darcnn.runtime.engines.protocol import Detections, Engine, EngineSpec, UploadsTiles
 from darcnn.runtime.live.ticket import FrameTimes
 
 __all__ = ["LiveStats", "StageTimes", "Stopwatch", "TimedEngine"]
@@ -110,7 +111,11 @@ class TimedEngine:
         """Start counting at nothing."""
         self.seconds = {"detect": 0.0, "masks": 0.0}
 
-    def detect(self, tiles: NDArray[np.uint8]) -> Detections:
+    def upload(self, tiles: NDArray[np.uint8]) -> Any:
+        """Start to copy `tiles` to the device, if the engine is on one."""
+        return self._engine.upload(tiles) if isinstance(self._engine, UploadsTiles) else tiles
+
+    def detect(self, tiles: Any) -> Detections:
         """Find objects on `tiles`, as the engine does."""
         self._check()
         self.running, start = "detect", time.perf_counter()

@@ -22,10 +22,12 @@ class FakeCudart:
     cudaMemcpyKind = SimpleNamespace(  # noqa: N815
         cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
     )
+    cudaEventDisableTiming = 2  # noqa: N815
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
 
     def __init__(self, *, name="Fake", capability=(8, 6), fails_at_malloc=None):
         self.held: dict[object, object] = {}
+        self.log: list[tuple[object, ...]] = []  # copies and events, in their order
         self.properties = SimpleNamespace(name=name.encode(), major=capability[0], minor=capability[1])
         self._fails_at = fails_at_malloc
         self._n_mallocs, self._handles = 0, count(1)
@@ -65,6 +67,7 @@ class FakeCudart:
         return Status.cudaSuccess, ctypes.addressof(self._pinned[-1])
 
     def cudaMemcpyAsync(self, target, source, size, kind, stream):  # noqa: N802
+        self.log.append(("copy", stream, kind))
         ctypes.memmove(target, source, size)
         return (Status.cudaSuccess,)
 
@@ -78,6 +81,23 @@ class FakeCudart:
 
     def cudaStreamDestroy(self, stream):  # noqa: N802
         return self._drop(stream)
+
+    def cudaStreamWaitEvent(self, stream, event, flags):  # noqa: N802
+        self.log.append(("wait", stream, event))
+        return (Status.cudaSuccess,)
+
+    def cudaEventCreateWithFlags(self, flags):  # noqa: N802
+        return self._hold("event")
+
+    def cudaEventRecord(self, event, stream):  # noqa: N802
+        self.log.append(("record", stream, event))
+        return (Status.cudaSuccess,)
+
+    def cudaEventSynchronize(self, event):  # noqa: N802
+        return (Status.cudaSuccess,)
+
+    def cudaEventDestroy(self, event):  # noqa: N802
+        return self._drop(event)
 
     def cudaStreamBeginCapture(self, stream, mode):  # noqa: N802
         return (Status.cudaSuccess,)

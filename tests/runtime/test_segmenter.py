@@ -229,6 +229,30 @@ def test_an_object_cut_by_a_tile_twice_as_large_is_marked() -> None:
         assert segmenter(blob_box)(narrow).truncated.tolist() == [False]
 
 
+class UploadingEngine(ScriptedEngine):
+    """Takes tiles only as `upload` gave them out."""
+
+    def upload(self, tiles: np.ndarray) -> tuple[np.ndarray]:
+        return (tiles,)
+
+    def detect(self, tiles: Any) -> Detections:
+        (pixels,) = tiles
+        return super().detect(pixels)
+
+
+def test_stream_uploads_batches_before_they_are_computed() -> None:
+    image = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)
+    found = []
+    for kind in (ScriptedEngine, UploadingEngine):
+        engine = kind(lambda tile: [(20, 20, 28, 28, float(tile[0, 0, 0]) / 255)], batch=2)
+        with ArrayReader(image) as reader:
+            segmenter = Segmenter(engine, manifest())
+            plan = segmenter.plan(reader.info, pixels=True)
+            found.append([(tile, one.scores.tolist()) for tile, one in segmenter.stream(reader, plan)])
+    assert found[0] == found[1]
+    assert len(found[0]) > 2
+
+
 def test_stream_yields_every_tile_in_order_in_whole_batches() -> None:
     engine = ScriptedEngine(blob_box, batch=4)
     streaming = Segmenter(engine, manifest())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ import pytest
 from darcnn.runtime.engines import cuda, engine_cache, tensorrt
 from darcnn.runtime.engines.choose import open_engine
 from darcnn.runtime.engines.engine_cache import read_engine, store_engine, write_engine
+from darcnn.runtime.engines.protocol import UploadsTiles
 from darcnn.runtime.engines.tensorrt import has_engine, open_engine_in, open_tensorrt
-from darcnn.runtime.errors import DeviceError, UsageError
+from darcnn.runtime.errors import DeviceError, ShapeError, UsageError
 from darcnn.runtime.load import find_bundle, load, shipped_models
 
 from .fake_gpu import FakeContext, FakeCudart, FakeEngine, FakeTensorRt, Status
@@ -48,13 +50,69 @@ def test_all_that_an_engine_holds_is_given_back(use, bundle, facts):
     for _ in range(4):  # recorded and launched as one from the third on
         found = engine.detect(tiles)
         engine.masks(found, np.float32([[0, 0, 8, 8]]), np.array([0]))
-    assert [kind for kind, _ in (one for one in gpu.held if isinstance(one, tuple))] == ["recorded"] * 2
+    kinds = [one[0] for one in gpu.held if isinstance(one, tuple)]
+    assert sorted(kinds) == ["event"] * 3 + ["recorded"] * 2
     engine.close()
     engine.close()
     assert gpu.held == {}
 
 
-@pytest.mark.parametrize("n_th", [1, 3, 5, 6, 8])
+def test_tiles_go_to_the_gpu_on_a_stream_of_their_own_while_it_computes(use, bundle, facts):
+    gpu, _ = use()
+    store_engine(facts, PLANS)
+    engine = open_tensorrt(bundle, RTX)
+    assert isinstance(engine, UploadsTiles)
+    rng = np.random.default_rng(1)
+    batches = [rng.integers(0, 256, (2, 8, 8, 3), np.uint8) for _ in range(5)]
+    on_gpu = engine._graphs["detect"].buffers["tile"]
+    waiting = engine.upload(batches[0])
+    for batch in [*batches[1:], None]:
+        following = None if batch is None else engine.upload(batch)
+        gpu.log.clear()
+        engine.detect(waiting)
+        (_, compute, event), copied = gpu.log[0], gpu.log[1]
+        assert gpu.log[0][0] == "wait"  # before it is copied within the GPU
+        assert event == waiting.is_there.handle
+        assert copied == ("copy", compute, gpu.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
+        before = batches[-1] if batch is None else batches[[one is batch for one in batches].index(True) - 1]
+        assert ctypes.string_at(on_gpu.address, on_gpu.n_bytes) == before.tobytes()
+        waiting = following
+    engine.close()
+    assert gpu.held == {}
+
+
+def test_an_upload_is_queued_on_another_stream_than_the_computation(use, bundle, facts):
+    gpu, _ = use()
+    store_engine(facts, PLANS)
+    engine = open_tensorrt(bundle, RTX)
+    uploaded = engine.upload(np.zeros((2, 8, 8, 3), np.uint8))
+    (_, stream, kind), recorded = gpu.log[-2:]
+    assert kind == gpu.cudaMemcpyKind.cudaMemcpyHostToDevice
+    assert recorded == ("record", stream, uploaded.is_there.handle)
+    gpu.log.clear()
+    engine.detect(uploaded)
+    assert stream not in [one[1] for one in gpu.log]
+
+
+def test_where_all_slots_are_taken_tiles_stay_on_the_host_until_one_is_free(use, bundle, facts):
+    use()
+    store_engine(facts, PLANS)
+    engine = open_tensorrt(bundle, RTX)
+    tiles = np.full((2, 8, 8, 3), 7, np.uint8)
+    held = [engine.upload(tiles) for _ in range(3)]
+    assert not any(isinstance(one, np.ndarray) for one in held)
+    assert engine.upload(tiles) is tiles
+    del held[1]
+    assert engine.upload(tiles) is not tiles
+    with pytest.raises(ShapeError, match="not uint8"):
+        engine.upload(tiles[:1])
+    engine.close()
+    with pytest.raises(ValueError, match="closed"):
+        engine.upload(tiles)
+    del held  # after the engine
+
+
+@pytest.mark.parametrize("n_th", [1, 3, 5, 6, 8, 10])
 def test_where_memory_gives_out_all_is_given_back(use, bundle, facts, n_th):
     gpu, _ = use(FakeCudart(fails_at_malloc=n_th))
     store_engine(facts, PLANS)
