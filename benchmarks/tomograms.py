@@ -25,11 +25,11 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 
 import darcnn.runtime
-from darcnn.runtime.volumes.find import find_sections, plan_view
+from darcnn.runtime.volumes.find import find_planes, plan_view
 from darcnn.runtime.volumes.link import Chain, link_sections
 from darcnn.runtime.volumes.metrics import VolumeScores, score_volume
 from darcnn.runtime.volumes.open import open_volume
-from darcnn.runtime.volumes.sections import Section, common_pixels
+from darcnn.runtime.volumes.sections import Section, common_pixels, sections_of
 from darcnn.runtime.volumes.solid import Solid, solid_of
 from darcnn.runtime.volumes.volume import Volume
 from darcnn.training.evaluate_volumes import as_rows, labelled_volumes, read_label_volume
@@ -97,7 +97,8 @@ def _rows_of(model: str, volume: Volume, truth: Labels, diameter: float | None) 
     rows = {"thresholding": score_volume(truth, threshold(values))}
     with darcnn.runtime.load(model) as segmenter:
         view = plan_view(segmenter, volume, "z", diameter_px=diameter)
-        planes = list(find_sections(segmenter, view, 0, n_planes))
+        found = find_planes(segmenter, view, 0, n_planes)
+        planes = [sections_of(instances, plane) for plane, instances in enumerate(found)]
     shortest = view.stack.n_joined
     ways: dict[str, Callable[[], Iterable[Chain]]] = {
         "plain stitching": lambda: stitch(planes),

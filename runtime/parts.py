@@ -24,7 +24,7 @@ __all__ = ["FinalRow", "Parts", "empty_part", "with_tile"]
 _JOURNAL = "journal.json"
 # columns of the parts that the result does not have
 _TILE, _SEAM, _SATURATED = "tile", "near_seam", "from_saturated_tile"
-_UNREADABLE = b"darcnn.unreadable"  # in the metadata of a part: its tiles that are damaged
+_MARKED = b"darcnn.marked"  # in the metadata of a part: its tiles that are told of in the end
 
 
 def with_tile(
@@ -103,13 +103,13 @@ class Parts:
         """Tell whether a row of tiles is done."""
         return self._path(row).is_file()
 
-    def write(self, row: int, table: pa.Table, unreadable: Sequence[int] = ()) -> None:
+    def write(self, row: int, table: pa.Table, marked: Sequence[int] = ()) -> None:
         """Write the objects of a row of tiles, in the order of the lattice, each from `with_tile`.
 
-        `unreadable` are the tiles of the row whose pixels are damaged.
+        `marked` are those of its tiles that are told of in the end, since their pixels are damaged, say.
         """
-        if unreadable:
-            table = table.replace_schema_metadata({_UNREADABLE: json.dumps(list(unreadable))})
+        if marked:
+            table = table.replace_schema_metadata({_MARKED: json.dumps(list(marked))})
         with atomic_file(self._path(row)) as file:
             pq.write_table(table, file)
 
@@ -144,9 +144,9 @@ class Parts:
         """Return the table that `write` wrote."""
         return pq.read_table(self._path(row)).replace_schema_metadata(None)
 
-    def unreadable(self, n_rows: int) -> tuple[int, ...]:
-        """Return the tiles of all rows whose pixels are damaged."""
-        found = [(pq.read_schema(self._path(row)).metadata or {}).get(_UNREADABLE) for row in range(n_rows)]
+    def marked(self, n_rows: int) -> tuple[int, ...]:
+        """Return what `write` was told to mark, of all rows."""
+        found = [(pq.read_schema(self._path(row)).metadata or {}).get(_MARKED) for row in range(n_rows)]
         return tuple(tile for tiles in found if tiles is not None for tile in json.loads(tiles))
 
     def _path(self, row: int) -> Path:

@@ -225,7 +225,7 @@ def _fill(
         with tally.stage("parts"), translated(claimed.path):
             parts.write(found.number, found.table, found.unreadable)
     with translated(claimed.path):
-        tally.unreadable = _find_unreadable(parts.unreadable(len(rows)), ground, plan, info)
+        tally.unreadable = _find_unreadable(parts.marked(len(rows)), ground, plan, info)
         write_outputs(
             claimed.built,
             _final_tables(parts, len(rows), ground, wish.row_filter, tally),

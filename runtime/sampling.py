@@ -25,13 +25,15 @@ from darcnn.runtime.intensity import (
     select_channels,
 )
 from darcnn.runtime.planning import SlidePlan
-from darcnn.runtime.readers.protocol import Reader, SlideInfo
+from darcnn.runtime.readers.protocol import Location, Reader
 from darcnn.runtime.tiling import Tile
 
 __all__ = [
     "SampledTile",
     "TileSampler",
+    "check_white",
     "join_samples",
+    "may_lack_white",
     "measure_slide",
     "read_ahead",
     "sample_slide",
@@ -198,32 +200,46 @@ def measure_slide(reader: Reader, plan: SlidePlan, rule: IntensityRule, *, chann
     """
     info = reader.info
     sample = np.empty((0, channels), info.dtype)
-    is_doubtful = rule.kind == "full_range" and (info.dtype.kind == "f" or info.dtype == np.uint16)
+    is_doubtful = may_lack_white(rule, info.dtype)
     if rule.needs_statistics or is_doubtful:
         sample = sample_slide(reader, scale=plan.scale, channels=channels, channel=plan.channel)
     if is_doubtful:
-        _check_white(sample, info)
+        check_white(sample, info.dtype, info.path, name=info.name)
     by_channel = sees_separate_channels(
         available=len(info.channel_names), is_rgb=info.is_rgb, channels=channels, channel=plan.channel
     )
     return measure_window(rule, sample, by_channel=by_channel)
 
 
-def _check_white(sample: NDArray[Any], info: SlideInfo) -> None:
-    """Raise if white in `sample` is not where its type has it: at 1, or at 65535."""
+def may_lack_white(rule: IntensityRule, dtype: np.dtype[Any]) -> bool:
+    """Tell whether values of `dtype` must be looked at before the ends of the type are black and white."""
+    return rule.kind == "full_range" and (dtype.kind == "f" or dtype == np.uint16)
+
+
+def check_white(sample: NDArray[Any], dtype: np.dtype[Any], path: Location | None, *, name: str) -> None:
+    """Refuse values of which white is not where their type has it: at 1, or at 65535.
+
+    Args:
+        sample: of the values.
+        dtype: as they are stored.
+        path: of the file; None: they are an array.
+        name: of the array.
+    Raises:
+        InputError: numbers with fractions reach beyond 1, or of 16 bits 14 at most are used.
+    """
     finite = sample[np.isfinite(sample)]
     highest = float(np.percentile(finite, _WHITEST)) if finite.size else 0.0
-    where = info.path or info.name
-    if info.dtype.kind == "f" and highest > _WHITE_AT_MOST:
+    where = path or name
+    if dtype.kind == "f" and highest > _WHITE_AT_MOST:
         raise InputError(
             f"its values reach {highest:.4g}, where of such numbers 0 is black and 1 is white",
             where=where,
             fix="divide them, or store them as uint8 or uint16",
         )
-    if info.dtype == np.uint16 and 0 < highest < 2**_FEW_BITS:
+    if dtype == np.uint16 and 0 < highest < 2**_FEW_BITS:
         bits = next(n for n in _CAMERA_BITS if highest < 2**n)
         white = 2**bits - 1
-        said = f"window=Window(0, {white})" if info.path is None else f"darcnn-run --window 0,{white}"
+        said = f"window=Window(0, {white})" if path is None else f"darcnn-run --window 0,{white}"
         raise InputError(
             f"its values reach {highest:.0f}, where of 16 bits 65535 is white",
             where=where,

@@ -156,9 +156,9 @@ def _nothing_fits(
 class TensorRtEngine:
     """An `Engine` on TensorRT: a context and a stream for each graph, one more for uploads.
 
-    All buffers are made once. The atlas stays on the GPU between `detect` and `masks`. After two runs a graph is recorded and launched
-    as one (CUDA graphs). Tiles that are on the GPU already are taken from there; `upload` brings the next
-    ones there while it computes.
+    All buffers are made once. The atlas stays on the GPU between `detect` and `masks`. After two runs a graph
+    is recorded and launched as one (CUDA graphs). Tiles that are on the GPU already are taken from there;
+    `upload` brings the next ones there while it computes.
     """
 
     def __init__(self, bundle: Bundle, compiled: CompiledEngine) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from darcnn.runtime.diameter import estimate_diameter, finds_unasked, look_for_sizes
 from darcnn.runtime.errors import InputError, UsageError
+from darcnn.runtime.geometry import Region
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.protocol import Reader
@@ -113,10 +114,15 @@ class Calibrator:
         """
         if calibration.window is not None:
             return calibration.window
-        kind = reader.info.dtype
-        if kind not in self._windows:
-            self._windows[kind] = segmenter.measure(reader, plan)
-        return self._windows[kind]
+        info = reader.info
+        if info.dtype in self._windows:
+            return self._windows[info.dtype]
+        window = segmenter.measure(reader, plan)
+        if reader.read(
+            Region(0, 0, info.width_px0, info.height_px0), level=0
+        ).any():  # a dark one tells nothing
+            self._windows[info.dtype] = window
+        return window
 
     @staticmethod
     def plan(segmenter: Segmenter, reader: Reader, calibration: Calibration) -> SlidePlan:
@@ -137,7 +143,7 @@ def _learn(
     size = reader.info.mpp[0] if reader.info.mpp is not None else None
     if given.diameter_px is None and finds_unasked(model, size is not None):
         looks_for_size = True
-        diameter = estimate_diameter(segmenter, reader)
+        diameter = estimate_diameter(segmenter, reader, window=given.window)
         learned = replace(learned, diameter_px=diameter, pixel_size_um=size)
         is_sure = diameter is not None
     if given.window is None and model.intensity.needs_statistics:

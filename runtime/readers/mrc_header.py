@@ -13,7 +13,7 @@ import numpy as np
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.readers.base import needs_package, plausible_mpp
 
-__all__ = ["UNREADABLE", "MrcHeader", "read_mrc_header"]
+__all__ = ["AXIS_NAMES", "MAP_FIELDS", "UNREADABLE", "MrcHeader", "read_mrc_header"]
 
 _UM_PER_ANGSTROM = 1e-4
 _UNSET_ANGSTROM = 1.0  # what programs write where they know no pixel size
@@ -23,6 +23,8 @@ _IMOD_STAMP = 1146047817  # IMOD's mark: the flags behind it say whether bytes h
 _IMOD_STAMP_AT, _IMOD_FLAGS_AT = 152, 156  # bytes from the start of the header
 _IMOD_SIGNED = 1
 _EXTENSION_AT, _MAP_AT, _STAMP_AT = 92, 208, 212  # size of the extended header, "MAP", byte order
+AXIS_NAMES = "xyz"  # of the cell; the map fields count them from 1
+MAP_FIELDS = ("mapc", "mapr", "maps")  # which axis columns, rows and sections go along
 # What mrcfile raises on files that are no MRC or end early; the others come from sizes that cannot be.
 UNREADABLE = (ValueError, OSError, ArithmeticError, TypeError, MemoryError, struct.error)
 
@@ -71,13 +73,23 @@ def read_mrc_header(path: Path) -> MrcHeader:
         raise InputError("is truncated", where=path, fix="copy the file again or export it anew")
     if dtype == np.int8 and _is_unsigned(header.tobytes(), header.mode.dtype.byteorder):
         dtype = np.dtype(np.uint8)
-    n_x, n_y, n_z = int(header.mx), int(header.my), int(header.mz)
-    is_measured = min(n_x, n_y) > 0
-    mpp = _mpp(float(header.cella.x) / n_x, float(header.cella.y) / n_y) if is_measured else None
-    section = _mpp(*2 * (float(header.cella.z) / n_z,)) if n_z > 0 else None
+    x, y, z = _steps(header)
+    mpp = None if x is None or y is None else _mpp(x, y)
+    section = None if z is None else _mpp(z, z)
+    n_z = int(header.mz)
     is_stack = int(header.ispg) >= _VOLUME_STACK and 0 < n_z < shape[0] and shape[0] % n_z == 0
     n_volumes = shape[0] // n_z if is_stack else 1
     return MrcHeader(dtype, offset, shape, mpp, section[0] if section else None, n_volumes)
+
+
+def _steps(header: Any) -> list[float | None]:
+    """Return Angstrom from column to column, row to row and section to section; None: not told."""
+    order = [int(header[name]) for name in MAP_FIELDS]
+    if sorted(order) != [1, 2, 3]:  # programs that leave them 0 mean this
+        order = [1, 2, 3]
+    axes = [AXIS_NAMES[number - 1] for number in order]
+    counts = {axis: int(header[f"m{axis}"]) for axis in axes}
+    return [float(header.cella[axis]) / counts[axis] if counts[axis] > 0 else None for axis in axes]
 
 
 def _check_extension(path: Path, utils: Any, n_bytes: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from darcnn.runtime.readers.mrc_header import AXIS_NAMES, MAP_FIELDS
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.sinks.atomic import translated
 from darcnn.runtime.sinks.labels_tiff import write_label_stack
@@ -24,6 +25,7 @@ from darcnn.runtime.sinks.result_folder import (
     hold_folder,
 )
 from darcnn.runtime.sinks.table_csv import write_csv
+from darcnn.runtime.volumes.open import is_mrc
 from darcnn.runtime.volumes.volume import NM_PER_UM
 
 __all__ = ["add_formats", "write_formats"]
@@ -93,6 +95,13 @@ def _files(folder: Path, extra: str) -> Iterator[str]:
         yield TRACKS_CSV_FILE
 
 
+def _set_cell(header: Any, voxel_nm: Sequence[float]) -> None:
+    """Let an MRC header say how large a voxel is along columns, rows and sections."""
+    for side_nm, along in zip(voxel_nm, MAP_FIELDS, strict=True):
+        axis = AXIS_NAMES[int(header[along]) - 1]
+        header["cella"][axis] = side_nm * _ANGSTROM_PER_NM * int(header[f"m{axis}"])
+
+
 def _write_label_mrc(folder: Path, volume: Location, described: Mapping[str, Any]) -> None:
     """Write the labels as MRC.
 
@@ -107,12 +116,12 @@ def _write_label_mrc(folder: Path, volume: Location, described: Mapping[str, Any
     try:
         mode = 6 if n_objects <= _MAX_UINT16 else 2
         with mrcfile.new_mmap(temporary, shape=array.shape, mrc_mode=mode, overwrite=True) as file:
-            if described["voxel_source"] == "MRC cell":
+            if isinstance(volume, Path) and is_mrc(volume):
                 with mrcfile.open(volume, header_only=True, permissive=True) as model:
                     for name in _GEOMETRY:
                         file.header[name] = model.header[name]
-            elif described["voxel_nm_zyx"] is not None:
-                file.voxel_size = tuple(one * _ANGSTROM_PER_NM for one in described["voxel_nm_zyx"][::-1])
+            if described["voxel_nm_zyx"] is not None and described["voxel_source"] != "MRC cell":
+                _set_cell(file.header, described["voxel_nm_zyx"][::-1])
             for start in range(0, array.shape[0], depth):
                 file.data[start : start + depth] = np.asarray(array[start : start + depth])
         temporary.replace(path)

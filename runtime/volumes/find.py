@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.diameter import is_size_measured, look_for_sizes, settle_diameter
 from darcnn.runtime.errors import InputError, UsageError
+from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.planning import SlidePlan
@@ -34,7 +35,7 @@ __all__ = [
     "find_block",
     "find_blocks_here",
     "find_diameter",
-    "find_sections",
+    "find_planes",
     "plan_blocks",
     "plan_view",
     "plan_views",
@@ -79,6 +80,7 @@ class FoundBlock:
 
     number: int
     table: pa.Table
+    full_planes: tuple[int, ...] = ()  # with tiles that hold as many objects as the model can report
 
 
 class BlockRunner(Protocol):
@@ -259,10 +261,13 @@ def find_block(
 ) -> FoundBlock:
     """Return the sections on the planes of a block, plane by plane."""
     found: list[Section] = []
-    for sections in find_sections(segmenter, block.view, block.start, block.stop):
-        found.extend(sections)
-        advance(1, len(sections))
-    return FoundBlock(block.number, to_table(found))
+    full: list[int] = []
+    planes = find_planes(segmenter, block.view, block.start, block.stop)
+    for plane, instances in enumerate(planes, start=block.start):
+        found.extend(sections_of(instances, plane))
+        full += [plane] * instances.is_saturated
+        advance(1, len(instances))
+    return FoundBlock(block.number, to_table(found), tuple(full))
 
 
 def find_blocks_here(
@@ -273,12 +278,12 @@ def find_blocks_here(
         yield find_block(segmenter, block, advance)
 
 
-def find_sections(segmenter: Segmenter, view: View, start: int, stop: int) -> Iterator[list[Section]]:
+def find_planes(segmenter: Segmenter, view: View, start: int, stop: int) -> Iterator[Instances]:
     """Yield the objects on planes `start` to `stop` - 1; a thread makes the next plane meanwhile."""
     stack = view.stack
-    for index, plane in enumerate(stack.read_ahead(start, stop), start=start):
+    for plane in stack.read_ahead(start, stop):
         with plane_reader(stack.volume, stack.axis, plane) as reader:
-            yield sections_of(segmenter.segment(reader, view.plan, window=view.window), index)
+            yield segmenter.segment(reader, view.plan, window=view.window)
 
 
 def plane_reader(volume: Volume, axis: Axis, plane: NDArray[np.float32]) -> ArrayReader:

@@ -37,7 +37,7 @@ def join_sections(views: Sequence[View], parts: Parts, folder: Path) -> tuple[So
         planes = _planes(views, view, parts)
         chains = link_sections(
             (cut_sections(plane) for plane in planes) if is_series else planes,
-            min_planes=stack.n_joined,
+            min_planes=min(stack.n_joined, len(stack)),
             plane_px=stack.plane_px,
             is_series=is_series,
         )

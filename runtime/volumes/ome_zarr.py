@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.planning import find_channel
-from darcnn.runtime.readers.base import choose_plane, make_slide_name, plausible_mpp
+from darcnn.runtime.readers.base import choose_plane, make_slide_name, plausible_mpp, to_pixels
 from darcnn.runtime.readers.ome_zarr import Multiscale, OmeZarrReader, open_multiscale, unreadable_zarr
 from darcnn.runtime.readers.protocol import Location, SlideInfo
 from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, check_room
@@ -58,7 +58,7 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
         with target.open("wb") as file:
             for span in _spans(image, along, plane_bytes=math.prod(facts.shape[1:]) * facts.dtype.itemsize):
                 values = _read(image, place, span, path)
-                file.write(values.astype(info.dtype).tobytes())
+                file.write(to_pixels(values).tobytes())
     except BaseException:
         target.unlink(missing_ok=True)
         raise

@@ -48,6 +48,11 @@ def is_volume(path: Location, *, t: int | None = None) -> bool:
     return planes.n_z > 1 or planes.is_series(t)
 
 
+def is_mrc(path: Path) -> bool:
+    """Tell whether a file is MRC by its ending, packed or not."""
+    return _inner_suffix(path) is not None or suffix_of(path) in _MRC
+
+
 def is_series(path: Location, *, t: int | None = None) -> bool:
     """Tell whether a source holds time points of one plane, of which `t` chooses none.
 
@@ -84,9 +89,9 @@ def open_volume(
     """
     if not isinstance(path, Path) or is_ome_zarr(path):
         volume = unpack_zarr(path, scratch, t=t, channel=channel)
-    elif (inner := _inner_suffix(path)) is not None or suffix_of(path) in _MRC:
-        volume = _open_mrc(path, scratch, is_packed=inner is not None)
+    elif is_mrc(path):
         choose_plane("t", t, 1, where=path)
+        volume = _open_mrc(path, scratch, is_packed=_inner_suffix(path) is not None)
     elif suffix_of(path) in _NIFTI:
         volume = _open_nifti(path, scratch, t)
     else:

@@ -61,9 +61,10 @@ def write_overview(
         InputError: the volume cannot be read.
         OSError: the file cannot be written; nothing is left behind.
     """
-    factor = max(1, _SIDE_PX // max(stacks[0].volume.info.shape))
+    longest = max(stacks[0].volume.info.shape)
+    factor, scale = max(1, _SIDE_PX // longest), min(1.0, _SIDE_PX / longest)  # the same for all three
     planes = [plane_with_outlines(stack, len(stack) // 2, window, numbered, factor) for stack in stacks]
-    z, y, x = (shrunk(plane, _SIDE_PX) for plane in planes)
+    z, y, x = (_scaled(plane, scale) for plane in planes)
     y, x = (_stretched(plane, stacks[0].plane_px) for plane in (y, x))
     crops = _best_crops(stacks[0], window, numbered)
     width = max(z.width + GAP_PX + x.height, len(crops[:12]) * (_CROP_PX + GAP_PX), 480)
@@ -89,6 +90,12 @@ def legend(page: Image.Image, model_name: str, numbered: Numbered, size: str) ->
     font = ImageFont.load_default(size=_FONT_PX)
     place = (GAP_PX, page.height - LINE_PX // 2)
     ImageDraw.Draw(page).text(place, words, fill="black", font=font, anchor="lm")
+
+
+def _scaled(plane: Image.Image, scale: float) -> Image.Image:
+    """Return the picture, `scale` times (at most 1) as large."""
+    size = max(1, round(plane.width * scale)), max(1, round(plane.height * scale))
+    return plane if scale == 1 else plane.resize(size, Image.Resampling.BOX)
 
 
 def _stretched(plane: Image.Image, factor: float) -> Image.Image:

@@ -286,7 +286,7 @@ def _find(
         advance(total - sum(block.stop - block.start for block in todo), 0)
     for found in find_blocks(segmenter, todo, advance):
         with translated(folder):
-            parts.write(found.number, found.table)
+            parts.write(found.number, found.table, found.full_planes)
 
 
 def _finish(
@@ -316,7 +316,11 @@ def _finish(
             is_series=info.is_series,
         )
     if info.is_series:
-        _write_series(built, views[0], numbered, model, times)
+        with times.stage("tracks"):
+            tracks = measure_tracks(numbered, volume, t)
+            write_parquet(built / TRACKS_FILE, tracks, tracks_schema(info))
+        with times.stage("overview"):
+            _draw_series(built, views[0], numbered, model)
     else:
         with times.stage("particles"):
             write_star(built / STAR_FILE, table, name=info.name, shape=info.shape, voxel_nm=info.voxel_nm)
@@ -326,16 +330,12 @@ def _finish(
             stacks = [Stack(volume, axis, first.n_joined, first.sigma_px) for axis in AXES]
             write_overview(built / OVERVIEW_FILE, stacks, views[0].window, numbered, model_name=model)
             write_scroll(built / SCROLL_FILE, stacks[0], views[0].window, numbered)
-    return VolumeCounts(len(numbered.rows), len(solids), by_axis, sum(len(view.stack) for view in views))
+    n_planes, n_full = sum(len(view.stack) for view in views), len(parts.marked(len(plan_blocks(views))))
+    return VolumeCounts(len(numbered.rows), len(solids), by_axis, n_planes, n_full)
 
 
-def _write_series(built: Path, view: View, numbered: Numbered, model: str, times: StageSeconds) -> None:
-    """Write what only a series along time has."""
-    volume, tracks = view.stack.volume, built / TRACKS_FILE
-    with times.stage("tracks"):
-        write_parquet(tracks, measure_tracks(numbered, volume), tracks_schema(volume.info))
-    with times.stage("overview"):
-        write_series_overview(
-            built / OVERVIEW_FILE, view.stack, view.window, numbered, tracks=tracks, model_name=model
-        )
-        write_scroll(built / SCROLL_FILE, view.stack, view.window, numbered)
+def _draw_series(built: Path, view: View, numbered: Numbered, model: str) -> None:
+    """Write the pictures of a series along time."""
+    stack, window, tracks = view.stack, view.window, built / TRACKS_FILE
+    write_series_overview(built / OVERVIEW_FILE, stack, window, numbered, tracks=tracks, model_name=model)
+    write_scroll(built / SCROLL_FILE, stack, window, numbered)

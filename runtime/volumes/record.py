@@ -64,11 +64,17 @@ class VolumeCounts:
     n_agreed: int  # before a filter: found along the axis, of several along two at least
     by_axis: Mapping[str, int]  # found along each axis
     n_planes: int  # of all axes
+    n_full: int = 0  # planes with tiles that hold as many objects as the model can report
 
     def describe(self) -> dict[str, Any]:
         """Return what run.json says of it."""
         several = {"by_axis": dict(self.by_axis)} if len(self.by_axis) > 1 else {}
-        return {"objects": self.n_objects, "planes": self.n_planes, **several}
+        return {
+            "objects": self.n_objects,
+            "planes": self.n_planes,
+            "planes_saturated": self.n_full,
+            **several,
+        }
 
     def warnings(self, volume: Volume) -> tuple[str, ...]:
         """Return one line for each thing that a user should look at."""
@@ -80,6 +86,11 @@ class VolumeCounts:
             warnings.append(
                 f"two axes agree on {self.n_agreed} objects where one alone finds {most}: "
                 "the volume has much noise, or the model does not fit it"
+            )
+        if self.n_full:
+            warnings.append(
+                f"planes with tiles that hold as many objects as the model can report: {self.n_full}; "
+                "some objects may be missing there"
             )
         info = volume.info
         if info.is_series and info.pixel_um is None:

@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.intensity import IntensityRule, Window, measure_window
 from darcnn.runtime.readers.array import ArrayReader
-from darcnn.runtime.sampling import join_samples, sample_slide, spread_evenly
+from darcnn.runtime.sampling import (
+    check_white,
+    join_samples,
+    may_lack_white,
+    sample_slide,
+    spread_evenly,
+)
 from darcnn.runtime.slab import Slab, join_planes, smooth_plane
 from darcnn.runtime.volumes.volume import AXES, Axis, Volume
 
@@ -35,9 +41,14 @@ class Stack:
 
     @classmethod
     def of(cls, volume: Volume, axis: Axis, slab: Slab | None, diameter_px: float) -> Stack:
-        """Return the stack for objects of `diameter_px` pixels of a plane, as the model's rule wants it."""
+        """Return the stack for objects of `diameter_px` pixels of a plane, as the model's rule wants it.
+
+        Time points of a series are smoothed, but not averaged.
+        """
         if slab is None:
             return cls(volume, axis)
+        if volume.info.is_series:
+            return cls(volume, axis, sigma_px=slab.sigma_px(diameter_px))
         n_joined = slab.count_planes(diameter_px / cls(volume, axis).plane_px)
         return cls(volume, axis, n_joined, slab.sigma_px(diameter_px))
 
@@ -98,14 +109,20 @@ def measure_stack(stack: Stack, rule: IntensityRule, *, scale: float) -> Window:
         stack: the planes.
         rule: of the model.
         scale: network pixels per voxel.
+    Raises:
+        InputError: the values are not those that the rule takes for granted (`check_white`).
     """
-    sample = np.empty((0, 1), stack.volume.info.dtype)
-    if rule.needs_statistics:
+    info = stack.volume.info
+    sample = np.empty((0, 1), info.dtype)
+    is_doubtful = may_lack_white(rule, info.dtype)
+    if rule.needs_statistics or is_doubtful:
         parts = []
         for index in spread_evenly(range(len(stack)), SAMPLED_PLANES):
             with ArrayReader(stack.plane(index)) as reader:
                 parts.append(sample_slide(reader, scale=scale, channels=1))
         sample = join_samples(_without_flashes(parts))
+    if is_doubtful:
+        check_white(sample, info.dtype, info.path, name=info.name)
     return measure_window(rule, sample)
 
 

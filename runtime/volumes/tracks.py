@@ -51,7 +51,7 @@ def tracks_schema(info: VolumeInfo) -> pa.Schema:
     return schema.insert(2, pa.field("time_s", pa.float64()))
 
 
-def measure_tracks(numbered: Numbered, volume: Volume) -> Iterator[pa.Table]:
+def measure_tracks(numbered: Numbered, volume: Volume, t: int | None = None) -> Iterator[pa.Table]:
     """Yield a table of `tracks_schema` for each time point on which there are objects, in order of time.
 
     `id` is the number of the object; a time point on which an object was missed has no row of it. `time_s`
@@ -62,6 +62,7 @@ def measure_tracks(numbered: Numbered, volume: Volume) -> Iterator[pa.Table]:
     Args:
         numbered: the objects of a series, numbered from 1 without a gap.
         volume: open; stays open. Its planes are read once more, one after another.
+        t: the time point that it was opened at, where its time points are what the file calls planes.
     Raises:
         InputError: the file cannot be read any more.
     """
@@ -70,18 +71,18 @@ def measure_tracks(numbered: Numbered, volume: Volume) -> Iterator[pa.Table]:
     schema, names = tracks_schema(info), _names(info)
     mpp = None if info.pixel_um is None else info.pixel_um[::-1]
     scores = numbered.solids.scores[numbered.rows]
-    planes = zip(draw_planes(numbered, info.shape), read_channels(info, None), strict=True)
-    for t, (labels, channels) in enumerate(planes):
+    planes = zip(draw_planes(numbered, info.shape), read_channels(info, t), strict=True)
+    for moment, (labels, channels) in enumerate(planes):
         if not labels.any():
             continue
-        ids = np.unique(labels)[1:].astype(np.int64)
+        ids = np.unique(labels[labels > 0]).astype(np.int64)
         found = label_instances(labels.astype(np.int64))
         found = replace(found, scores=scores[ids - 1], truncated=_is_cut(found.boxes, width, height))
-        pixels = channels if info.several_channels else volume.read("z", t)[:, :, None]
+        pixels = channels if info.several_channels else volume.read("z", moment)[:, :, None]
         table = measure(found, pixels, Region(0, 0, width, height), 1.0, names, mpp)
         table = table.set_column(0, "id", pa.array(ids))
-        table = table.add_column(1, "t", pa.array(np.full(len(ids), t, np.int32)))
-        time_s = None if info.frame_interval_s is None else t * info.frame_interval_s
+        table = table.add_column(1, "t", pa.array(np.full(len(ids), moment, np.int32)))
+        time_s = None if info.frame_interval_s is None else moment * info.frame_interval_s
         yield table.add_column(2, "time_s", pa.array([time_s] * len(ids), pa.float64())).cast(schema)
 
 

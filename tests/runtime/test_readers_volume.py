@@ -14,6 +14,7 @@ import pytest
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.readers import Planes, count_planes, open_source
+from darcnn.runtime.readers.mrc_header import read_mrc_header
 from darcnn.runtime.slide_list import list_slides
 
 mrcfile = pytest.importorskip("mrcfile", reason="the extra `volumes` is not installed")
@@ -58,6 +59,16 @@ def refusal(path: Path, **options: Any) -> str:
 
 
 # MRC
+
+
+def test_sides_of_voxels_follow_the_axes_that_columns_rows_and_sections_go_along(tmp_path: Path) -> None:
+    cell = np.rec.array([(30.0 * 6, 20.0 * 5, 10.0 * 4)], dtype=[("x", "f4"), ("y", "f4"), ("z", "f4")])[0]
+    path = mrc(tmp_path / "a.mrc", cella=cell, mx=6, my=5, mz=4, mapc=3, mapr=2, maps=1)
+    header = read_mrc_header(path)
+    assert header.mpp == pytest.approx((0.001, 0.002))
+    assert header.section_um == pytest.approx(0.003)
+    path = mrc(tmp_path / "b.mrc", cella=cell, mx=6, my=5, mz=4, mapc=0, mapr=0, maps=0)
+    assert read_mrc_header(path).mpp == pytest.approx((0.003, 0.002))  # columns along x
 
 
 @pytest.mark.parametrize("suffix", [".mrc", ".rec", ".map", ".st", ".MRC"])

@@ -7,11 +7,13 @@ import pytest
 from PIL import Image
 
 from darcnn.runtime.diameter import estimate_diameter
+from darcnn.runtime.engines.oracle import OracleEngine, make_oracle_manifest
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.intensity import IntensityRule, Window, measure_window
 from darcnn.runtime.live import Calibration, LiveSegmenter
 from darcnn.runtime.load import load
 from darcnn.runtime.readers.array import ArrayReader
+from darcnn.runtime.segmenter import Segmenter
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "target"
 
@@ -33,6 +35,28 @@ def same(one, other):
     np.testing.assert_array_equal(one.boxes, other.boxes)
     np.testing.assert_array_equal(one.scores, other.scores)
     np.testing.assert_array_equal(one.labels(), other.labels())
+
+
+def test_a_given_window_holds_while_the_size_is_learned():
+    tissue = np.asarray(Image.open(next((DATA.parent / "tissue").glob("*.png"))).convert("RGB"))
+    frame = tissue.astype(np.uint16) * 16  # of a camera with 12 bits
+    window = Window(0.0, 4095.0)
+    with LiveSegmenter("nuclei-he", calibration=Calibration(window=window)) as live:
+        found = live.push(frame).outcome(120)
+    assert found.status == "done", found.error
+    with load("nuclei-he", device="cpu") as plain:
+        same(found.instances, plain(frame, window=window))
+
+
+def test_a_dark_frame_does_not_teach_what_white_is():
+    engine = OracleEngine(tile_px=64, channels=1)
+    frame = np.zeros((60, 60), np.uint16)
+    frame[5:15, 5:15], frame[30:40, 30:40] = 100, 200  # nowhere near the white of 16 bits
+    with LiveSegmenter(Segmenter(engine, make_oracle_manifest(engine, halo_px=16))) as live:
+        assert live.push(np.zeros_like(frame)).outcome(30).status == "done"
+        found = live.push(frame).outcome(30)
+    assert found.status == "failed"
+    assert "65535 is white" in str(found.error)
 
 
 @pytest.mark.slow

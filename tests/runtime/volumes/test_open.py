@@ -245,6 +245,28 @@ def test_a_series_in_ome_zarr_is_a_volume_along_t_too(tmp_path: Path) -> None:
             np.testing.assert_array_equal(volume.read("z", 0), values[1])
 
 
+def test_booleans_in_ome_zarr_are_black_and_white_as_in_an_image(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "m.zarr", zarr_format=2)
+    group.create_array("0", data=VALUES.mean() < VALUES)
+    axes = [{"name": axis, "type": "space"} for axis in "zyx"]
+    datasets = [{"path": "0", "coordinateTransformations": []}]
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    with open_volume(tmp_path / "m.zarr", tmp_path) as volume:
+        assert set(np.unique(volume.read("z", VALUES.shape[0] // 2))) <= {0, 255}
+        assert volume.read("z", VALUES.shape[0] - 1).max() == 255
+
+
+def test_a_time_point_of_a_packed_volume_leaves_nothing_behind(tmp_path: Path) -> None:
+    with mrcfile.new(tmp_path / "v.mrc", VALUES.astype(np.float32)):
+        pass
+    (tmp_path / "v.mrc.gz").write_bytes(gzip.compress((tmp_path / "v.mrc").read_bytes()))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with pytest.raises(InputError, match="leave --t out"):
+        open_volume(tmp_path / "v.mrc.gz", scratch, t=3)
+    assert list(scratch.iterdir()) == []
+
+
 def test_one_channel_of_several_is_chosen(tmp_path: Path) -> None:
     path = tmp_path / "two.ome.tif"
     both = np.stack([VALUES, 2 * VALUES], axis=1).astype(np.uint16)  # Z C Y X

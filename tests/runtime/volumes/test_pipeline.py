@@ -20,16 +20,21 @@ from PIL import Image
 import darcnn.runtime
 from darcnn.runtime.engines.oracle import OracleEngine, make_oracle_manifest
 from darcnn.runtime.errors import InputError, OutputError, UsageError
+from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import IntensityRule, Window
+from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.slab import Slab
 from darcnn.runtime.volumes import find
+from darcnn.runtime.volumes.labels import Numbered
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import VolumeOptions
+from darcnn.runtime.volumes.overview import write_overview
 from darcnn.runtime.volumes.pipeline import run_volume
 from darcnn.runtime.volumes.record import VolumeCounts
+from darcnn.runtime.volumes.solid import SolidFile, write_solids
 from darcnn.runtime.volumes.stack import Stack, measure_stack
-from darcnn.runtime.volumes.volume import Axis, Stored, Volume, VolumeInfo
+from darcnn.runtime.volumes.volume import AXES, Axis, Stored, Volume, VolumeInfo
 
 pytest.importorskip("mrcfile", reason="volumes need the extra volumes")
 starfile = pytest.importorskip("starfile", reason="volumes need the extra volumes")
@@ -184,6 +189,106 @@ def test_labels_in_mrc_have_the_geometry_of_the_volume(
         assert same_objects(np.asarray(file.data), balls)
         assert float(file.voxel_size.x) == pytest.approx(12.0)
     assert mrcfile.validate(folder / "labels.mrc")
+
+
+@pytest.mark.parametrize("voxel_nm", [None, (1.3, 1.3, 1.3)])
+@pytest.mark.parametrize("has_size", [True, False])
+def test_labels_in_mrc_lie_where_the_volume_lies(
+    oracle16: Segmenter, mrc_file: Path, tmp_path: Path, voxel_nm: tuple[float, ...] | None, has_size: bool
+) -> None:
+    import mrcfile
+
+    with mrcfile.open(mrc_file, "r+") as file:
+        file.header.origin = (100, 200, 300)
+        file.nstart = (5, 6, 7)
+        if not has_size:
+            file.voxel_size = 1.0  # what is not believed
+    options = VolumeOptions(also=("labels-mrc",), voxel_nm=voxel_nm)  # type: ignore[arg-type]
+    folder = run_volume(oracle16, mrc_file, tmp_path / "out", options=options).folder
+    with mrcfile.open(folder / "labels.mrc") as file:
+        assert file.header.origin.item() == (100, 200, 300)
+        assert file.nstart.item() == (5, 6, 7)
+        asked = 13.0 if voxel_nm else 12.0 if has_size else 1.0
+        assert file.voxel_size.item() == pytest.approx((asked, asked, asked))
+
+
+@pytest.mark.parametrize(("n_planes", "n_found"), [(8, 1), (4, 1), (1, 1)])
+def test_a_volume_thinner_than_a_slab_has_objects_too(
+    oracle16: Segmenter, tmp_path: Path, n_planes: int, n_found: int
+) -> None:
+    labels = np.zeros((n_planes, 40, 40), np.uint16)
+    labels[:, 10:20, 10:20] = 1
+    with gzip.open(tmp_path / "v.mrc.gz", "wb") as packed:
+        mrcfile = pytest.importorskip("mrcfile")
+        with mrcfile.new(tmp_path / "v.mrc", labels) as file:
+            file.set_volume()
+        packed.write((tmp_path / "v.mrc").read_bytes())
+    slabs = replace(oracle16.manifest.input, slab=Slab(0.5), nominal_diameter_px=12.0)
+    with Segmenter(oracle16.engine, replace(oracle16.manifest, input=slabs)) as segmenter:
+        summary = run_volume(segmenter, tmp_path / "v.mrc.gz", tmp_path / "out")
+    assert json.loads((summary.folder / "run.json").read_text())["network"]["planes_joined"] == 7
+    assert summary.n_objects == n_found
+
+
+def test_planes_with_as_many_objects_as_the_model_can_report_are_warned_of(
+    oracle16: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.zeros((6, 60, 60), np.uint16)
+    labels[:, 10:20, 10:20] = 1
+    tifffile.imwrite(tmp_path / "s.tif", labels, metadata={"axes": "ZYX"})
+    found = Segmenter.segment
+
+    def fill(self: Segmenter, reader: Reader, *rest: object, **options: object) -> Instances:
+        is_full = int(reader.info.name.split()[0] == "s,") and next(calls) in (1, 4)
+        return replace(found(self, reader, *rest, **options), is_saturated=bool(is_full))  # type: ignore[arg-type]
+
+    calls = iter(range(6))
+    monkeypatch.setattr(Segmenter, "segment", fill)
+    summary = run_volume(oracle16, tmp_path / "s.tif", tmp_path / "out")
+    assert any("as many objects as the model can report: 2;" in warning for warning in summary.warnings)
+    assert json.loads((summary.folder / "run.json").read_text())["counts"]["planes_saturated"] == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [(np.uint16(3000), "--window 0,4095"), (np.float32(200), "0 is black and 1 is white")],
+)
+def test_values_that_do_not_reach_white_are_refused_as_in_images(
+    oracle: Segmenter, tmp_path: Path, values: np.generic, words: str
+) -> None:
+    stack = np.zeros((4, 40, 40), values.dtype)
+    stack[:, 10:20, 10:20] = values
+    tifffile.imwrite(tmp_path / "s.tif", stack, metadata={"axes": "ZYX"})
+    with pytest.raises(InputError, match=words):
+        run_volume(oracle, tmp_path / "s.tif", tmp_path / "out")
+    window = VolumeOptions(window=(0.0, 4095.0))
+    assert run_volume(oracle, tmp_path / "s.tif", tmp_path / "told", options=window).folder.exists()
+
+
+@pytest.mark.parametrize("shape", [(64, 1440, 1024), (64, 1024, 1440)])
+def test_the_planes_of_an_overview_are_shrunk_alike(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    _, height, width = shape
+    values = np.zeros(shape, np.uint8)
+    values[24:40, height // 2 - 10 : height // 2 + 10, width - 100 : width - 60] = 100
+    values[24:40, height - 100 : height - 60, width // 2 - 10 : width // 2 + 10] = 100
+    info = VolumeInfo(tmp_path / "v.mrc", "v", shape, values.dtype)
+    (tmp_path / "raw").write_bytes(values.tobytes())
+    write_solids(tmp_path / "none.arrow", [])
+    none = Numbered(SolidFile(tmp_path / "none.arrow"), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    with Volume(info, Stored(tmp_path / "raw", values.dtype)) as volume:
+        stacks = [Stack(volume, axis) for axis in AXES]
+        write_overview(tmp_path / "o.png", stacks, Window(0.0, 100.0), none, model_name="m")
+    page = np.asarray(Image.open(tmp_path / "o.png").convert("L"))
+    scale = 1024 / max(height, width)
+    z_height, z_width = round(height * scale), round(width * scale)
+    right = page[z_height + 8 : z_height + 8 + round(64 * scale)]  # the plane across y, below
+    assert np.flatnonzero((right > 200).sum(axis=0).clip(0, 28) % 28)[0] == pytest.approx(
+        (width - 100) * scale, abs=2
+    )
+    below = page[:z_height, z_width + 8 : z_width + 8 + round(64 * scale)]  # across x, beside
+    assert np.flatnonzero(((below > 200).sum(axis=1) % below.shape[1]) > 0)[0] == pytest.approx(
+        (height - 100) * scale, abs=2
+    )
 
 
 def test_formats_are_added_to_a_finished_result(oracle16: Segmenter, mrc_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""Series along t: time points are searched one by one, whatever is on them and wherever the file has them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tifffile
+import zarr
+
+from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.slab import Slab
+from darcnn.runtime.volumes.options import VolumeOptions
+from darcnn.runtime.volumes.pipeline import run_volume
+
+
+def test_a_time_point_without_background_is_one_like_others(oracle16: Segmenter, tmp_path: Path) -> None:
+    series = np.zeros((3, 40, 40), np.uint8)
+    series[:, 4:14, 4:14] = 1
+    series[1, :, :20], series[1, :, 20:] = 1, 2  # two objects cover all of it
+    tifffile.imwrite(tmp_path / "s.tif", series, imagej=True, metadata={"axes": "TYX"})
+    folder = run_volume(oracle16, tmp_path / "s.tif", tmp_path / "out").folder
+    tracks = pq.read_table(folder / "tracks.parquet").to_pandas()
+    assert tracks.groupby("t").area_px.apply(sorted).tolist() == [[100], [800, 800], [100]]
+
+
+def test_time_points_are_not_averaged(oracle16: Segmenter, tmp_path: Path) -> None:
+    series = np.zeros((12, 40, 40), np.uint8)
+    series[:, 4:14, 4:14] = 1
+    series[5:8, 24:34, 24:34] = 2  # fewer time points than the slab of the model joins planes
+    tifffile.imwrite(tmp_path / "s.tif", series, imagej=True, metadata={"axes": "TYX"})
+    model = oracle16.manifest.input
+    slabs = replace(model, slab=Slab(0.5), nominal_diameter_px=12.0)
+    with Segmenter(oracle16.engine, replace(oracle16.manifest, input=slabs)) as segmenter:
+        folder = run_volume(segmenter, tmp_path / "s.tif", tmp_path / "out").folder
+    assert json.loads((folder / "run.json").read_text())["network"]["planes_joined"] == 1
+    objects = pq.read_table(folder / "objects.parquet").to_pandas()
+    assert objects[["t_first", "t_last", "area_px"]].to_numpy().tolist() == [[0, 11, 100], [5, 7, 100]]
+
+
+@pytest.mark.parametrize("kind", ["tiff", "zarr"])
+def test_sections_taken_for_time_points_keep_the_time_point_that_they_lie_in(
+    oracle16: Segmenter, tmp_path: Path, kind: str
+) -> None:
+    values = np.zeros((2, 4, 2, 40, 40), np.uint16)  # t z c y x
+    values[:, :, 0, 10:20, 10:20] = 1
+    values[0, :, 1], values[1, :, 1] = 10, 99
+    path = tmp_path / ("s.ome.tif" if kind == "tiff" else "s.zarr")
+    if kind == "tiff":
+        tifffile.imwrite(path, values, metadata={"axes": "TZCYX"})
+    else:
+        group = zarr.create_group(path, zarr_format=2)
+        group.create_array("0", data=values)
+        kinds = {"t": "time", "c": "channel"}
+        axes = [{"name": axis, "type": kinds.get(axis, "space")} for axis in "tzcyx"]
+        datasets = [{"path": "0", "coordinateTransformations": []}]
+        group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    options = VolumeOptions(t=1, channel=0, series=True)
+    folder = run_volume(oracle16, path, tmp_path / "out", options=options).folder
+    for name in ("objects", "tracks"):
+        table = pq.read_table(folder / f"{name}.parquet").to_pandas()
+        (second,) = (column for column in table if column.startswith("mean_intensity") and "1" in column)
+        assert set(table[second]) == {99.0}, name
