@@ -17,7 +17,8 @@ from darcnn.runtime.errors import (
 )
 from darcnn.runtime.pipeline import RunOptions, RunSummary, run_slide
 from darcnn.runtime.progress import Listener
-from darcnn.runtime.readers.open import open_source
+from darcnn.runtime.readers.base import suffix_of
+from darcnn.runtime.readers.open import PICTURES, open_source
 from darcnn.runtime.readers.picture import read_size
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.rows import RowRunner, find_rows_here
@@ -164,7 +165,8 @@ def _run_pictures(
 def _is_small(path: Location, options: RunOptions) -> bool:
     """Tell whether a file is a picture of a few tiles; what cannot be opened is none: running it says why."""
     try:
-        if isinstance(path, Path) and (size := read_size(path)) is not None:  # it need not be decoded
+        is_picture = isinstance(path, Path) and suffix_of(path) in PICTURES
+        if isinstance(path, Path) and is_picture and (size := read_size(path)) is not None:  # not decoded
             return size[0] * size[1] <= _SMALL_PX0
         if options.z is None and is_volume(path, t=options.t):
             return False

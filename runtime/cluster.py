@@ -40,7 +40,6 @@ from darcnn.runtime.volumes.find import Block, FoundBlock, find_block
 
 __all__ = ["ClusterRunner", "SlideSource", "open_cluster"]
 
-_PLUGIN = "darcnn-model"
 _Item = TypeVar("_Item")
 _Found = TypeVar("_Found")
 _AHEAD = 2  # rows that each worker has in hand: the next one waits where the last ends
@@ -91,32 +90,43 @@ class _Model(WorkerPlugin):
             self._opened = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """The model that a command has brought to the workers."""
+
+    plugin: str  # its name there, each command's own: several may share a scheduler
+    sha256: str  # of its manifest
+
+
 @contextmanager
-def _own_model(model: str) -> Iterator[tuple[_Model, Segmenter]]:
-    """Give a worker its plugin and segmenter, to one task at a time; `model` is the hash of its manifest."""
-    plugin = cast(_Model, get_worker().plugins[_PLUGIN])
+def _own_model(model: _Loaded) -> Iterator[tuple[_Model, Segmenter]]:
+    """Give a worker its plugin and segmenter, to one task at a time."""
+    worker = get_worker()
+    if model.plugin not in worker.plugins:
+        raise DeviceError("has lost the model", where=worker.address, fix="run the command again")
+    plugin = cast(_Model, worker.plugins[model.plugin])
     with plugin.lock:
         segmenter = plugin.segmenter
         assert segmenter is not None  # set up before the first task
-        if model_hash(segmenter.manifest) != model:
+        if model_hash(segmenter.manifest) != model.sha256:
             raise DeviceError("has another model of that name", where=get_worker().address, fix="update it")
         yield plugin, segmenter
 
 
-def _find_row(model: str, source: SlideSource, task: SlideTask, row: Row) -> FoundRow:
+def _find_row(model: _Loaded, source: SlideSource, task: SlideTask, row: Row) -> FoundRow:
     """Find a row, in a worker."""
     with _own_model(model) as (plugin, segmenter):
         return find_row(segmenter, plugin.open(source), task, row)
 
 
-def _find_block(model: str, block: Block) -> FoundBlock:
+def _find_block(model: _Loaded, block: Block) -> FoundBlock:
     """Find a block, in a worker."""
     with _own_model(model) as (_, segmenter):
         return find_block(segmenter, block)
 
 
 def _run_picture(
-    model: str, out_dir: Path, options: RunOptions, picture: tuple[int, tuple[Location, Path]]
+    model: _Loaded, out_dir: Path, options: RunOptions, picture: tuple[int, tuple[Location, Path]]
 ) -> tuple[int, RunSummary | DarcnnError]:
     """Run a whole picture, in a worker."""
     number, (path, below) = picture
@@ -132,8 +142,9 @@ def _run_picture(
 class ClusterRunner:
     """Who finds rows and blocks in a cluster; made by `open_cluster`."""
 
-    def __init__(self, client: Client, *, z: int | None, t: int | None) -> None:
+    def __init__(self, client: Client, plugin: str, *, z: int | None, t: int | None) -> None:
         self._client = client
+        self._plugin = plugin  # what the model is called on the workers
         self._z, self._t = z, t
 
     def find_rows(
@@ -158,7 +169,7 @@ class ClusterRunner:
         # the tiles of all other rows need not travel
         common = replace(task, plan=replace(task.plan, tiles=()))
         n_tiles = {row.number: len(row.tiles) for row in rows}
-        work = partial(_find_row, model_hash(segmenter.manifest), source, common)
+        work = partial(_find_row, self._loaded(segmenter), source, common)
         for found in self._spread(work, rows):
             yield found
             advance(n_tiles[found.number], found.table.num_rows)
@@ -175,7 +186,7 @@ class ClusterRunner:
             DeviceError: a block killed several workers, or the scheduler is gone.
         """
         n_planes = {block.number: block.stop - block.start for block in blocks}
-        work = partial(_find_block, model_hash(segmenter.manifest))
+        work = partial(_find_block, self._loaded(segmenter))
         for found in self._spread(work, [block.for_others() for block in blocks]):
             yield found
             advance(n_planes[found.number], found.table.num_rows)
@@ -204,7 +215,7 @@ class ClusterRunner:
             return
         if options.roi is not None and Path(options.roi).is_file():
             options = replace(options, roi=str(Path(options.roi).resolve()))
-        work = partial(_run_picture, model_hash(segmenter.manifest), out_dir.resolve(), options)
+        work = partial(_run_picture, self._loaded(segmenter), out_dir.resolve(), options)
         # not resolved: a link's own name is that of its result
         places = [(path if isinstance(path, str) else path.absolute(), below) for path, below in pictures]
         for number, result in self._spread(work, list(enumerate(places))):
@@ -212,6 +223,9 @@ class ClusterRunner:
                 folder = out_dir / pictures[number][1] / result.folder.name
                 result = replace(result, folder=folder, overview=folder / result.overview.name)
             yield number, result
+
+    def _loaded(self, segmenter: Segmenter) -> _Loaded:
+        return _Loaded(self._plugin, model_hash(segmenter.manifest))
 
     def _spread(self, work: Callable[[_Item], _Found], items: Sequence[_Item]) -> Iterator[_Found]:
         """Yield what workers make of `items`, as they finish; each has one more waiting."""
@@ -249,9 +263,9 @@ def _result(future: Any) -> Any:
         ) from err
 
 
-def _load_model(client: Client, model: _Model) -> None:
+def _load_model(client: Client, model: _Model, name: str) -> None:
     try:
-        client.register_plugin(model, name=_PLUGIN)
+        client.register_plugin(model, name=name)
     except DarcnnError:
         raise
     except Exception as err:  # Dask hands on what a worker said as a plain Exception: no module, old versions
@@ -307,10 +321,11 @@ def open_cluster(
                 where="--scheduler",
                 fix="start one with `dask scheduler` and `dask worker`, or pass --workers",
             ) from err
-        _load_model(client, _Model(make_segmenter, is_ours=scheduler is None))
+        plugin = f"darcnn-model-{uuid.uuid4().hex}"
+        _load_model(client, _Model(make_segmenter, is_ours=scheduler is None), plugin)
         try:
-            yield ClusterRunner(client, z=z, t=t)
+            yield ClusterRunner(client, plugin, z=z, t=t)
         finally:
             if scheduler is not None:  # workers of our own end with their memory
-                with suppress(KeyError, OSError):  # some are gone: nothing is left to forget there
-                    client.unregister_worker_plugin(_PLUGIN)
+                with suppress(KeyError, ValueError, OSError):  # some are gone, and nothing is left there
+                    client.unregister_worker_plugin(plugin)

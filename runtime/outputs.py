@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from darcnn.runtime.closing import Closing
 from darcnn.runtime.geometry import Region
+from darcnn.runtime.manifest import Manifest
 from darcnn.runtime.measure import object_schema
 from darcnn.runtime.readers.protocol import Pixels, Reader, SlideInfo
 from darcnn.runtime.rows import SlideTask
@@ -44,7 +45,7 @@ def write_outputs(
     reader: Reader,
     task: SlideTask,
     *,
-    model_name: str,
+    model: Manifest,
     also: Sequence[str],
     tally: Tally,
 ) -> None:
@@ -55,7 +56,7 @@ def write_outputs(
         rows: tables of `object_schema`, in order.
         reader: the open slide; stays open.
         task: what the rows were found with.
-        model_name: the class of the objects.
+        model: its name is the class of the objects.
         also: formats beyond the usual ones, of `EXTRA_FORMATS`.
         tally: takes the time of each; knows the damaged tiles, which the overview shows.
     Raises:
@@ -75,7 +76,8 @@ def write_outputs(
                 _UntilStopped(reader, stop),
                 window=task.window,
                 channel=task.plan.channel,
-                model_name=model_name,
+                channels=model.input.channels,
+                model_name=model.name,
                 mpp=task.mpp,
                 unreadable=tuple(tally.unreadable.values()),
             )
@@ -89,7 +91,7 @@ def write_outputs(
                     folder / GEOJSON_FILE,
                     table,
                     slide_name=info.name,
-                    class_name=model_name,
+                    class_name=model.name,
                     origin_px0=info.origin_px0,
                 )
             with tally.stage("labels"):

@@ -23,6 +23,7 @@ from darcnn.runtime.measure import object_schema
 from darcnn.runtime.outputs import add_formats, write_outputs
 from darcnn.runtime.parts import Parts
 from darcnn.runtime.planning import SlidePlan, find_channel, to_level0
+from darcnn.runtime.readers.base import settle_mpp
 from darcnn.runtime.readers.mended import MendedReader
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.record import (
@@ -154,6 +155,7 @@ def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
     """Raise what is wrong with the options or the slide before anything is made or looked at."""
     info = reader.info
     check_formats(chosen.also, EXTRA_FORMATS)
+    settle_mpp(None, None, override=chosen.mpp)
     channel = find_channel(info, chosen.channel)
     roi = None if chosen.roi is None else read_roi(chosen.roi, origin_px0=info.origin_px0)
     if roi is not None and not roi.touches(Region(0, 0, info.width_px0, info.height_px0)):
@@ -231,7 +233,7 @@ def _fill(
             _final_tables(parts, len(rows), ground, wish.row_filter, tally),
             mended,
             task,
-            model_name=segmenter.manifest.name,
+            model=segmenter.manifest,
             also=options.also,
             tally=tally,
         )

@@ -18,6 +18,7 @@ from darcnn.runtime.manifest import Manifest, manifest_to_json
 from darcnn.runtime.readers.base import without_secrets
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.rows import SlideTask
+from darcnn.runtime.sampling import spread_evenly
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import atomic_file
 from darcnn.runtime.tally import Tally
@@ -53,6 +54,9 @@ _LIBRARIES = (
 _END_BYTES = 1 << 20  # a slide is known by its first and last MiB; reading all of it would take minutes
 _DIGITS = 3  # of seconds
 _STRIP_PX = 1024  # rows that are hashed at once
+_SAMPLED_FILES = 16  # of a folder, that are looked into
+_END_OF_CHUNK = 1 << 16  # bytes at either end
+_OF_FOLDER = "metadata, names and sizes of all files, ends of 16"
 
 
 def describe_run(segmenter: Segmenter, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +154,9 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
         OSError: it cannot be written; nothing is left behind.
     """
     with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        # the name of a file may hold bytes that are no UTF-8: they are written as \udc.. and read back
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def read_record(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -173,15 +179,21 @@ def model_hash(manifest: Manifest) -> str:
 
 
 def fingerprint(info: SlideInfo) -> dict[str, Any]:
-    """Return what tells a slide that lies in a file from others: `fingerprint_file`, or that of its metadata.
+    """Return what tells a slide that lies in a file from others, wherever it lies: `fingerprint_file`.
+
+    Of a folder (OME-Zarr) it is made of the metadata, of all names and sizes of files, and of the ends of
+    some; behind a URL of the metadata alone.
 
     Raises:
         InputError: the file cannot be read.
     """
     assert info.path is not None
-    if info.digest is not None:
+    if info.digest is None:
+        return fingerprint_file(Path(info.path))
+    if isinstance(info.path, str):
         return {"name": without_secrets(info.path), "size": None, "sha256": info.digest, "of": "metadata"}
-    return fingerprint_file(Path(info.path))
+    digest = _sha256((info.digest + _digest_folder(info.path)).encode())
+    return {"name": info.path.absolute().name, "size": None, "sha256": digest, "of": _OF_FOLDER}
 
 
 def fingerprint_file(path: Path) -> dict[str, Any]:
@@ -205,6 +217,26 @@ def fingerprint_file(path: Path) -> dict[str, Any]:
     except OSError as err:
         raise InputError(f"cannot be read ({err.strerror})", where=path, fix="check the disk") from err
     return {"name": path.name, "size": size, "sha256": _sha256(content), "of": "first and last MiB and size"}
+
+
+def _digest_folder(folder: Path) -> str:
+    """Return the sha256 of the names and sizes of all files in a folder, and of the ends of some.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        names = sorted(files)
+        digest = hashlib.sha256(json.dumps([(name, files[name].stat().st_size) for name in names]).encode())
+        for name in spread_evenly(names, _SAMPLED_FILES):
+            with files[name].open("rb") as file:
+                digest.update(file.read(_END_OF_CHUNK))
+                file.seek(max(0, files[name].stat().st_size - _END_OF_CHUNK))
+                digest.update(file.read(_END_OF_CHUNK))
+    except OSError as err:
+        raise InputError(f"cannot be read ({err.strerror})", where=folder, fix="check the disk") from err
+    return digest.hexdigest()
 
 
 def fingerprint_pixels(reader: Reader) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,11 @@ __all__ = ["Roi", "read_roi"]
 
 _NUMBER = r"\s*([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*"
 _RECTANGLE = re.compile(",".join([_NUMBER] * 4), re.IGNORECASE)
+# What is raised on damaged or other files: gzip, JSON (nested without an end) and shapely.
+_NO_GEOJSON = (
+    *(ValueError, TypeError, KeyError, AttributeError, EOFError, RecursionError),
+    *(zlib.error, shapely.errors.ShapelyError),
+)
 _FIX = "give X0,Y0,X1,Y1 in pixels of the slide, or a GeoJSON file with polygons"
 _FOUND_OBJECTS = ("detection", "cell", "tile")  # of QuPath: what was found, not where to look
 _GZIP = b"\x1f\x8b"
@@ -77,7 +83,7 @@ def read_roi(text: str, *, origin_px0: tuple[int, int] = (0, 0)) -> Roi:
         geometries = list(_polygons(json.loads(packed)))
     except OSError as err:
         raise UsageError(f"cannot read {text} ({err.strerror or err})", where="--roi", fix=_FIX) from err
-    except (ValueError, TypeError, KeyError, AttributeError, EOFError, shapely.errors.ShapelyError) as err:
+    except _NO_GEOJSON as err:
         raise UsageError(f"{text} is no GeoJSON", where="--roi", fix=_FIX) from err
     if not geometries:
         raise UsageError(f"{text} holds no polygons", where="--roi", fix=_FIX)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,8 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
 }
-_STRUCTURE = (ast.Compare, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Load)
 _JOINT = ("mean_intensity", "std_intensity")  # without a channel: the mean over all channels
+_NO_MEASUREMENTS = ("id", "geometry")  # ids are given to what the filter keeps
 _EXAMPLE = 'use a condition such as "mean_intensity < 140 and area_px > 20"'
 
 
@@ -59,9 +60,8 @@ class RowFilter:
 
     def keep(self, table: pa.Table) -> NDArray[np.bool_]:
         """Return which rows of `table` satisfy the condition, (N,); what is not known satisfies none."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            found = np.asarray(_value(self.tree, table))
-        return np.broadcast_to(found, (table.num_rows,)).astype(np.bool_)
+        with np.errstate(all="ignore"):
+            return _is_true(self.tree, table, negated=False)
 
 
 def parse_filter(text: str, columns: list[str]) -> RowFilter:
@@ -75,7 +75,7 @@ def parse_filter(text: str, columns: list[str]) -> RowFilter:
         text: what the user wrote.
         columns: of the table of objects.
     Raises:
-        UsageError: it is no such condition, or names a column that is not there.
+        UsageError: it is no such condition, or names a column that is not there or is no measurement.
 
     >>> table = pa.table({"area_px": [5, 30], "mean_intensity_DAPI": [90.0, 150.0]})
     >>> parse_filter("area_px > 20 or mean_intensity < 100", table.column_names).keep(table)
@@ -87,8 +87,10 @@ def parse_filter(text: str, columns: list[str]) -> RowFilter:
         raise UsageError(f"{text!r} is no condition", where="--filter", fix=_EXAMPLE) from err
     if not isinstance(tree, (ast.Compare, ast.BoolOp, ast.UnaryOp)):
         raise UsageError(f"{text!r} is neither true nor false", where="--filter", fix=_EXAMPLE)
+    measured = [name for name in columns if name not in _NO_MEASUREMENTS]
     for node in ast.walk(tree):
-        _check(node, text, columns)
+        _check(node, text, measured)
+    _check_kinds(tree, text)
     return RowFilter(text, tree)
 
 
@@ -97,7 +99,12 @@ def _check(node: ast.AST, text: str, columns: list[str]) -> None:
         if node.id not in columns and not (node.id in _JOINT and _of(node.id, columns)):
             raise UsageError(f"no column {node.id}", where="--filter", fix=f"use {', '.join(columns)}")
         return
-    is_number = isinstance(node, ast.Constant) and type(node.value) in (int, float)
+    is_number = (
+        isinstance(node, ast.Constant)
+        and isinstance(node.value, (int, float))
+        and not isinstance(node.value, bool)
+        and abs(node.value) <= sys.float_info.max
+    )
     is_sign = isinstance(node, (ast.Not, ast.USub))
     known = (ast.Compare, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.BinOp, ast.Load)
     if not (
@@ -110,26 +117,56 @@ def _check(node: ast.AST, text: str, columns: list[str]) -> None:
         raise UsageError(f"{text!r} holds more than a condition", where="--filter", fix=_EXAMPLE)
 
 
-def _value(node: ast.AST, table: pa.Table) -> Any:
+def _check_kinds(node: ast.expr, text: str, *, wants_truth: bool = True) -> None:
+    """Refuse numbers where a condition must be, and conditions where a number must be."""
+    if isinstance(node, ast.Name):  # either: a column may hold truths, such as `truncated`
+        return
+    is_truth = isinstance(node, (ast.Compare, ast.BoolOp)) or (
+        isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+    )
+    if is_truth != wants_truth:
+        raise UsageError(f"{text!r} is neither true nor false", where="--filter", fix=_EXAMPLE)
+    for part in ast.iter_child_nodes(node):
+        if isinstance(part, ast.expr):
+            _check_kinds(part, text, wants_truth=is_truth and not isinstance(node, ast.Compare))
+
+
+def _is_true(node: ast.expr, table: pa.Table, *, negated: bool) -> NDArray[np.bool_]:
+    """Return for which rows a condition, or its opposite if `negated`, holds whatever is not known.
+
+    A comparison with what is not known is neither true nor false (Kleene's logic).
+    """
     match node:
-        case ast.Constant():
-            return node.value
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return _is_true(operand, table, negated=not negated)
+        case ast.BoolOp(op=joint, values=parts):
+            join = np.logical_and if isinstance(joint, ast.And) != negated else np.logical_or
+            return np.asarray(join.reduce([_is_true(part, table, negated=negated) for part in parts]))
+        case ast.Compare():
+            sides = [_number(side, table) for side in (node.left, *node.comparators)]
+            pairs = zip(node.ops, sides, sides[1:], strict=False)
+            found = np.logical_and.reduce([_COMPARISONS[type(op)](a, b) for op, a, b in pairs])
+            known = np.logical_and.reduce([~np.isnan(side) for side in sides])
+            return np.asarray(known & (~found if negated else found))
+        case ast.Name():
+            column = _number(node, table)
+            return np.asarray(~np.isnan(column) & ((column == 0) == negated))
+    raise AssertionError(f"{node} was let through")
+
+
+def _number(node: ast.expr, table: pa.Table) -> NDArray[np.float64]:
+    """Return what an expression is worth in each row, NaN where that is not known."""
+    match node:
+        case ast.Constant(value=value):
+            return np.full(table.num_rows, value, np.float64)
         case ast.Name():
             names = [node.id] if node.id in table.column_names else _of(node.id, table.column_names)
-            return np.mean([table[name].to_numpy().astype(np.float64) for name in names], axis=0)
-        case ast.BoolOp():
-            join = np.logical_and if isinstance(node.op, ast.And) else np.logical_or
-            return join.reduce([np.asarray(_value(part, table), np.bool_) for part in node.values])
-        case ast.UnaryOp(op=ast.Not()):
-            return np.logical_not(_value(node.operand, table))
-        case ast.UnaryOp():
-            return -_value(node.operand, table)
-        case ast.BinOp():
-            return _ARITHMETIC[type(node.op)](_value(node.left, table), _value(node.right, table))
-        case ast.Compare():
-            sides = [_value(side, table) for side in (node.left, *node.comparators)]
-            pairs = zip(node.ops, sides, sides[1:], strict=False)
-            return np.logical_and.reduce([_COMPARISONS[type(op)](a, b) for op, a, b in pairs])
+            columns = [table[name].to_numpy().astype(np.float64) for name in names]
+            return np.asarray(np.mean(columns, axis=0))
+        case ast.UnaryOp(operand=operand):
+            return -_number(operand, table)
+        case ast.BinOp(left=left, op=sign, right=right):
+            return np.asarray(_ARITHMETIC[type(sign)](_number(left, table), _number(right, table)))
     raise AssertionError(f"{node} was let through")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -11,8 +12,9 @@ from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.readers.base import make_slide_name, without_secrets
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr, is_url
 from darcnn.runtime.readers.ome_zarr_images import list_images
-from darcnn.runtime.readers.open import is_readable
+from darcnn.runtime.readers.open import is_packed_volume, is_readable
 from darcnn.runtime.readers.protocol import Location
+from darcnn.runtime.readers.tiff import read_file_names
 from darcnn.runtime.sinks.result_folder import make_folder_name
 
 __all__ = ["find_unread", "list_slides", "place_results"]
@@ -24,6 +26,7 @@ _UNREAD = (
 )
 _NAMED = 3  # files that a message names
 
+_OME_TIFF = (".ome.tif", ".ome.tiff")
 _ONE_OF_MANY = ".dcm"  # the files of a DICOM slide lie side by side: one must be named, not the folder
 
 
@@ -41,19 +44,32 @@ def list_slides(inputs: Sequence[str]) -> tuple[Location, ...]:
     slides: dict[Location, Location] = {}
     for text in inputs:
         for path in _images(_expand(text)):
-            slides.setdefault(path if isinstance(path, str) else path.resolve(), path)
+            slides.setdefault(_own_place(path), path)
     found = tuple(slides.values())
     place_results(found)  # before a model is loaded
     return found
+
+
+def _own_place(path: Location) -> Location:
+    """Return what tells a place from others, however it is spelled; its own name where it leads nowhere."""
+    if isinstance(path, str):
+        return path
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle
+        return path.absolute()
 
 
 def find_unread(inputs: Sequence[str]) -> Iterator[str]:
     """Yield a line for each folder of `inputs` with images that are left out, for they are not read."""
     for text in inputs:
         folder = Path(text)
-        if is_url(text) or not folder.is_dir() or is_ome_zarr(folder):
+        try:
+            if is_url(text) or not folder.is_dir() or is_ome_zarr(folder):
+                continue
+            names = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in _UNREAD)
+        except OSError:  # listing it for its images has said so
             continue
-        names = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in _UNREAD)
         if names:
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             listed = ", ".join(names[:_NAMED]) + more
@@ -122,10 +138,25 @@ def _refuse_nested(slides: Sequence[Location], folders: Sequence[Path]) -> None:
                 )
 
 
+def _without_parts(files: Sequence[Location]) -> Iterator[Location]:
+    """Yield files, but of an image that lies in several (OME-TIFF) the first alone: it stands for all."""
+    covered: set[str] = set()
+    for file in files:
+        if isinstance(file, Path) and file.name.lower().endswith(_OME_TIFF):
+            if file.name in covered:
+                continue
+            with suppress(InputError):  # running it says why
+                covered.update(read_file_names(file))
+        yield file
+
+
 def _images(places: Sequence[Location]) -> Iterator[Location]:
     for place in places:
         if isinstance(place, str) or is_ome_zarr(place):
-            yield from list_images(place)
+            images = list(list_images(place))
+            if not images:
+                raise InputError("lists no images", where=place, fix="name an image inside it")
+            yield from images
         else:
             yield place
 
@@ -133,19 +164,26 @@ def _images(places: Sequence[Location]) -> Iterator[Location]:
 def _expand(text: str) -> list[Location]:
     if is_url(text):
         return [text]
-    path = Path(text)
+    try:
+        return _expand_path(Path(text), text)
+    except (OSError, RuntimeError) as err:
+        reason = err.strerror if isinstance(err, OSError) else str(err)
+        raise InputError(f"cannot be looked at ({reason})", where=text, fix="check the path") from err
+
+
+def _expand_path(path: Path, text: str) -> list[Location]:
     if path.is_dir() and not is_ome_zarr(path):
         files: list[Location] = sorted(
             entry
             for entry in path.iterdir()
-            if is_readable(entry)
+            if (is_readable(entry) or is_packed_volume(entry))
             and entry.suffix.lower() != _ONE_OF_MANY
             and not entry.name.startswith(".")
             and (entry.is_file() or is_ome_zarr(entry))
         )
         if not files:
             raise InputError("holds no images", where=path, fix="name the files themselves")
-        return files
+        return list(_without_parts(files))
     if not path.exists() and glob.has_magic(text):
         found = glob.glob(text, recursive=True)  # noqa: PTH207  # the text may be absolute
         matches: list[Location] = sorted(Path(match) for match in found)

@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -66,7 +67,7 @@ def write_summary(out_dir: Path, outcomes: Sequence[SlideOutcome]) -> None:
         writer.writerows(_earlier_rows(out_dir / SUMMARY_FILE, {row[0] for row in rows}))
         writer.writerows(rows)
         with atomic_file(out_dir / SUMMARY_FILE) as file:
-            file.write(text.getvalue().encode())
+            file.write(text.getvalue().encode(errors="backslashreplace"))  # names that are no UTF-8
 
 
 @contextmanager
@@ -91,15 +92,27 @@ def _alone(out_dir: Path) -> Iterator[None]:
 
 
 def _earlier_rows(path: Path, names: Set[str]) -> list[list[str]]:
-    """Return the lines of an earlier summary but for those of the slides `names`."""
+    """Return the lines of an earlier summary but for those of the slides `names`.
+
+    A table with other columns, of somebody's own or an earlier version, is kept beside under another name.
+    """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # other programs put a mark before it
             header, *rows = csv.reader(file)
-    except (OSError, ValueError, csv.Error):  # there is none, or it is not ours
+    except FileNotFoundError:
         return []
+    except (ValueError, csv.Error):
+        header, rows = [], []
     if tuple(header) != _COLUMNS:
+        path.replace(_free_name(path))
         return []
     return [row for row in rows if len(row) == len(_COLUMNS) and row[0] not in names]
+
+
+def _free_name(path: Path) -> Path:
+    """Return a name beside `path` that is not taken: summary.1.csv."""
+    names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _row(outcome: SlideOutcome) -> list[str]:

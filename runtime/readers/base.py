@@ -230,9 +230,12 @@ def make_channel_names(given: Sequence[str | None], count: int, *, is_rgb: bool)
     if len(stripped) != count:  # names of something else: samples, wells, another image
         stripped = [""] * count
     names: list[str] = []
-    for index, name in enumerate(stripped):
-        fallback = f"{name}_{index}" if name else ("grey" if count == 1 else f"channel_{index}")
-        names.append(name if name and name not in names else fallback)
+    for index, given_name in enumerate(stripped):
+        stem = given_name or ("grey" if count == 1 else "channel")
+        name = stem if given_name or count == 1 else f"{stem}_{index}"
+        while name in names or (name in stripped and name != given_name):
+            name, index = f"{stem}_{index}", index + 1
+        names.append(name)
     return tuple(names)
 
 

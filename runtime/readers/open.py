@@ -16,7 +16,9 @@ from darcnn.runtime.readers.protocol import Location, Planes, Reader
 from darcnn.runtime.readers.slide import SlideReader, detect_vendor
 from darcnn.runtime.readers.tiff import TiffReader, is_tiff
 
-__all__ = ["SUFFIXES", "count_planes", "is_readable", "open_source"]
+__all__ = ["PACKED", "PICTURES", "SUFFIXES", "count_planes", "is_packed_volume", "is_readable", "open_source"]
+
+PACKED = (".gz", ".bz2")
 
 _HEAD_BYTES = 16  # enough for the magic bytes of every format
 
@@ -67,6 +69,15 @@ def is_readable(path: Path) -> bool:
     (True, False)
     """
     return suffix_of(path) in _BY_SUFFIX or is_ome_zarr(path)
+
+
+def is_packed_volume(path: Path) -> bool:
+    """Tell by its ending whether a file is MRC packed with gzip or bzip2, which is read as a volume only.
+
+    >>> is_packed_volume(Path("a.mrc.gz")), is_packed_volume(Path("a.tif.gz"))
+    (True, False)
+    """
+    return path.suffix.lower() in PACKED and _BY_SUFFIX.get(Path(path.stem).suffix.lower()) is _mrc
 
 
 def _format_of(path: Location) -> _Format:
@@ -140,6 +151,7 @@ _BY_SUFFIX: dict[str, Callable[[Path, bytes], _Format]] = {
     ".tiff": _tiff,
     ".btf": _tiff,  # BigTIFF
     ".tf8": _tiff,
+    ".tf2": _tiff,
     ".qptiff": _tiff,
     ".svs": _tiff,  # Aperio; other programs write plain TIFF under this name
     ".ndpi": _tiff,  # Hamamatsu
@@ -163,4 +175,5 @@ _BY_SUFFIX: dict[str, Callable[[Path, bytes], _Format]] = {
     ".nii.gz": _nifti,
 }
 
+PICTURES = tuple(suffix for suffix, of in _BY_SUFFIX.items() if of is _picture)
 SUFFIXES = tuple(_BY_SUFFIX)  # what a command may look for in a folder

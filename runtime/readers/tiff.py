@@ -30,6 +30,7 @@ from darcnn.runtime.readers.protocol import Pixels, Planes, SlideInfo
 from darcnn.runtime.readers.tiff_metadata import (
     Axes,
     PixelSize,
+    files_of_image,
     frame_interval_s,
     lay_out,
     locate_channels,
@@ -40,7 +41,14 @@ from darcnn.runtime.readers.tiff_metadata import (
 from darcnn.runtime.readers.tiff_pages import UNREADABLE, PageFiles, PageSource, damaged
 from darcnn.runtime.readers.tiff_segments import JPEG, locate_page
 
-__all__ = ["TiffReader", "is_tiff", "read_frame_interval_s", "read_planes", "read_section_um"]
+__all__ = [
+    "TiffReader",
+    "is_tiff",
+    "read_file_names",
+    "read_frame_interval_s",
+    "read_planes",
+    "read_section_um",
+]
 
 _LESSER = 0.25  # values of an image by those of the first: labels and thumbnails have fewer
 
@@ -135,20 +143,30 @@ def read_planes(path: Path, places: Iterable[tuple[int | None, int | None]]) -> 
                 yield reader
 
 
+def read_file_names(path: Path) -> tuple[str, ...]:
+    """Return the names of the files that the image in `path` lies in, as OME-XML tells, its own first."""
+    return files_of_image(_metadata(path)[0], path.name)
+
+
 def read_section_um(path: Path) -> float | None:
     """Return the distance of the planes of a stack in micrometres, None where the file does not say."""
-    try:
-        with tifffile.TiffFile(path) as tiff:
-            return section_um(tiff.ome_metadata, tiff.imagej_metadata)
-    except UNREADABLE as err:
-        raise _unreadable(path, err) from err
+    return section_um(*_metadata(path))
 
 
 def read_frame_interval_s(path: Path) -> float | None:
     """Return the seconds from one time point of a series to the next, None where the file does not say."""
+    return frame_interval_s(*_metadata(path))
+
+
+def _metadata(path: Path) -> tuple[str | None, dict[str, Any] | None]:
+    """Return what OME and ImageJ have written into a file.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
     try:
         with tifffile.TiffFile(path) as tiff:
-            return frame_interval_s(tiff.ome_metadata, tiff.imagej_metadata)
+            return tiff.ome_metadata, tiff.imagej_metadata
     except UNREADABLE as err:
         raise _unreadable(path, err) from err
 
@@ -173,7 +191,8 @@ def _describe(
     reduced = [s for s in series.levels if _same_planes(axes, _axes_of(s))]
     pages = tuple(_pages_of(s, path, z=plane_z, t=plane_t) for s in reduced)
     n_values = sum(page.grid.n_samples * page.grid.n_contiguous for page, _ in pages[0])
-    stored = _colours(series, path, pages, n_values)
+    first = locate_channels(axes, z=plane_z, t=plane_t)[0].page
+    stored = _colours(series, path, pages, n_values, first)
     size, names = _facts(tiff, series)
     found, source = settle_mpp(size.mpp if size else None, size.source if size else None, override=mpp)
     info = SlideInfo(
@@ -191,14 +210,22 @@ def _describe(
 
 
 def _first_image(tiff: tifffile.TiffFile, path: Path) -> tuple[tifffile.TiffPageSeries, Axes]:
-    """Return the first series that is an image, and its axes."""
+    """Return the first series that is an image, and its axes.
+
+    Of images that lie in several files (positions of a stage) each file knows all: its own goes first.
+    """
     if len(tiff.pages):
         _check_chain(tiff, path)
-    for series in tiff.series:
+    for series in sorted(tiff.series, key=lambda one: not _lies_in(one, tiff)):
         axes = _axes_of(series)
         if axes is not None:
             return series, axes
     raise InputError("holds no image", where=path, fix="export it as OME-TIFF")
+
+
+def _lies_in(series: tifffile.TiffPageSeries, tiff: tifffile.TiffFile) -> bool:
+    """Tell whether some of the pages of a series lie in this very file."""
+    return any(page is not None and page.parent.filename == tiff.filename for page in series.pages)
 
 
 def _unreadable(path: Path, err: Exception) -> InputError:
@@ -248,13 +275,15 @@ def _check_chain(tiff: tifffile.TiffFile, path: Path) -> None:
         raise damaged(path, "is truncated")
 
 
-def _colours(series: tifffile.TiffPageSeries, path: Path, levels: _Levels, n_values: int) -> _Stored:
-    """Return the plane with the meaning of its values, which the photometric tag gives."""
+def _colours(
+    series: tifffile.TiffPageSeries, path: Path, levels: _Levels, n_values: int, page: int
+) -> _Stored:
+    """Return the plane, `page` its first page, with the meaning that the photometric tag gives its values."""
     keyframe = series.keyframe
     photometric, samples = keyframe.photometric, keyframe.samplesperpixel
     has_one_page = samples == n_values
     if photometric == _PHOTOMETRIC.PALETTE and n_values == 1 and series.kind != "imagej":
-        return _Stored(levels, 3, is_rgb=True, tint=_make_palette(keyframe))
+        return _Stored(levels, 3, is_rgb=True, tint=_make_palette(_page_of(series, page)))
     is_decoded_ycbcr = photometric == _PHOTOMETRIC.YCBCR and keyframe.compression in JPEG
     if photometric == _PHOTOMETRIC.RGB or is_decoded_ycbcr:
         is_rgb = samples >= 3 and has_one_page
@@ -264,13 +293,31 @@ def _colours(series: tifffile.TiffPageSeries, path: Path, levels: _Levels, n_val
     if photometric in (_PHOTOMETRIC.MINISBLACK, _PHOTOMETRIC.PALETTE, _PHOTOMETRIC.MASK):
         return _Stored(levels, n_channels, is_rgb=False)
     if photometric == _PHOTOMETRIC.MINISWHITE:
+        is_told = "PhotometricInterpretation" in keyframe.tags  # tifffile takes a missing one for this
         # only types without a sign have a white to count down from
-        invert = np.invert if series.dtype.kind in "ub" else None
+        invert = _make_inverter(keyframe) if series.dtype.kind in "ub" and is_told else None
         return _Stored(levels, n_channels, is_rgb=False, tint=invert)
     kind = getattr(photometric, "name", photometric)
     raise InputError(
         f"has colours of an unsupported kind ({kind})", where=path, fix="export it as RGB or grey"
     )
+
+
+def _make_inverter(keyframe: tifffile.TiffPage) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    """Return the function that counts values down from the white of their bits."""
+    bits = keyframe.bitspersample
+    if keyframe.dtype is None or keyframe.dtype.kind != "u" or bits >= 8 * keyframe.dtype.itemsize:
+        return np.invert
+    white = keyframe.dtype.type((1 << bits) - 1)
+    return lambda values: white - values
+
+
+def _page_of(series: tifffile.TiffPageSeries, number: int) -> tifffile.TiffPage:
+    """Return a page with its own tags; each page of a stack may have a palette of its own."""
+    page = series.pages[number]
+    if page is None:
+        raise ValueError(f"page {number} is missing")
+    return page.aspage()
 
 
 def _make_palette(keyframe: tifffile.TiffPage) -> Callable[[NDArray[Any]], NDArray[Any]]:

@@ -15,6 +15,7 @@ __all__ = [
     "Axes",
     "PixelSize",
     "Place",
+    "files_of_image",
     "frame_interval_s",
     "lay_out",
     "locate_channels",
@@ -102,6 +103,9 @@ def lay_out(axes: str, shape: tuple[int, ...], page_axes: str, page_shape: tuple
         return None
     if "".join(axis for axis, _ in inner if axis in "YX") != "YX" or not set(page_axes) <= set("SZYX"):
         return None
+    named = zip(outer[n_lead:], inner, strict=True)
+    if any(series != page for (series, _), (page, _) in named if {series, page} & {"Y", "X"}):
+        return None  # pages of channels last, say: each would be a row of the image
     # a page's volume is called Z by the page, but the series knows better (it may hold channels)
     depth = [(outer[n_lead + i][0], n) for i, (axis, n) in enumerate(inner) if axis == "Z"]
     return Axes(
@@ -145,6 +149,23 @@ def ome_facts(xml: str) -> tuple[PixelSize | None, tuple[str | None, ...]]:
     )
     mpp = plausible_mpp(x, y)
     return (PixelSize(mpp, "OME PhysicalSizeX") if mpp else None, names)
+
+
+def files_of_image(ome: str | None, own: str) -> tuple[str, ...]:
+    """Return the names of all files that hold a part of the image that the file called `own` holds a part of.
+
+    >>> files_of_image(None, "a.tif")
+    ('a.tif',)
+    """
+    try:
+        images = [] if ome is None else ElementTree.fromstring(ome).findall("{*}Image")
+    except ElementTree.ParseError:
+        images = []
+    for image in images:
+        names = {uuid.get("FileName") for uuid in image.iterfind("{*}Pixels/{*}TiffData/{*}UUID")}
+        if own in names:
+            return (own, *sorted(name for name in names if name and name != own))
+    return (own,)
 
 
 def section_um(ome: str | None, imagej: Mapping[str, Any] | None) -> float | None:

@@ -22,6 +22,7 @@ __all__ = ["UNREADABLE", "PageFiles", "PageSource", "Segment", "SegmentGrid", "d
 
 # Strips span the width of a slide: without a cache each would be decoded again for every tile of a row.
 _CACHE_BYTES = 256 * 2**20
+_KEPT = 4  # segments that stay whatever their size: one of each channel of large strips
 # What tifffile raises on damaged files (found by flipping bytes): errors of imagecodecs are RuntimeErrors,
 # those of tifffile ValueErrors; a damaged size may ask for absurd memory or fit no C integer; the others come
 # from parsing.
@@ -207,7 +208,7 @@ class PageFiles:
                 return
             self._cache[key] = values
             self._cache_bytes += values.nbytes
-            while self._cache_bytes > _CACHE_BYTES and len(self._cache) > 1:
+            while self._cache_bytes > _CACHE_BYTES and len(self._cache) > _KEPT:
                 _, oldest = self._cache.popitem(last=False)
                 self._cache_bytes -= oldest.nbytes
 

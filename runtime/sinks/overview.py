@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from darcnn.runtime.geometry import Region
-from darcnn.runtime.intensity import Window, apply_window, select_channels
+from darcnn.runtime.intensity import Window, apply_window, sees_separate_channels, select_channels
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.sinks.atomic import atomic_file
 from darcnn.runtime.sinks.parquet import count_objects, read_objects
@@ -42,6 +42,7 @@ def write_overview(
     *,
     window: Window,
     channel: int | None,
+    channels: int,
     model_name: str,
     mpp: tuple[float, float] | None,
     unreadable: Sequence[Region] = (),
@@ -57,6 +58,7 @@ def write_overview(
         reader: open slide; stays open.
         window: raw values that become black and white, for each channel where the model sees several.
         channel: which channel is shown, None for colours or the only one.
+        channels: that the model sees.
         model_name: for the legend.
         mpp: micrometres per level-0 pixel (x, y), or None.
         unreadable: tiles that are damaged, level-0 pixels; striped.
@@ -70,7 +72,7 @@ def write_overview(
         max(1, round(info.width_px0 / reduction)),
         max(1, round(info.height_px0 / reduction)),
     )
-    picture = _shrink(reader, size, window=window, channel=channel)
+    picture = _shrink(reader, size, window=window, channel=channel, channels=channels)
     picture.paste(_UNREADABLE, mask=_draw_stripes(unreadable, size, reduction))
     colour = _ON_TISSUE if info.is_rgb else _ON_BLACK
     picture.paste(colour, mask=_draw_outlines(objects, size, reduction))
@@ -87,12 +89,16 @@ def write_overview(
         page.save(file, format="PNG", compress_level=_COMPRESS_LEVEL)
 
 
-def _shrink(reader: Reader, size: tuple[int, int], *, window: Window, channel: int | None) -> Image.Image:
+def _shrink(
+    reader: Reader, size: tuple[int, int], *, window: Window, channel: int | None, channels: int
+) -> Image.Image:
     """Return the slide at `size` (width, height), read strip by strip from the level that just suffices."""
     info = reader.info
-    channels = 3 if info.is_rgb and channel is None else 1
-    if isinstance(window.low, tuple):
-        channels = len(window.low)  # separate channels, each with its own window: as many as the model sees
+    sees_separate = sees_separate_channels(
+        available=len(info.channel_names), is_rgb=info.is_rgb, channels=channels, channel=channel
+    )
+    if not sees_separate:  # a model for grey images is shown in colour what has colours
+        channels = 3 if info.is_rgb and channel is None else 1
     picture = Image.new("RGB", size)
     for strip in read_strips(reader, size):
         chosen = select_channels(strip.pixels, is_rgb=info.is_rgb, channels=channels, channel=channel)

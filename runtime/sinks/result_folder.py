@@ -54,6 +54,8 @@ _RESULTS = (
     *(STAR_FILE, POINTS_FILE, SCROLL_FILE, LABELS_MRC_FILE, TRACKS_FILE, TRACKS_CSV_FILE),
     RUN_FILE,  # last, always
 )
+# what systems put into folders that somebody looks at
+_OF_SYSTEMS = (".DS_Store", "._", "Thumbs.db", "desktop.ini", ".nfs", ".directory")
 _PARTS = ".parts"
 _COMMITTED = "committed"  # in the parts: the results are in place, the parts are of no more use
 _LOCK = ".lock"
@@ -166,7 +168,9 @@ def _check_state(folder: Path, *, overwrite: bool) -> None:
                 "holds a complete result", where=folder, fix="pass --overwrite or choose another --out"
             )
         return
-    foreign = sorted({entry.name for entry in folder.iterdir()} - {*_RESULTS, _PARTS, _LOCK})
+    names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(_OF_SYSTEMS)}
+    is_ours = _PARTS in names  # else what has the names of results is somebody's own
+    foreign = sorted(names - {_PARTS, _LOCK} - (set(_RESULTS) if is_ours else set()))
     if foreign:
         raise OutputError(
             f"holds files that are no results, such as {foreign[0]}", where=folder, fix="choose another --out"

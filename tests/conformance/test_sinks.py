@@ -301,7 +301,7 @@ def test_a_slide_without_objects_has_an_empty_pyramid(no_objects, tmp_path):
 # --- overview
 
 
-def draw_overview(tmp_path, found, pixels, *, window=WHOLE, mpp=None, **source):
+def draw_overview(tmp_path, found, pixels, *, window=WHOLE, mpp=None, channels=1, **source):
     table = make_table(found, mpp=None)
     write_parquet(tmp_path / "o.parquet", [table], table.schema)
     with ArrayReader(pixels, **source) as reader:
@@ -311,6 +311,7 @@ def draw_overview(tmp_path, found, pixels, *, window=WHOLE, mpp=None, **source):
             reader,
             window=window,
             channel=None,
+            channels=channels,
             model_name="nuclei",
             mpp=mpp,
         )
@@ -334,9 +335,12 @@ def test_overview_shows_the_brightest_of_separate_channels(tmp_path):
     pixels = np.zeros((40, 50, 3), np.uint16)
     pixels[:20, :, 0], pixels[20:, :, 1], pixels[:, :, 2] = 1000, 10, 60_000  # the model sees two of them
     window = Window((0.0, 0.0), (4000.0, 10.0))
-    picture = draw_overview(tmp_path, Instances.empty((40, 50)), pixels, window=window)
+    picture = draw_overview(tmp_path, Instances.empty((40, 50)), pixels, window=window, channels=2)
     assert picture[5, 5].tolist() == [64, 64, 64]
     assert picture[30, 5].tolist() == [255, 255, 255]
+    one_for_all = Window(0.0, 4000.0)  # as a user gives it
+    picture = draw_overview(tmp_path, Instances.empty((40, 50)), pixels, window=one_for_all, channels=2)
+    assert picture[5, 5].tolist() == [64, 64, 64]
 
 
 def test_overview_is_at_most_2048_px_and_the_same_in_strips(tmp_path, monkeypatch):

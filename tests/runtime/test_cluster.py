@@ -104,6 +104,21 @@ def test_a_row_that_kills_every_worker_is_one_line(slide, deadly, tmp_path):
         run_with(deadly(99), slide, tmp_path / "out", n_workers=1)
 
 
+def test_two_commands_share_a_scheduler(slide, alone, tmp_path):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as shared:
+        address = shared.scheduler_address
+        with (
+            cluster.open_cluster(oracle(), scheduler=address) as first,
+            oracle()() as segmenter,
+            open_source(slide) as reader,
+        ):
+            assert run_with(oracle(), slide, tmp_path / "second", scheduler=address) == alone
+            summary = run_slide(segmenter, reader, tmp_path / "first", find_rows=first.find_rows)
+        assert contents(summary.folder) == alone
+
+
 def test_a_worker_that_cannot_load_the_model_is_one_line():
     with (
         pytest.raises(UsageError, match="a worker cannot load the model"),

@@ -16,7 +16,8 @@ from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_orac
 from darcnn.runtime.errors import InputError, OutputError, UsageError
 from darcnn.runtime.pipeline import RunOptions, run_slide
 from darcnn.runtime.readers.array import ArrayReader
-from darcnn.runtime.record import fingerprint_file
+from darcnn.runtime.readers.open import open_source
+from darcnn.runtime.record import fingerprint, fingerprint_file
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.result_folder import claim_folder
 from darcnn.runtime.tiling import SEAM_PX
@@ -455,3 +456,51 @@ def test_a_fingerprint_tells_files_apart_by_their_ends(tmp_path):
     prints = [fingerprint_file(tmp_path / name) for name in "abcd"]
     assert len({entry["sha256"] for entry in prints}) == 4
     assert [entry["of"] for entry in prints] == ["first and last MiB and size"] * 3 + ["all"]
+
+
+def zarr_of(path, labels):
+    group = zarr.create_group(path, zarr_format=2)
+    group.create_array("0", data=labels.astype(np.uint16), compressors=None)
+    axes = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]
+    scale = [{"type": "scale", "scale": [0.5, 0.5]}]
+    datasets = [{"path": "0", "coordinateTransformations": scale}]
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    return path
+
+
+def test_an_ome_zarr_is_known_by_what_is_in_it_not_by_how_it_is_spelled(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        zarr_of(tmp_path / name / "img.ome.zarr", np.full((40, 40), 1 if name == "one" else 2))
+    known = []
+    for folder, path in (("one", "img.ome.zarr"), ("two", "img.ome.zarr"), ("one/img.ome.zarr", ".")):
+        monkeypatch.chdir(tmp_path / folder)
+        with open_source(path) as reader:
+            known.append(fingerprint(reader.info))
+    with open_source(tmp_path / "one" / "img.ome.zarr") as reader:
+        known.append(fingerprint(reader.info))
+    assert known[0] == known[2] == known[3]
+    assert known[0] != known[1]
+    assert [one["name"] for one in known] == ["img.ome.zarr"] * 4
+
+
+def test_a_folder_that_a_system_has_left_its_marks_in_is_gone_on_with(tmp_path):
+    folder = tmp_path / "a"
+    (folder / ".parts").mkdir(parents=True)
+    for name in (".DS_Store", "._x", "Thumbs.db", "desktop.ini"):
+        (folder / name).write_bytes(b"")
+    with claim_folder(folder, overwrite=False) as claimed:
+        assert claimed.path == folder
+    assert (folder / ".DS_Store").exists()
+
+
+def test_what_only_has_the_names_of_results_is_not_deleted(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "objects.csv").write_text("mine")
+    with (
+        pytest.raises(OutputError, match=r"no results, such as objects\.csv"),
+        claim_folder(folder, overwrite=False),
+    ):
+        pass
+    assert (folder / "objects.csv").read_text() == "mine"

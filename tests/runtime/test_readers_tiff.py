@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Region
-from darcnn.runtime.readers import tiff_pages
+from darcnn.runtime.readers import open_source, tiff_pages
 from darcnn.runtime.readers.tiff import TiffReader, read_planes
 from darcnn.runtime.readers.tiff_metadata import lay_out, ome_facts, tag_pixel_size
 
@@ -313,6 +314,7 @@ def test_only_the_tiles_under_a_region_are_read(tmp_path: Path) -> None:
 
 def test_the_cache_of_segments_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiff_pages, "_CACHE_BYTES", 600)
+    monkeypatch.setattr(tiff_pages, "_KEPT", 1)
     values = noise(64, 64, dtype=np.uint8)
     path = write(tmp_path / "a.tif", values, tile=(16, 16), compression="zlib")
     with TiffReader(path) as reader:
@@ -435,3 +437,34 @@ def test_further_scenes_are_counted_and_thumbnails_are_not(tmp_path):
     tifffile.imwrite(tmp_path / "b.tif", np.zeros((40, 50), np.uint8))
     with TiffReader(tmp_path / "b.tif") as reader:
         assert reader.info.n_unread == 0
+
+
+def test_channels_last_are_no_stack_of_rows(tmp_path):
+    pixels = np.zeros((30, 40, 2), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, metadata={"axes": "YXC"}, photometric="minisblack")
+    with pytest.raises(InputError, match="holds no image"):
+        open_source(tmp_path / "a.tif")
+
+
+def test_each_page_of_a_stack_has_its_own_palette(tmp_path):
+    pages = []
+    for colour in ((200, 10, 10), (10, 10, 200)):
+        page = Image.new("P", (12, 8), 1)
+        page.putpalette([0, 0, 0, *colour])
+        pages.append(page)
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    seen = []
+    for z in (0, 1):
+        with open_source(tmp_path / "a.tif", z=z) as reader:
+            seen.append(reader.read(Region(0, 0, 1, 1), level=0)[0, 0].tolist())
+    assert seen == [[200, 10, 10], [10, 10, 200]]
+
+
+@pytest.mark.parametrize("bits", [4, 12])
+def test_white_is_zero_counts_down_from_the_white_of_its_bits(tmp_path, bits):
+    kind = np.uint8 if bits <= 8 else np.uint16
+    values = np.arange(8, dtype=kind).reshape(2, 4)
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="miniswhite", bitspersample=bits, metadata=None)
+    with open_source(tmp_path / "a.tif") as reader:
+        seen = reader.read(Region(0, 0, 4, 2), level=0)[:, :, 0]
+    assert seen.tolist() == ((1 << bits) - 1 - values.astype(int)).tolist()

@@ -97,3 +97,16 @@ def test_a_file_without_polygons_is_one_line(tmp_path, content, message):
 def test_text_that_is_no_region_is_one_line(text):
     with pytest.raises(UsageError, match="--roi"):
         read_roi(text)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, None])
+def test_a_damaged_file_of_regions_is_one_line(tmp_path, content):
+    path = tmp_path / "roi.geojson.gz"
+    if content is None:
+        text = json.dumps({"type": "FeatureCollection", "features": [], "x": list(range(999))})
+        packed = bytearray(gzip.compress(text.encode()))
+        packed[40:60] = bytes(20)
+        content = bytes(packed)
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="is no GeoJSON"):
+        read_roi(str(path))

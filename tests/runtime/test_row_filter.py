@@ -70,3 +70,41 @@ def test_a_column_that_is_not_there_is_named():
         parse_filter("perimeter > 3", TABLE.column_names)
     with pytest.raises(UsageError, match="no column std_intensity"):
         parse_filter("std_intensity > 3", TABLE.column_names)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "id <= 5",
+        "geometry > 1",
+        "area_px - (area_px > 3) > 0",
+        "(area_px > 20) - (area_px > 40) > 0",
+        "area_px > 1 and 3",
+        "(1 < 2) < area_px",
+        "-(area_px > 2)",
+        "area_px > " + "9" * 400,
+    ],
+)
+def test_what_is_no_condition_on_measurements_is_refused(text):
+    with pytest.raises(UsageError, match="--filter"):
+        parse_filter(text, ["id", "geometry", "area_px"])
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("1 == 1 and area_px > 20", [False, True, True]),
+        ("0 < 1 < area_px", [True, True, True]),
+        ("area_px > 1/0", [False, False, False]),
+        ("1 > 0", [True, True, True]),
+        ("mean_intensity_a > 20", [False, True, False]),
+        ("not mean_intensity_a > 20", [True, False, False]),  # of what is not known neither holds
+        ("mean_intensity_a != 10", [False, True, False]),
+        ("not (mean_intensity_a > 20 or area_px > 25)", [True, False, False]),
+        ("mean_intensity_a > 20 or area_px > 35", [False, True, True]),
+        ("not (mean_intensity_a <= 20 and area_px < 40)", [False, True, True]),
+    ],
+)
+def test_conditions_hold_row_by_row_and_never_by_what_is_not_known(text, kept):
+    table = pa.table({"area_px": [5, 30, 40], "mean_intensity_a": [10.0, 90.0, None]})
+    assert parse_filter(text, table.column_names).keep(table).tolist() == kept

@@ -1,15 +1,21 @@
 """Each slide has a folder of results of its own, whatever the files are called."""
 
+import uuid
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
+import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darcnn.runtime.errors import UsageError
+from darcnn.runtime.errors import InputError, UsageError
+from darcnn.runtime.geometry import Region
 from darcnn.runtime.readers.base import make_slide_name
+from darcnn.runtime.readers.open import open_source
 from darcnn.runtime.sinks.result_folder import make_folder_name
-from darcnn.runtime.slide_list import find_unread, place_results
+from darcnn.runtime.slide_list import find_unread, list_slides, place_results
 
 names = st.text("aAb.", min_size=1, max_size=2).filter(lambda name: name.strip("."))
 
@@ -55,3 +61,66 @@ def test_images_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
 def test_what_folders_cannot_tell_apart_is_an_error(slides: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         place_results([Path(slide) for slide in slides])
+
+
+def test_packed_volumes_and_bigtiffs_of_ome_are_images_of_a_folder(tmp_path):
+    for name in ("a.mrc", "b.mrc.gz", "c.rec.bz2", "d.ome.tf2", "e.txt.gz"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.name for path in list_slides([str(tmp_path)])] == [
+        "a.mrc",
+        "b.mrc.gz",
+        "c.rec.bz2",
+        "d.ome.tf2",
+    ]
+
+
+def test_links_in_a_circle_and_names_beyond_measure_are_named_when_they_are_opened(tmp_path):
+    (tmp_path / "a.tif").symlink_to(tmp_path / "b.tif")
+    (tmp_path / "b.tif").symlink_to(tmp_path / "a.tif")
+    assert len(list_slides([str(tmp_path / "a.tif"), "good.tif"])) == 2
+    with pytest.raises(InputError, match="cannot be looked at"):
+        list_slides(["a" * 300 + ".tif"])
+
+
+def test_a_plate_without_images_is_told(tmp_path):
+    zarr.create_group(tmp_path / "p.zarr", zarr_format=2).attrs["plate"] = {"wells": []}
+    with pytest.raises(InputError, match="lists no images"):
+        list_slides([str(tmp_path / "p.zarr")])
+
+
+def test_an_image_in_several_files_of_a_folder_is_listed_once(tmp_path):
+    write_positions(tmp_path, [["a_C0.ome.tif", "a_C1.ome.tif"], ["b.ome.tif"]])
+    assert [path.name for path in list_slides([str(tmp_path)])] == ["a_C0.ome.tif", "b.ome.tif"]
+
+
+def write_positions(folder, files):
+    """Write OME-TIFFs, each of which knows of all: one image for each list of files, a channel in each."""
+    uuids = {name: f"urn:uuid:{uuid.uuid4()}" for names in files for name in names}
+    images = ""
+    for number, names in enumerate(files):
+        places = "".join(
+            f'<TiffData FirstC="{c}" IFD="0" PlaneCount="1">'
+            f'<UUID FileName="{name}">{uuids[name]}</UUID></TiffData>'
+            for c, name in enumerate(names)
+        )
+        channels = "".join(f'<Channel ID="Channel:{number}:{c}"/>' for c in range(len(names)))
+        images += (
+            f'<Image ID="Image:{number}"><Pixels ID="Pixels:{number}" DimensionOrder="XYCZT" Type="uint16"'
+            f' SizeX="40" SizeY="30" SizeC="{len(names)}" SizeZ="1" SizeT="1">{channels}{places}'
+            "</Pixels></Image>"
+        )
+    schema = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+    for value, (name, own) in enumerate(uuids.items(), start=1):
+        xml = f'<?xml version="1.0"?><OME xmlns="{schema}" UUID="{own}">{images}</OME>'
+        pixels = np.full((30, 40), 100 * value, np.uint16)
+        tifffile.imwrite(folder / name, pixels, description=xml, metadata=None)
+
+
+def test_of_positions_in_several_files_each_file_is_its_own(tmp_path):
+    write_positions(tmp_path, [["Pos0.ome.tif"], ["Pos1.ome.tif"], ["Pos2.ome.tif"]])
+    slides = list_slides([str(tmp_path)])
+    found = []
+    for path in slides:
+        with open_source(path) as reader:
+            found.append(int(reader.read(Region(0, 0, 1, 1), level=0)[0, 0, 0]))
+    assert found == [100, 200, 300]

@@ -156,3 +156,20 @@ def test_a_file_of_that_name_that_is_no_summary_is_replaced(tmp_path):
     (tmp_path / "summary.csv").write_bytes(b"\xff\xfe,something else\n")
     write_summary(tmp_path, [SlideOutcome(tmp_path / "a.svs", summary(tmp_path, name="a"))])
     assert len((tmp_path / "summary.csv").read_text().splitlines()) == 2
+
+
+def test_lines_stay_where_another_program_has_marked_the_file(tmp_path):
+    write_summary(tmp_path, [SlideOutcome(tmp_path / "a.svs", summary(tmp_path, name="a"))])
+    path = tmp_path / "summary.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    write_summary(tmp_path, [SlideOutcome(tmp_path / "b.svs", summary(tmp_path, name="b"))])
+    assert [line.split(",")[0] for line in path.read_text().splitlines()] == ["slide", "a", "b"]
+
+
+def test_a_table_of_somebody_s_own_is_kept_beside(tmp_path):
+    path = tmp_path / "summary.csv"
+    for number in (1, 2):
+        path.write_text(f"name,note\na,mine {number}\n")
+        write_summary(tmp_path, [SlideOutcome(tmp_path / "b.svs", summary(tmp_path, name="b"))])
+        assert f"mine {number}" in (tmp_path / f"summary.{number}.csv").read_text()
+        assert "note" not in path.read_text()
