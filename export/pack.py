@@ -15,9 +15,9 @@ from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.manifest import FORMAT, Anchors, Limits, Manifest, ModelInput
 from darcnn.runtime.slab import Slab
+from darcnn.runtime.tiling import halo_for
 from darcnn.training.checkpoint import CheckpointInfo
 from darcnn.training.config import Recipe, recipe_to_table
-from darcnn.training.engine import halo_for
 from darcnn.training.model.network import Darcnn
 
 __all__ = [

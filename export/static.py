@@ -65,7 +65,9 @@ class ExportOptions:
         if not 1 <= self.channels <= 4:
             raise UsageError(f"{self.channels} channels", where="target.channels", fix="use 1, 2, 3 or 4")
         candidates = self.proposals_per_level * len(network.preset.strides_px)
-        if not 0 < self.detections <= self.proposals <= candidates or self.mask_batch < 1:
+        if self.mask_batch < 1:
+            raise UsageError(f"{self.mask_batch} objects", where="--mask-batch", fix="give 1 or more")
+        if not 0 < self.detections <= self.proposals <= candidates:
             raise UsageError(
                 f"{self.detections} detections of {self.proposals} proposals of {candidates} candidates",
                 where="export",

@@ -23,6 +23,7 @@ from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.find import plan_view, plane_reader
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.training.config import Recipe
+from darcnn.training.data.patterns import find_files
 
 __all__ = ["TileSource", "images_in", "images_of", "learned_images", "measure_mpp", "read_tiles"]
 
@@ -60,7 +61,7 @@ def _named_in(recipe: Recipe, folder: Path) -> list[TileSource]:
     return [
         TileSource(path, group.diameter_px)
         for group in recipe.target.sets
-        for path in sorted(folder.glob(group.images))
+        for path in find_files(folder, group.images, key="target.sets.images")
     ]
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from darcnn.runtime.errors import ShapeError
 from darcnn.runtime.geometry import Region
 
-__all__ = ["SEAM_PX", "Tile", "owns", "plan_tiles"]
+__all__ = ["SEAM_PX", "Tile", "halo_for", "owns", "plan_tiles"]
 
 SEAM_PX = 4  # two tiles see an object slightly differently: its centre may lie in neither core, or in both
 
@@ -77,3 +77,16 @@ def owns(tile: Tile, centres: NDArray[np.floating], *, margin_px: float = 0.0) -
     inside: NDArray[np.bool_] = (core.x0 - margin_px <= x) & (x < core.x1 + margin_px)
     inside &= (core.y0 - margin_px <= y) & (y < core.y1 + margin_px)
     return inside
+
+
+def halo_for(nominal_diameter_px: float, stride_px: int) -> int:
+    """Return the halo of a tile: at least 1.5 nominal diameters, a multiple of half the stride.
+
+    The core of a tile, which two halos leave, is then a multiple of the stride, and so are the places where
+    tiles begin: all tiles lie on one grid of the network's cells.
+
+    >>> halo_for(28.0, 32), halo_for(42.0, 32)
+    (48, 64)
+    """
+    step = stride_px // 2
+    return step * math.ceil(1.5 * nominal_diameter_px / step)

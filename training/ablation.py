@@ -137,7 +137,7 @@ def run_ablation(run: Run) -> None:
         raise OutputError("holds checkpoints already", where=run.out, fix="pass --resume or another --out")
     arms = [arm for arm in ARMS if arm.name != "synthesized" or run.recipe.target.channels == 3]
     rows: dict[str, list[Mapping[str, float]]] = {}
-    for seed in (run.recipe.seed, *options.seeds):
+    for seed in dict.fromkeys((run.recipe.seed, *options.seeds)):
         is_first_seed = seed == run.recipe.seed
         own = run if is_first_seed else _with_seed(run, seed)
         for arm in arms:
@@ -170,7 +170,7 @@ def _figures_of(arm: Arm, run: Run, folder: Path, options: Ablation) -> dict[str
         recipe.target,
         min_score=recipe.export.min_score,
         tile_px=recipe.export.tile_px,
-        source_branch=arm.stage == "source",
+        source_branch=info.stage == "source" and info.step > 0,
     )
     with segmenter:
 

@@ -88,6 +88,7 @@ def _open_run(recipe: Path, out: Path | None, data: Path | None, resume: bool, d
     folder = data if data is not None else recipe.resolve().parent / content.data
     if not folder.is_dir():
         raise UsageError("no such data folder", where=folder, fix="pass --data with the folder of the images")
+    content = replace(content, data=str(folder.resolve()))  # so that an export finds it from anywhere
     licence = licence_of(content.preset, content.weights, folder)
     if licence is not None and licence not in content.data_licence:
         content = replace(content, data_licence=f"{content.data_licence}; before that: {licence}")

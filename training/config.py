@@ -139,7 +139,8 @@ class RefineStage:
     polarity: Literal["any", "one", "bright", "dark"] = "any"
     fit_masks: bool = False  # fit each pseudo-mask to its image by a threshold between inside and outside
     source_every: int = 0  # every n-th step learns from the photographs again; 0 never
-    synthetic_every: int = 0  # every n-th other step learns from synthesized tiles; 0 never
+    # every n-th step learns from synthesized tiles, but where photographs are due; 0 never
+    synthetic_every: int = 0
     # share of the pseudo-labelled tiles that are crowded: copies of their single objects laid against others
     crowding: float = 0.0
 

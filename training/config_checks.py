@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.load import names_bundle, shipped_models
+from darcnn.runtime.tiling import halo_for
 from darcnn.training.model.presets import PRESETS, is_detectron2_file
 
 if TYPE_CHECKING:
@@ -39,6 +41,14 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if not refine.scales or min(refine.scales) <= 0:
         yield "refine_stage.scales are not above 0", "use [1.0], say"
     yield from _target_problems(target)
+    yield from _tile_problems(recipe)
+    if recipe.seed < 0:
+        yield f"seed = {recipe.seed} is below 0", "give 0 or more"
+    if refine.source_every and refine.synthetic_every and refine.synthetic_every % refine.source_every == 0:
+        yield (
+            "refine_stage.synthetic_every would never act: photographs go first where both fall on one step",
+            "give a number that is no multiple of refine_stage.source_every",
+        )
     if recipe.tile_px < 64 or recipe.tile_px % 64:
         yield "tile_px is no multiple of 64", "use 256, say"
     if not 1 <= refine.max_objects <= _MAX_LABEL:
@@ -61,6 +71,9 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "refine_stage.batch": refine.batch,
         "refine_stage.rounds": refine.rounds,
         "refine_stage.steps": refine.steps,
+        "source_stage.learning_rate": recipe.source_stage.learning_rate,
+        "adapt_stage.learning_rate": recipe.adapt_stage.learning_rate,
+        "refine_stage.learning_rate": refine.learning_rate,
         **sizes,
         "target.slab.depth": target.slab.depth if target.slab else None,
     }
@@ -123,6 +136,7 @@ def _start_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _source_problems(source: Source) -> Iterator[tuple[str, str]]:
+    yield from _intensity_problems("source.intensity", source.intensity)
     if source.annotations is None and source.labels is None:
         yield "lacks the key source.annotations or source.labels", "add one of them"
     if source.annotations is not None and source.labels is not None:
@@ -139,16 +153,33 @@ def _source_problems(source: Source) -> Iterator[tuple[str, str]]:
 def _target_problems(target: Target) -> Iterator[tuple[str, str]]:
     if not 1 <= target.channels <= 4:
         yield "target.channels is not from 1 to 4", "use 1 (grey), 3 (colour), or 2 or 4 (separate channels)"
-    rule = target.intensity
+    yield from _intensity_problems("target.intensity", target.intensity)
+    if not target.jitter >= 1.0:
+        yield f"target.jitter = {target.jitter:g} is below 1", "use 1.4, say, or 1 for no jitter"
+
+
+def _tile_problems(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield why the tiles of a run would not serve."""
+    nominal, tile_px = recipe.target.nominal_diameter_px, recipe.export.tile_px
+    if recipe.preset not in PRESETS or not 0 < nominal < math.inf:
+        return
+    stride = max(PRESETS[recipe.preset].strides_px)
+    least = 2 * halo_for(nominal, stride) + stride
+    if tile_px % stride or tile_px < least:
+        yield (
+            f"export.tile_px = {tile_px} does not serve objects of {nominal:g} px",
+            f"give a multiple of {stride} from {stride * math.ceil(least / stride)} on",
+        )
+
+
+def _intensity_problems(key: str, rule: IntensityRule) -> Iterator[tuple[str, str]]:
     if rule.kind == "percentile" and not 0.0 <= rule.low < rule.high <= 100.0:
         yield (
-            f"target.intensity: percentiles {rule.low:g} and {rule.high:g} are not in order",
+            f"{key}: percentiles {rule.low:g} and {rule.high:g} are not in order",
             "use low = 0.5 and high = 99.5, say",
         )
     if rule.kind == "range" and not (math.isfinite(rule.high - rule.low) and rule.low < rule.high):
         yield (
-            f"target.intensity: the range from {rule.low:g} to {rule.high:g} is empty",
+            f"{key}: the range from {rule.low:g} to {rule.high:g} is empty",
             "give the raw values that become black (low) and white (high)",
         )
-    if not target.jitter >= 1.0:
-        yield f"target.jitter = {target.jitter:g} is below 1", "use 1.4, say, or 1 for no jitter"

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from darcnn.runtime.sampling import spread_evenly
+from darcnn.runtime.tiling import halo_for
 from darcnn.training.config import Recipe
 from darcnn.training.data.target import TargetImage, TargetImages
-from darcnn.training.engine import halo_for, make_segmenter
+from darcnn.training.engine import make_segmenter
 from darcnn.training.model.network import Darcnn
 
 __all__ = ["ContactSheet", "draw_outlines", "lay_out"]

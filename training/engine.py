@@ -13,10 +13,11 @@ from torch import Tensor
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
 from darcnn.runtime.manifest import FORMAT, Anchors, Limits, Manifest, ModelInput
 from darcnn.runtime.segmenter import Segmenter
+from darcnn.runtime.tiling import halo_for
 from darcnn.training.config import Target
 from darcnn.training.model.network import Darcnn
 
-__all__ = ["TorchEngine", "halo_for", "make_manifest", "make_segmenter"]
+__all__ = ["TorchEngine", "make_manifest", "make_segmenter"]
 
 
 class TorchEngine:
@@ -79,19 +80,6 @@ class TorchEngine:
     @property
     def _heads(self) -> Any:
         return self._network.source_heads if self._source_branch else self._network.target_heads
-
-
-def halo_for(nominal_diameter_px: float, stride_px: int) -> int:
-    """Return the halo of a tile: at least 1.5 nominal diameters, a multiple of half the stride.
-
-    The core of a tile, which two halos leave, is then a multiple of the stride, and so are the places where
-    tiles begin: all tiles lie on one grid of the network's cells.
-
-    >>> halo_for(28.0, 32), halo_for(42.0, 32)
-    (48, 64)
-    """
-    step = stride_px // 2
-    return step * int(np.ceil(1.5 * nominal_diameter_px / step))
 
 
 def make_manifest(

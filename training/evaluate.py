@@ -129,5 +129,5 @@ def read_label_image(path: Path) -> NDArray[np.int32]:
     try:
         with Image.open(path) as picture:
             return np.asarray(picture).astype(np.int32)
-    except OSError as err:
+    except (OSError, SyntaxError) as err:  # SyntaxError: Pillow's word for a damaged PNG
         raise InputError(f"cannot be read ({err})", where=path, fix="give a 16-bit PNG") from err

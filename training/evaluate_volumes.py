@@ -33,6 +33,8 @@ def labelled_volumes(folder: Path) -> list[tuple[Path, Path]]:
     """
     pairs = []
     for volume in sorted((folder / "volumes").iterdir()):
+        if volume.name.startswith("."):  # what systems leave in folders
+            continue
         label = folder / "labels" / f"{volume.name.split('.')[0]}.tif"
         if not label.is_file():
             raise InputError(

@@ -27,6 +27,7 @@ from darcnn.training.data.target import TargetImages
 from darcnn.training.decisions import DECISIONS_FILE, Decisions, decide, note_decisions
 from darcnn.training.loop import LoopPlan, train
 from darcnn.training.model.network import Darcnn
+from darcnn.training.model.presets import preset_named
 from darcnn.training.model.pretrained import load_weights, start_of
 from darcnn.training.schedule import similarity_weight
 from darcnn.training.source_tiles import SourceTiles
@@ -70,8 +71,21 @@ class Run:
         return self.resume and is_complete(folder)
 
     def start_from(self, folder: Path) -> Darcnn:
-        """Return the network of the checkpoint in `folder`, on the run's device."""
-        return load_network(folder)[0].to(self.device)
+        """Return the network of the checkpoint in `folder`, on the run's device, ready for adaptation.
+
+        Raises:
+            UsageError: it has other layers than the recipe's preset.
+        """
+        network, info = load_network(folder)
+        if network.preset != preset_named(self.recipe.preset, self.recipe.weights):
+            raise UsageError(
+                f"has other layers than the recipe: {info.recipe.preset}, weights {info.recipe.weights!r}",
+                where=folder,
+                fix="start from a checkpoint of a recipe with the same preset and weights",
+            )
+        if info.stage == "source" and info.step > 0:  # else both domains come from the recipe's weights
+            network.start_adaptation()
+        return network.to(self.device)
 
 
 def run_source(run: Run) -> Darcnn:
@@ -90,7 +104,7 @@ def run_source(run: Run) -> Darcnn:
     network.to(run.device)
     targets = TargetImages(run.data, recipe.target, recipe.seed)
     if stage.steps == 0:
-        return _pass_on(network, CheckpointInfo("source", 0, True, recipe), folder)
+        return _pass_on(network, CheckpointInfo("source", 0, True, recipe), folder, is_resumed=run.resume)
     tiles = SourceTiles(recipe, run.data, targets)
     plan = LoopPlan(
         stage="source",
@@ -119,12 +133,11 @@ def run_adapt(run: Run, start: Path) -> Darcnn:
     recipe, stage = run.recipe, run.recipe.adapt_stage
     folder = run.folder("adapt")
     network = run.start_from(start)
-    if recipe.source_stage.steps > 0:  # else all parts come from the recipe's weights
-        network.start_adaptation()
     targets = TargetImages(run.data, recipe.target, recipe.seed)
     _match_scales(run, network, targets, folder)
     if stage.steps == 0:
-        network = _pass_on(network, CheckpointInfo("adapt", 0, True, recipe), folder)
+        info = CheckpointInfo("adapt", 0, True, recipe)
+        network = _pass_on(network, info, folder, is_resumed=run.resume)
         note_trust(network, recipe, targets, folder)
         return network
     tiles = SourceTiles(recipe, run.data, targets)
@@ -236,8 +249,6 @@ def run_refine(run: Run, start: Path) -> Darcnn:
 def _decide(run: Run, is_right: Callable[[Decisions], bool]) -> None:
     """Let the size and polarity of the objects be judged before anything is learned from them."""
     network = run.start_from(run.out / "source")
-    if run.recipe.source_stage.steps > 0:
-        network.start_adaptation()
     targets = TargetImages(run.data, run.recipe.target, run.recipe.seed)
     match_scales(network, run.recipe, targets, run.out / "adapt")
     decisions = decide(network, run.recipe, targets, run.out)
@@ -270,9 +281,9 @@ def _check_start(run: Run, folder: Path) -> None:
     parallel.wait_for_all()
 
 
-def _pass_on(network: Darcnn, info: CheckpointInfo, folder: Path) -> Darcnn:
+def _pass_on(network: Darcnn, info: CheckpointInfo, folder: Path, *, is_resumed: bool) -> Darcnn:
     """Write the checkpoint of a stage that has no steps."""
-    if parallel.is_first():
+    if parallel.is_first() and not (is_resumed and is_complete(folder)):  # figures may be noted in it
         save_checkpoint(folder, network, info)
     parallel.wait_for_all()
     return network.eval()

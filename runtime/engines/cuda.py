@@ -17,6 +17,7 @@ from darcnn.runtime.errors import DeviceError
 __all__ = [
     "DeviceBuffer",
     "Event",
+    "PinnedBuffer",
     "Stream",
     "copy_in",
     "copy_on_gpu",
@@ -24,7 +25,6 @@ __all__ = [
     "copy_to_host",
     "gpu_capability",
     "gpu_name",
-    "pinned_array",
     "release_recorded",
 ]
 
@@ -99,7 +99,8 @@ class Stream:
     """A CUDA stream; closing twice is allowed."""
 
     def __init__(self) -> None:
-        self.handle: Any = _call("cudaStreamCreate")
+        # one that blocks would bar the whole process from the default stream while a graph is recorded
+        self.handle: Any = _call("cudaStreamCreateWithFlags", _cudart().cudaStreamNonBlocking)
 
     def wait(self) -> None:
         """Return when all that was queued is done."""
@@ -174,15 +175,21 @@ class DeviceBuffer:
             self.address = 0
 
 
-def pinned_array(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """Return an array in page-locked memory, which copies need to run beside the computation.
+class PinnedBuffer:
+    """An array in page-locked memory, which copies need to run beside the computation."""
 
-    It is held until the process ends: an engine needs a handful, of fixed size.
-    """
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    address = int(_call("cudaHostAlloc", size, 0))
-    memory = (ctypes.c_uint8 * size).from_address(address)
-    return np.frombuffer(memoryview(memory), dtype=dtype).reshape(shape)
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self._address = int(_call("cudaHostAlloc", size, 0))
+        memory = (ctypes.c_uint8 * size).from_address(self._address)
+        self.array: NDArray[Any] = np.frombuffer(memoryview(memory), dtype=dtype).reshape(shape)
+
+    def close(self) -> None:
+        """Give it back; closing twice is allowed. The array must not be used any more."""
+        if self._address:
+            self.array = self.array[:0].copy()
+            _call("cudaFreeHost", self._address)
+            self._address = 0
 
 
 def copy_in(buffer: DeviceBuffer, source: Any, pinned: NDArray[Any], stream: Stream) -> None:
@@ -191,7 +198,8 @@ def copy_in(buffer: DeviceBuffer, source: Any, pinned: NDArray[Any], stream: Str
     Args:
         buffer: where to.
         source: an array of the same shape and type in host memory, or on the GPU already and contiguous
-            (anything with `__cuda_array_interface__`: PyCUDA, CuPy, PyTorch), whose stream is waited for.
+            (anything with `__cuda_array_interface__`: PyCUDA, CuPy, PyTorch). The stream that it names is
+            waited for; where it names none, as PyTorch's, all that is queued on the GPU by now.
         pinned: of the same shape; arrays of the host go through it.
         stream: queues the copy.
     Raises:
@@ -205,8 +213,7 @@ def copy_in(buffer: DeviceBuffer, source: Any, pinned: NDArray[Any], stream: Str
             raise DeviceError(
                 "an array on the GPU that is not contiguous", where="tiles", fix="make it contiguous first"
             )
-        if on_gpu.get("stream") is not None:
-            _call("cudaStreamSynchronize", on_gpu["stream"])
+        _wait_for_maker(on_gpu)
         address, kind = int(on_gpu["data"][0]), kinds.cudaMemcpyDeviceToDevice
     else:
         np.copyto(pinned, source)
@@ -229,7 +236,7 @@ def copy_out(pinned: NDArray[Any], buffer: DeviceBuffer, stream: Stream) -> None
 def copy_to_host(interface: Mapping[str, Any]) -> NDArray[Any]:
     """Return a copy in host memory of what `__cuda_array_interface__` describes, strides and all.
 
-    Waits for the stream that the interface names, if it names one.
+    Waits for the stream that the interface names, or for all that is queued on the GPU if it names none.
 
     Raises:
         DeviceError: the copy failed, or the strides run backwards.
@@ -244,11 +251,24 @@ def copy_to_host(interface: Mapping[str, Any]) -> NDArray[Any]:
         return np.empty(shape, dtype)
     extent = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + dtype.itemsize
     host = np.empty(extent, np.uint8)
+    _wait_for_maker(interface)
+    kind = _cudart().cudaMemcpyKind.cudaMemcpyDeviceToHost
+    stream = Stream()  # the default one may be in use, or barred while a graph is recorded
+    try:
+        address = int(interface["data"][0])
+        _call("cudaMemcpyAsync", host.ctypes.data, address, extent, kind, stream.handle)
+        stream.wait()
+    finally:
+        stream.close()
+    return np.ndarray(shape, dtype, buffer=host.data, strides=strides)
+
+
+def _wait_for_maker(interface: Mapping[str, Any]) -> None:
+    """Return when what an array on the GPU is to hold is there."""
     if interface.get("stream") is not None:
         _call("cudaStreamSynchronize", interface["stream"])
-    kind = _cudart().cudaMemcpyKind.cudaMemcpyDeviceToHost
-    _call("cudaMemcpy", host.ctypes.data, int(interface["data"][0]), extent, kind)
-    return np.ndarray(shape, dtype, buffer=host.data, strides=strides)
+    else:
+        _call("cudaDeviceSynchronize")
 
 
 def _contiguous_strides(shape: tuple[int, ...], itemsize: int) -> list[int]:

@@ -169,7 +169,14 @@ class TensorRtEngine:
         """
         trt = load_backend(compiled.facts.backend)
         self._logger = trt.Logger(trt.Logger.ERROR)
-        self._runtime = trt.Runtime(self._logger)
+        try:
+            self._runtime = trt.Runtime(self._logger)
+        except TypeError as err:  # so the bindings say that the library has returned nothing
+            raise DeviceError(
+                f"{compiled.facts.backend} does not start",
+                where="GPU",
+                fix="check that the NVIDIA driver is new enough, or choose another --backend",
+            ) from err
         self._graphs: dict[str, LoadedGraph] = {}
         self._uploader: Uploader | None = None
         facts = compiled.facts

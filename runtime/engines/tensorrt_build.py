@@ -72,9 +72,9 @@ def load_backend(backend: str) -> Any:
         )
     try:
         return importlib.import_module(BACKENDS[backend])
-    except ImportError as err:
+    except (ImportError, OSError) as err:  # OSError: a library of it is missing
         raise DeviceError(
-            f"{backend} is not installed ({err})",
+            f"{backend} is not installed ({first_line(err)})",
             where="--backend",
             fix=f"run `pip install 'darcnn[{backend}]'`",
         ) from err
@@ -213,13 +213,14 @@ class _Build:
     def __init__(self, trt: Any, bundle: Bundle, graph: str, options: BuildOptions) -> None:
         self._trt, self._bundle, self._graph, self._options = trt, bundle, graph, options
         self._logger = _make_logger(trt)
-        self._builder = builder = trt.Builder(self._logger)
-        if builder is None:
+        try:
+            self._builder = builder = trt.Builder(self._logger)
+        except TypeError as err:  # so the bindings say that the library has returned nothing
             raise DeviceError(
                 f"{options.backend} does not start ({self._logger.last})",
                 where="--backend",
                 fix="build on a machine with an NVIDIA GPU and driver, or pass --backend tensorrt-rtx",
-            )
+            ) from err
         self._network = network = builder.create_network(
             1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         )

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.engines.cuda import (
     DeviceBuffer,
+    PinnedBuffer,
     Stream,
     copy_in,
     copy_on_gpu,
     copy_out,
-    pinned_array,
     release_recorded,
 )
 from darcnn.runtime.engines.engine_cache import CompiledEngine
@@ -64,6 +64,7 @@ class LoadedGraph:
             raise DeviceError(f"no memory on it to run the {name} graph", where="GPU", fix=advice)
         self._n_runs, self._recorded = 0, None
         self._own: dict[str, DeviceBuffer] = {}
+        self._pinned: dict[str, PinnedBuffer] = {}
         self._stream = Stream()
         try:
             self._allocate(shared)
@@ -76,38 +77,41 @@ class LoadedGraph:
             if tensor not in shared:
                 self._own[tensor] = DeviceBuffer(shape, kind)
         self.buffers = {**self._own, **shared}
-        self._pinned = {
-            tensor: pinned_array(buffer.shape, str(buffer.dtype))
-            for tensor, buffer in self._own.items()
-            if tensor != "atlas"
-        }
+        for tensor, buffer in self._own.items():
+            if tensor != "atlas":
+                self._pinned[tensor] = PinnedBuffer(buffer.shape, str(buffer.dtype))
         for tensor, buffer in self.buffers.items():
             self._context.set_tensor_address(tensor, buffer.address)
 
     def run(self, inputs: dict[str, Any]) -> dict[str, NDArray[Any]]:
         """Return the outputs but for the atlas, which stays on the GPU; the arrays are the caller's."""
-        for tensor in INPUTS[self.name]:
-            if tensor in inputs:
-                self._take(tensor, inputs[tensor])
-        self._compute()
         outputs = [tensor for tensor in OUTPUTS[self.name] if tensor != "atlas"]
-        for tensor in outputs:
-            copy_out(self._pinned[tensor], self.buffers[tensor], self._stream)
+        try:
+            for tensor in INPUTS[self.name]:
+                if tensor in inputs:
+                    self._take(tensor, inputs[tensor])
+            self._compute()
+            for tensor in outputs:
+                copy_out(self._pinned[tensor].array, self.buffers[tensor], self._stream)
+        except BaseException:
+            with suppress(DeviceError):  # what was queued may still read the inputs
+                self._stream.wait()
+            raise
         self._stream.wait()
-        return {tensor: self._pinned[tensor].copy() for tensor in outputs}
+        return {tensor: self._pinned[tensor].array.copy() for tensor in outputs}
 
     def _take(self, tensor: str, source: Any) -> None:
         if isinstance(source, UploadedTiles):
             self._stream.wait_for(source.is_there)
             copy_on_gpu(self.buffers[tensor], source.buffer, self._stream)
         else:
-            copy_in(self.buffers[tensor], source, self._pinned[tensor], self._stream)
+            copy_in(self.buffers[tensor], source, self._pinned[tensor].array, self._stream)
 
     def _compute(self) -> None:
-        if self._recorded is None and self._n_runs == _RUNS_BEFORE_CAPTURE:
+        self._n_runs += 1
+        if self._n_runs == _RUNS_BEFORE_CAPTURE + 1:  # once: where it fails now it would again
             self._stream.wait()
             self._record()
-        self._n_runs += 1
         if self._recorded is not None:
             self._stream.launch(self._recorded)
         else:
@@ -115,15 +119,15 @@ class LoadedGraph:
 
     def _record(self) -> None:
         """Record the graph's kernels; where that fails it is run without, from then on."""
-        self._stream.begin_capture()
-        try:
-            self._enqueue()
-        except BaseException:
-            self._n_runs += 1  # not again
-            with suppress(DeviceError):  # the stream must not stay in recording
-                release_recorded(self._stream.end_capture())
-            raise
-        self._recorded = self._stream.end_capture()
+        with suppress(DeviceError):
+            self._stream.begin_capture()
+            try:
+                self._enqueue()
+            except BaseException:
+                with suppress(DeviceError):  # the stream must not stay in recording
+                    release_recorded(self._stream.end_capture())
+                raise
+            self._recorded = self._stream.end_capture()
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(int(self._stream.handle)):
@@ -136,10 +140,13 @@ class LoadedGraph:
     def close(self) -> None:
         recorded, self._recorded = self._recorded, None
         own, self._own = self._own, {}
+        pinned, self._pinned = self._pinned, {}
         self._context = self._engine = None
         with ExitStack() as releases:  # all of them, whatever becomes of one
             for buffer in own.values():
                 releases.callback(buffer.close)
+            for array in pinned.values():
+                releases.callback(array.close)
             releases.callback(self._stream.close)
             if recorded is not None:
                 releases.callback(release_recorded, recorded)

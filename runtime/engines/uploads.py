@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import numpy as np
 from numpy.typing import NDArray
 
-from darcnn.runtime.engines.cuda import DeviceBuffer, Event, Stream, copy_in, pinned_array
+from darcnn.runtime.engines.cuda import DeviceBuffer, Event, PinnedBuffer, Stream, copy_in
 
 __all__ = ["UploadedTiles", "Uploader"]
 
@@ -23,18 +23,17 @@ class _Slot:
     """Room for one batch in the GPU's memory, and in page-locked memory of the host."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        self.buffer = DeviceBuffer(shape, "uint8")
-        try:
-            self.pinned = pinned_array(shape, "uint8")
+        with ExitStack() as held:
+            self.buffer = DeviceBuffer(shape, "uint8")
+            held.callback(self.buffer.close)
+            self.pinned = PinnedBuffer(shape, "uint8")
+            held.callback(self.pinned.close)
             self.is_there = Event()
-        except BaseException:
-            self.buffer.close()
-            raise
+            held.callback(self.is_there.close)
+            self._held = held.pop_all()
 
     def close(self) -> None:
-        with ExitStack() as releases:
-            releases.callback(self.buffer.close)
-            releases.callback(self.is_there.close)
+        self._held.close()  # all of them, whatever becomes of one
 
 
 class UploadedTiles:
@@ -79,7 +78,7 @@ class Uploader:
         uploaded = UploadedTiles(slot)
         weakref.finalize(uploaded, self._free.append, slot)
         slot.is_there.wait()  # the copy before, perhaps never asked for, may still read the pinned memory
-        copy_in(slot.buffer, tiles, slot.pinned, self._stream)
+        copy_in(slot.buffer, tiles, slot.pinned.array, self._stream)
         slot.is_there.record(self._stream)
         return uploaded
 

@@ -7,14 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import darcnn.runtime as darcnn
-from darcnn.export.draft import Sizes, draft_of_bundle, write_verified
+from darcnn.export.draft import Sizes, draft_of_bundle, draft_of_checkpoint, write_verified
 from darcnn.export.pack import make_members, options_of
 from darcnn.runtime.bundle import open_bundle
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.load import find_bundle
+from darcnn.training.checkpoint import read_info, save_checkpoint
 
 
 def test_a_bundle_made_of_itself_has_the_same_graphs(bundle, pictures):
@@ -80,3 +82,16 @@ def test_a_model_in_int8_becomes_one_in_float32(root):
 def test_images_to_verify_on_must_be_given(bundle):
     with pytest.raises(UsageError, match="--data: no images to verify on"):
         draft_of_bundle(bundle, Sizes(batch=2), name=None, data=None, licence=None)
+
+
+def test_of_a_source_stage_both_branches_are_what_it_taught(make_network, make_checkpoint, tmp_path):
+    network = make_network(seed=3)
+    folder = make_checkpoint(network)
+    info = read_info(folder)
+    save_checkpoint(tmp_path / "source", network, replace(info, stage="source", step=5))
+    draft = draft_of_checkpoint(
+        tmp_path / "source", Sizes(), name=None, data=None, licence=None, tell=lambda words: None
+    )
+    taught = network.source_heads.state_dict()
+    for name, tensor in draft.network.target_heads.state_dict().items():
+        assert torch.equal(tensor, taught[name]), name

@@ -12,8 +12,8 @@ from darcnn.export.static import ExportOptions
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.manifest import manifest_from_json, manifest_to_json
+from darcnn.runtime.tiling import halo_for
 from darcnn.training.checkpoint import load_network
-from darcnn.training.engine import halo_for
 
 
 def manifest_of(network, **changes):

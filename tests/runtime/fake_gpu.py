@@ -23,6 +23,7 @@ class FakeCudart:
         cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
     )
     cudaEventDisableTiming = 2  # noqa: N815
+    cudaStreamNonBlocking = 1  # noqa: N815
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
 
     def __init__(self, *, name="Fake", capability=(8, 6), fails_at_malloc=None):
@@ -31,7 +32,6 @@ class FakeCudart:
         self.properties = SimpleNamespace(name=name.encode(), major=capability[0], minor=capability[1])
         self._fails_at = fails_at_malloc
         self._n_mallocs, self._handles = 0, count(1)
-        self._pinned = []
 
     def _hold(self, kind):
         handle = (kind, next(self._handles))
@@ -63,15 +63,24 @@ class FakeCudart:
         return self._drop(address)
 
     def cudaHostAlloc(self, size, flags):  # noqa: N802
-        self._pinned.append(ctypes.create_string_buffer(size))
-        return Status.cudaSuccess, ctypes.addressof(self._pinned[-1])
+        memory = ctypes.create_string_buffer(size)
+        self.held[ctypes.addressof(memory)] = memory
+        return Status.cudaSuccess, ctypes.addressof(memory)
+
+    def cudaFreeHost(self, address):  # noqa: N802
+        return self._drop(address)
 
     def cudaMemcpyAsync(self, target, source, size, kind, stream):  # noqa: N802
         self.log.append(("copy", stream, kind))
         ctypes.memmove(target, source, size)
         return (Status.cudaSuccess,)
 
-    def cudaStreamCreate(self):  # noqa: N802
+    def cudaDeviceSynchronize(self):  # noqa: N802
+        self.log.append(("wait for all",))
+        return (Status.cudaSuccess,)
+
+    def cudaStreamCreateWithFlags(self, flags):  # noqa: N802
+        assert flags == self.cudaStreamNonBlocking
         handle = next(self._handles)
         self.held[handle] = True
         return Status.cudaSuccess, handle

@@ -94,6 +94,16 @@ def test_a_missing_backend_is_said_with_what_to_install(monkeypatch):
         load_backend("tensorrt-rtx")
 
 
+def test_a_missing_library_is_said_as_a_missing_backend(monkeypatch):
+    def fail(name):
+        raise FileNotFoundError(f"Could not find: {name}.dll. Is it on your PATH?\nand more")
+
+    monkeypatch.setattr(tensorrt_build.importlib, "import_module", fail)
+    with pytest.raises(DeviceError, match="is not installed") as caught:
+        load_backend("tensorrt-rtx")
+    assert "\n" not in str(caught.value)
+
+
 def test_an_engine_is_read_as_it_was_written(tmp_path, bundle, facts):
     folder = engine_folder(facts, tmp_path)
     write_engine(folder, facts, PLANS)

@@ -261,6 +261,66 @@ def test_a_recording_that_fails_is_ended_and_not_tried_again(use, bundle, facts,
     assert gpu.held == {}
 
 
+@pytest.mark.parametrize("name", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
+def test_where_cuda_does_not_record_the_graph_runs_without(use, bundle, facts, monkeypatch, name):
+    gpu, _ = use()
+    store_engine(facts, PLANS)
+    engine, calls = open_tensorrt(bundle, RTX), []
+
+    def refuse(self, *rest):
+        calls.append(name)
+        return Status.cudaErrorMemoryAllocation, None
+
+    monkeypatch.setattr(FakeCudart, name, refuse)
+    for _ in range(6):
+        engine.detect(np.zeros((2, 8, 8, 3), np.uint8))
+    assert calls == [name]  # once
+    engine.close()
+    assert gpu.held == {}
+
+
+class OnGpu:
+    """An array on the fake GPU, as PyTorch (no stream) and CuPy (a stream) describe one."""
+
+    def __init__(self, values, stream):
+        self._values, self.shape, self.dtype = values, values.shape, values.dtype
+        self.__cuda_array_interface__ = {
+            "shape": values.shape,
+            "typestr": "|u1",
+            "data": (values.ctypes.data, False),
+            "version": 3,
+        } | ({} if stream is None else {"stream": stream})
+
+
+@pytest.mark.parametrize(("stream", "waits"), [(None, True), (7, False)])
+def test_what_fills_an_array_on_the_gpu_is_waited_for(use, bundle, facts, stream, waits):
+    gpu, _ = use()
+    store_engine(facts, PLANS)
+    engine = open_tensorrt(bundle, RTX)
+    tiles = np.random.default_rng(2).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    engine.detect(OnGpu(tiles, stream))
+    assert (("wait for all",) in gpu.log) == waits
+    on_gpu = engine._graphs["detect"].buffers["tile"]
+    assert ctypes.string_at(on_gpu.address, on_gpu.n_bytes) == tiles.tobytes()
+    gpu.log.clear()
+    assert np.array_equal(cuda.copy_to_host(OnGpu(tiles, stream).__cuda_array_interface__), tiles)
+    assert (("wait for all",) in gpu.log) == waits
+    engine.close()
+    assert gpu.held == {}
+
+
+def test_a_driver_that_is_too_old_is_one_line(use, bundle, facts):
+    _, trt = use()
+    store_engine(facts, PLANS)
+
+    def refuse(logger):
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    trt.Runtime = refuse
+    with pytest.raises(DeviceError, match="tensorrt-rtx does not start; check that the NVIDIA driver"):
+        open_tensorrt(bundle, RTX)
+
+
 def test_what_can_be_given_back_is_where_one_release_fails(use, bundle, facts, monkeypatch):
     gpu, _ = use()
     store_engine(facts, PLANS)

@@ -25,6 +25,7 @@ from darcnn.training.model.bundle_weights import bundle_named, load_bundle, pres
 from darcnn.training.model.network import Darcnn
 from darcnn.training.model.photographs import load_photographs
 from darcnn.training.model.pretrained import licence_of, load_weights, start_of
+from darcnn.training.open_model import open_model
 from darcnn.training.stages import Run, run_adapt, run_source
 
 MODEL = "nuclei-fluorescence"
@@ -194,3 +195,15 @@ def test_a_model_that_does_not_exist_is_named(recipe: Recipe, tmp_path: Path) ->
         recipe_from_table(table, where="x")
     with pytest.raises(BundleError, match=r"nowhere\.darcnn: no such file"):
         load_weights(Darcnn.from_name("lite"), "nowhere.darcnn", tmp_path)
+
+
+def test_a_start_that_nothing_was_taught_is_judged_by_its_target_branch(
+    recipe: Recipe, data: Path, tmp_path: Path
+) -> None:
+    bare = replace(recipe, weights=MODEL, source=None, source_stage=SourceStage(), adapt_stage=AdaptStage())
+    run_source(Run(bare, data, tmp_path))
+    with open_model(str(tmp_path / "source")) as segmenter:
+        engine = segmenter.engine
+        assert isinstance(engine, TorchEngine)
+        assert engine._heads is engine._network.target_heads
+        assert not engine._source_branch

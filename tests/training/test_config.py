@@ -348,3 +348,22 @@ def test_weights_that_no_network_could_start_from_are_refused(
     message = refusal(table | {"preset": preset, "weights": weights})
     assert f"weights = {weights!r}" in message
     assert hint in message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": -1}, "seed = -1"),
+        ({"refine_stage": {"learning_rate": -1e-4}}, "refine_stage.learning_rate"),
+        ({"export": {"tile_px": 500}}, "export.tile_px = 500"),
+        ({"export": {"tile_px": 64}}, "export.tile_px = 64"),
+        ({"refine_stage": {"source_every": 2, "synthetic_every": 4}}, "synthetic_every would never act"),
+    ],
+)
+def test_values_that_would_end_a_run_later_are_refused_before(
+    table: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
+    for key, value in change.items():
+        table[key] = {**table.get(key, {}), **value} if isinstance(value, dict) else value
+    with pytest.raises(UsageError, match=words):
+        recipe_from_table(table, where="x")

@@ -102,3 +102,13 @@ def test_the_same_generator_gives_the_same_tile() -> None:
     one, two = (crowd(BRIGHT, np.random.default_rng(3)) for _ in range(2))
     assert (one.image == two.image).all()
     assert (one.masks == two.masks).all()
+
+
+def test_a_line_of_pixels_is_no_end_of_a_run() -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[20:34, 30] = 200
+    image[40:52, 10:22] = 180
+    masks = np.zeros((2, 64, 64), bool)
+    masks[0, 20:34, 30], masks[1, 40:52, 10:22] = True, True
+    for seed in range(60):
+        crowd(LabelledTile(image, masks), np.random.default_rng(seed))

@@ -17,8 +17,9 @@ from darcnn.runtime.engines.protocol import Engine
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.manifest import manifest_from_json, manifest_to_json
 from darcnn.runtime.readers import open_source
+from darcnn.runtime.tiling import halo_for
 from darcnn.training.config import Recipe
-from darcnn.training.engine import TorchEngine, halo_for, make_manifest, make_segmenter
+from darcnn.training.engine import TorchEngine, make_manifest, make_segmenter
 from darcnn.training.model.backbone import to_three_channels
 from darcnn.training.model.network import Darcnn
 

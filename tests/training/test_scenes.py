@@ -74,3 +74,9 @@ def test_the_cutouts_themselves_are_not_changed(cutouts: list[Cutout]) -> None:
     for cutout, (image, mask) in zip(cutouts, before, strict=True):
         assert np.array_equal(cutout.image, image)
         assert np.array_equal(cutout.mask, mask)
+
+
+def test_objects_far_larger_than_the_tile_are_left_out(cutouts: list[Cutout]) -> None:
+    for seed in range(40):
+        scene = make_scene(cutouts, np.random.default_rng(seed), 64, (60.0, 300.0))
+        assert scene.image.shape == (64, 64, 3)

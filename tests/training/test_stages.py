@@ -19,7 +19,13 @@ from PIL import Image
 from darcnn.runtime.errors import DarcnnError, InputError, OutputError, UsageError
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.training.adapt.pseudo_labels import read_labels
-from darcnn.training.checkpoint import CheckpointInfo, load_network, read_info, save_checkpoint
+from darcnn.training.checkpoint import (
+    CheckpointInfo,
+    load_network,
+    read_info,
+    record_figures,
+    save_checkpoint,
+)
 from darcnn.training.config import Recipe, Source, TargetSet, recipe_to_table
 from darcnn.training.data.batches import Batch
 from darcnn.training.data.source import LabelledTile
@@ -378,3 +384,54 @@ def test_the_target_encoder_moves_at_its_own_rate(
     # Adam's first step is the learning rate, whatever the gradient
     assert moved(adapted.target_encoder) == pytest.approx(rate * stage.learning_rate, rel=0.05, abs=1e-9)
     assert moved(adapted.source_encoder) == pytest.approx(stage.learning_rate, rel=0.05)
+
+
+@pytest.fixture
+def trained_source(tiny: Recipe, tmp_path: Path) -> Path:
+    """The checkpoint of a source stage that has taught trunk, E_c, R and M^s, and nothing else."""
+    network = Darcnn.from_name("lite")
+    with torch.no_grad():
+        for part in (network.shared_encoder, network.source_heads):
+            for parameter in part.parameters():
+                parameter.add_(0.25)
+    save_checkpoint(tmp_path / "trained", network, CheckpointInfo("source", 2, True, tiny))
+    return tmp_path / "trained"
+
+
+def test_a_source_stage_serves_as_a_start_whatever_the_recipe_s_own_has(
+    tiny: Recipe, data: Path, tmp_path: Path, trained_source: Path
+) -> None:
+    bare = replace(tiny, weights="coco", source_stage=replace(tiny.source_stage, steps=0))
+    for recipe in (tiny, bare):
+        network = Run(recipe, data, tmp_path / "run").start_from(trained_source)
+        for ours, theirs in (
+            (network.target_heads, network.source_heads),
+            (network.target_encoder, network.shared_encoder),
+        ):
+            for name, tensor in theirs.state_dict().items():
+                assert torch.equal(ours.state_dict()[name], tensor), name
+
+
+def test_a_start_with_other_layers_is_refused(
+    tiny: Recipe, data: Path, tmp_path: Path, trained_source: Path
+) -> None:
+    for changes in ({"preset": "resnet50"}, {"preset": "resnet50", "weights": "model.pkl"}):
+        run = Run(replace(tiny, **changes), data, tmp_path / "run")  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="has other layers than the recipe"):
+            run.start_from(trained_source)
+
+
+def test_figures_that_were_noted_stay_when_a_run_goes_on(tiny: Recipe, data: Path, tmp_path: Path) -> None:
+    bare = replace(
+        tiny,
+        weights="coco",
+        source=None,
+        source_stage=replace(tiny.source_stage, steps=0),
+        adapt_stage=replace(tiny.adapt_stage, steps=0),
+        refine_stage=replace(tiny.refine_stage, source_every=0),
+    )
+    run = Run(bare, data, tmp_path / "run")
+    run_source(run)
+    record_figures(tmp_path / "run" / "source", "x", {"aji": 0.5})
+    run_source(replace(run, resume=True))
+    assert read_info(tmp_path / "run" / "source").figures == {"x": {"aji": 0.5}}

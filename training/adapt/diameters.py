@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from darcnn.runtime.diameter import estimate_diameter
 from darcnn.runtime.readers.array import ArrayReader
+from darcnn.runtime.tiling import halo_for
 from darcnn.training.config import Recipe
 from darcnn.training.data.target import TargetImages
 from darcnn.training.engine import make_segmenter
@@ -19,7 +21,8 @@ __all__ = ["DIAMETERS_FILE", "match_scales"]
 
 DIAMETERS_FILE = "diameters.json"
 
-_TILE_PX = 320  # small tiles: a size is told by a few objects
+_TILE_PX = 320  # small tiles: a size is told by a few objects ...
+_CORE_PX = 160  # ... but not smaller than this between their halos
 
 
 def match_scales(network: Darcnn, recipe: Recipe, targets: TargetImages, folder: Path) -> None:
@@ -38,7 +41,10 @@ def match_scales(network: Darcnn, recipe: Recipe, targets: TargetImages, folder:
         as_they_are = recipe.target.with_intensity_done()
         min_score = recipe.refine_stage.min_score
         found: dict[str, float | None] = {}
-        with make_segmenter(network, as_they_are, min_score=min_score, tile_px=_TILE_PX) as segmenter:
+        stride = max(network.preset.strides_px)
+        halo = halo_for(recipe.target.nominal_diameter_px, stride)
+        tile_px = max(_TILE_PX, stride * math.ceil((2 * halo + _CORE_PX) / stride))
+        with make_segmenter(network, as_they_are, min_score=min_score, tile_px=tile_px) as segmenter:
             for image in tqdm(unknown, desc="diameters", unit="image"):
                 with ArrayReader(image.pixels) as reader:
                     found[image.name] = estimate_diameter(segmenter, reader)

@@ -133,6 +133,8 @@ def _vary(single: _Single, rng: np.random.Generator) -> _Single:
     varied = strength * power if single.is_bright else np.maximum(strength, 1e-3) ** power
     mask = turned(single.mask.astype(np.float32), 0.0) > 0.5
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    if not rows.size:  # a line of pixels is lost between those of the copy
+        return single
     room = max(2, round(_MARGIN * 2.0 * math.sqrt(mask.sum() / math.pi)))
     part = tuple(slice(max(0, ends[0] - room), ends[-1] + 1 + room) for ends in (rows, columns))
     return _Single(varied[part].astype(np.float32), mask[part], single.is_bright)

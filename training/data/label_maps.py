@@ -19,6 +19,7 @@ from darcnn.runtime.intensity import Window, apply_window, measure_window, selec
 from darcnn.runtime.readers import open_source
 from darcnn.runtime.readers.open import SUFFIXES
 from darcnn.training.config import Source
+from darcnn.training.data.patterns import find_files
 from darcnn.training.data.source import (
     MAX_ENLARGEMENT,
     MIN_AREA_PX,
@@ -121,7 +122,7 @@ def read_label_map(path: Path) -> NDArray[np.int32]:
 
 def _image_paths(data: Path, images: str) -> list[Path]:
     folder = data / images
-    found = folder.iterdir() if folder.is_dir() else data.glob(images.lstrip("/") or "nothing")
+    found = folder.iterdir() if folder.is_dir() else find_files(data, images, key="source.images")
     paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise InputError("no labelled images", where=folder, fix="correct source.images in the recipe")

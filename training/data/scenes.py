@@ -41,7 +41,10 @@ def make_scene(
         size = typical * math.exp(rng.normal(0.0, spread))
         image, alpha = _shape(few[rng.integers(len(few))], size, rng)
         height, width = alpha.shape
-        x, y = (int(rng.integers(-side // 3, tile_px - side + side // 3 + 1)) for side in (width, height))
+        ranges = [(-side // 3, tile_px - side + side // 3 + 1) for side in (width, height)]
+        if any(low >= high for low, high in ranges):  # it is far larger than the tile
+            continue
+        x, y = (int(rng.integers(*ends)) for ends in ranges)
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, tile_px), min(y + height, tile_px)
         if x1 - x0 < 3 or y1 - y0 < 3:
             continue

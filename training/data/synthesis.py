@@ -76,7 +76,8 @@ class SynthesizedSource:
         raise InputError(
             f"no nuclei found in {_TRIES} crops to synthesize tiles from",
             where=self.targets.target.sets[0].images,
-            fix="correct target.nominal_diameter_px, or set source.synthetic_fraction = 0",
+            fix="correct target.nominal_diameter_px, or set source.synthetic_fraction and "
+            "refine_stage.synthetic_every to 0",
         )
 
 

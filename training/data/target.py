@@ -32,6 +32,7 @@ from darcnn.runtime.volumes.find import plane_reader
 from darcnn.runtime.volumes.open import is_volume, open_volume
 from darcnn.runtime.volumes.stack import SAMPLED_PLANES, Stack, measure_stack
 from darcnn.training.config import Target, TargetSet
+from darcnn.training.data.patterns import find_files
 from darcnn.training.data.source import LabelledTile
 from darcnn.training.model.backbone import to_three_channels
 
@@ -83,8 +84,7 @@ class TargetImages:
         self.target = target
         self.images: list[TargetImage] = []
         for group in target.sets:
-            pattern = group.images.lstrip("/") or "nothing"
-            paths = sorted(data.glob(pattern))
+            paths = find_files(data, group.images, key="target.sets.images")
             if not paths:
                 raise InputError(
                     "no target images",

@@ -177,7 +177,7 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         label = torch.cat(labels)
         positive = torch.where(label > 0)[0]
         count = mean_count(torch.tensor(len(label), device=label.device))
-        own_deltas = deltas.reshape(len(label), -1, 4)[positive, label[positive]]
+        own_deltas = deltas.reshape(len(label), deltas.shape[1] // 4, 4)[positive, label[positive]]
         box = F.smooth_l1_loss(own_deltas.float(), torch.cat(wanted)[positive], beta=_BETA, reduction="sum")
         return {
             "head_objectness": F.cross_entropy(logits.float(), label, reduction="sum") / count,
@@ -220,6 +220,8 @@ class Heads(RoIHeads):  # type: ignore[misc]  # torchvision is untyped
         """
         boxes, truth, weights = [], [], []
         for box, match, label, target in zip(proposals, matched, labels, targets, strict=True):
+            if not len(box):  # all were doubtful; a box that counts nothing keeps the shape
+                box, match, label = box.new_zeros((1, 4)), match.new_zeros(1), label.new_zeros(1)
             positive = torch.where(label > 0)[0]
             n = min(len(positive), _MASK_ROIS)
             order = torch.randperm(len(positive), generator=generator_of(target, 2))[:n]

@@ -1,0 +1,27 @@
+"""Which files a recipe means by a pattern."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from darcnn.runtime.errors import InputError
+
+__all__ = ["find_files"]
+
+
+def find_files(folder: Path, pattern: str, *, key: str) -> list[Path]:
+    """Return the files and folders in `folder` that a glob matches, sorted; perhaps none.
+
+    Args:
+        folder: the data folder.
+        pattern: relative to it; a slash in front changes nothing.
+        key: of the recipe, for errors.
+    Raises:
+        InputError: it is no pattern.
+    """
+    try:
+        return sorted(folder.glob(pattern.lstrip("/") or "nothing"))
+    except (ValueError, IndexError, NotImplementedError) as err:
+        raise InputError(
+            f"{pattern!r} is no pattern ({err})", where=key, fix='correct the recipe: "images/*.png", say'
+        ) from err
