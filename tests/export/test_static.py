@@ -255,7 +255,7 @@ def test_anchors_are_the_numbers_of_training(network):
         ({"proposals": 2000}, "chosen from"),
         ({"tile_px": 1_000_000}, "up to 8192"),
         ({"proposals_per_level": 3841}, "up to 3840"),
-        ({"mask_batch": 0}, "chosen from"),
+        ({"mask_batch": 0}, "--mask-batch"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(network, change, fix):
