@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +105,7 @@ def bundle(
     terms = None if licence is None else _read_text(licence)
     if names_bundle(source):
         draft = draft_of_bundle(find_bundle(source), wanted, name=name, data=data, licence=terms)
+        _tell(f"exporting {draft.manifest.name} anew: some half a minute for tiles of 512 px")
     else:
         folder = Path(source)
         draft = draft_of_checkpoint(folder, wanted, name=name, data=data, licence=terms, tell=_tell)
@@ -282,6 +284,8 @@ def _check_place(out: Path, overwrite: bool) -> None:
         raise OutputError(
             "its folder does not exist", where=out, fix="make the folder, or choose another name"
         )
+    if not os.access(out.parent, os.W_OK):
+        raise OutputError("its folder may not be written", where=out, fix="choose another folder")
 
 
 def _in_precision(bundle: Bundle, precision: str) -> Bundle:

@@ -17,6 +17,7 @@ from darcnn.export.pack import (
     options_of,
 )
 from darcnn.export.parity import Parity, verify_bundle
+from darcnn.export.static import MAX_TOP_K, ExportOptions
 from darcnn.export.tiles import TileSource, images_in, images_of, learned_images, measure_mpp, read_tiles
 from darcnn.runtime.bundle import Bundle, open_bundle, read_training, write_bundle
 from darcnn.runtime.errors import UsageError
@@ -39,16 +40,18 @@ class Sizes:
     detections: int | None = None
     mask_batch: int | None = None
 
-    def given(self) -> dict[str, int]:
-        """Return those that were given, but for the tile, as `ExportOptions` calls them."""
-        sizes = {
-            "batch": self.batch,
-            "proposals_per_level": self.proposals,
-            "proposals": self.proposals,
-            "detections": self.detections,
-            "mask_batch": self.mask_batch,
-        }
-        return {name: value for name, value in sizes.items() if value is not None}
+    def given(self, before: ExportOptions, tile_px: int) -> dict[str, int]:
+        """Return those that were given, but for the tile, as `ExportOptions` calls them.
+
+        Counts that were not grow with the tile, from what they were for that of `before`: a larger one holds
+        more objects.
+        """
+        growth = max(1.0, (tile_px / before.tile_px) ** 2)
+        proposals = self.proposals or min(MAX_TOP_K, round(growth * before.proposals))
+        detections = self.detections or min(proposals, round(growth * before.detections))
+        sizes = {"batch": self.batch, "mask_batch": self.mask_batch}
+        counts = {"proposals_per_level": proposals, "proposals": proposals, "detections": detections}
+        return {name: value for name, value in sizes.items() if value is not None} | counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,8 @@ def draft_of_checkpoint(
         if target.mpp is not None:
             tell(f"the images tell the scale: {target.mpp:g} um per network pixel")
     tile_px = recipe.export.tile_px if sizes.tile_px is None else sizes.tile_px
-    manifest = manifest_of_recipe(network, replace(recipe, target=target), name, tile_px, **sizes.given())
+    given = sizes.given(ExportOptions(channels=target.channels), tile_px)
+    manifest = manifest_of_recipe(network, replace(recipe, target=target), name, tile_px, **given)
     terms = make_licence(name, recipe.data_licence) if licence is None else licence
     tell(f"exporting {name}, stage {info.stage}, step {info.step}")
     return Draft(network, manifest, make_training(info), terms, sources)
@@ -114,10 +118,11 @@ def draft_of_bundle(
     network = Darcnn(preset_of(bundle))
     load_bundle(network, bundle)
     before = bundle.manifest
-    options = replace(options_of(before), **sizes.given())
+    options = options_of(before)
+    tile_px = options.tile_px if sizes.tile_px is None else sizes.tile_px
     manifest = make_manifest(
         network.eval(),
-        options if sizes.tile_px is None else replace(options, tile_px=sizes.tile_px),
+        replace(options, tile_px=tile_px, **sizes.given(options, tile_px)),
         name=name or before.name,
         intensity=before.input.intensity,
         nominal_diameter_px=before.input.nominal_diameter_px,

@@ -27,6 +27,7 @@ from darcnn.training.data.patterns import find_files
 
 __all__ = ["TileSource", "images_in", "images_of", "learned_images", "measure_mpp", "read_tiles"]
 
+_RECORD = "run.json"  # in the folder of a result
 _MEASURED = 8  # images whose pixel size is read
 _ALIKE = 1.25  # ratio of the scales of images that are still of one kind
 
@@ -106,10 +107,20 @@ def images_in(folder: Path, diameter_px: float | None = None) -> list[TileSource
         UsageError: there is none.
     """
     _check_folder(folder)
-    found = [TileSource(path, diameter_px) for path in sorted(folder.rglob("*")) if is_readable(path)]
+    found = [
+        TileSource(path, diameter_px)
+        for path in sorted(folder.rglob("*"))
+        if is_readable(path) and not _is_result(path, folder)
+    ]
     if not found:
         raise _no_image(folder)
     return found
+
+
+def _is_result(path: Path, folder: Path) -> bool:
+    """Tell whether a file lies among the results of a run, somewhere below `folder`."""
+    above = path.parents[: len(path.relative_to(folder).parts)]
+    return any((place / _RECORD).is_file() for place in above)
 
 
 def read_tiles(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ if TYPE_CHECKING:  # torch is imported inside the commands: --help is quick and 
 __all__ = ["main"]
 
 
+_RESUMABLE = {"source", "adapt", "refine", "run", "ablation"}  # commands
+
+
 def main() -> None:
     """Run the command line; never shows a traceback for an error that a user can act on."""
     try:
@@ -34,7 +38,8 @@ def main() -> None:
         err.show()
         code = EXIT_UNUSABLE
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; the same command with --resume goes on", err=True)
+        goes_on = "; the same command with --resume goes on" if set(sys.argv) & _RESUMABLE else ""
+        click.echo(f"interrupted{goes_on}", err=True)
         code = EXIT_INTERRUPTED
     except DarcnnError as err:
         click.echo(str(err), err=True)
@@ -80,7 +85,7 @@ def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
 def _open_run(recipe: Path, out: Path | None, data: Path | None, resume: bool, device: str) -> Iterator[Run]:
     """Yield the run that the options describe, joined with the other processes if torchrun started some."""
     from darcnn.training.config import read_recipe
-    from darcnn.training.model.pretrained import licence_of
+    from darcnn.training.model.pretrained import channels_of, licence_of
     from darcnn.training.parallel import processes
     from darcnn.training.stages import Run
 
@@ -92,6 +97,13 @@ def _open_run(recipe: Path, out: Path | None, data: Path | None, resume: bool, d
     licence = licence_of(content.preset, content.weights, folder)
     if licence is not None and licence not in content.data_licence:
         content = replace(content, data_licence=f"{content.data_licence}; before that: {licence}")
+    started = channels_of(content.weights, folder)
+    if started not in (None, content.target.channels):
+        click.echo(
+            f"weights = {content.weights!r} learned from images of {started} channel(s), "
+            f"target.channels is {content.target.channels}: is that meant?",
+            err=True,
+        )
     chosen = _device(device)
     with processes(chosen):
         yield Run(content, folder, out if out is not None else Path("runs") / content.name, resume, chosen)
@@ -183,7 +195,8 @@ def run(recipe: Path, out: Path | None, data: Path | None, resume: bool, device:
             write_report(plan.out, plan.recipe)
         _tell(
             f"report: {plan.out / 'report.html'}\n"
-            f"most trusted round: {most_trusted_round(plan.out).name}; next: darcnn-export bundle {plan.out}"
+            f"most trusted round: {most_trusted_round(plan.out).name}; next: "
+            f"darcnn-export bundle {shlex.quote(str(plan.out))} --out {shlex.quote(plan.recipe.name)}.darcnn"
         )
 
 
@@ -303,9 +316,10 @@ def _note(model: str, folder: Path, table: dict[str, dict[str, float]]) -> None:
 
     if is_checkpoint(model):
         from darcnn.training.checkpoint import record_figures
+        from darcnn.training.trust import checkpoint_in
 
         place = folder.resolve()
-        record_figures(Path(model), f"{place.parent.name}/{place.name}", table)
+        record_figures(checkpoint_in(Path(model)), f"{place.parent.name}/{place.name}", table)
 
 
 def _give(table: dict[str, dict[str, float]], json_path: Path | None) -> None:

@@ -194,7 +194,7 @@ def read_recipe(path: Path) -> Recipe:
         UsageError: the file cannot be read, is no TOML, or a key is unknown, missing or of the wrong type.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark before it
     except OSError as err:
         raise UsageError(
             err.strerror or "cannot be read", where=path, fix="give the path of a recipe"

@@ -26,6 +26,7 @@ DECISIONS_FILE = "decisions.json"
 _PICTURE = "decisions.png"
 _IMAGES = 6  # looked at and shown, evenly spread
 _COLUMNS = 3
+_UNDECIDED = 0.65  # share of the findings of one polarity below which it may well be the other
 _SIDE_PX = 480  # of one picture
 _RULER = (255, 200, 0)
 
@@ -49,9 +50,10 @@ class Decisions:
             return f"objects are {self.diameter_px:.0f} px across{spread_}, {how}; none is found yet"
         is_bright = self.bright_share >= 0.5
         share = self.bright_share if is_bright else 1.0 - self.bright_share
+        doubt = ": as good as undecided" if share < _UNDECIDED else ""
         return (
             f"objects are {self.diameter_px:.0f} px across{spread_}, {how}; {share:.0%} of {self.n_objects} "
-            f"findings are {'brighter' if is_bright else 'darker'} than what surrounds them"
+            f"findings are {'brighter' if is_bright else 'darker'} than what surrounds them{doubt}"
         )
 
 

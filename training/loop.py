@@ -23,7 +23,7 @@ from darcnn.training.checkpoint import (
     read_info,
     save_checkpoint,
 )
-from darcnn.training.config import relevant_part
+from darcnn.training.config import Recipe, relevant_part
 from darcnn.training.data.batches import prefetch
 from darcnn.training.history import History, Sheet
 from darcnn.training.model.network import Darcnn
@@ -31,7 +31,7 @@ from darcnn.training.schedule import PlateauProgress, PlateauRule, learning_rate
 from darcnn.training.steps import learning_parts
 from darcnn.training.writing import new_file
 
-__all__ = ["LoopPlan", "train"]
+__all__ = ["LoopPlan", "saved_progress", "train"]
 
 _CLIP_NORM = 10.0
 _SAVE_EVERY = 100
@@ -210,11 +210,20 @@ class _BestWeights:
 
 
 def _saved_progress(plan: LoopPlan) -> CheckpointInfo | None:
-    if not plan.resume or not (plan.folder / "checkpoint.json").is_file():
+    return saved_progress(plan.folder, plan.stage, plan.info.recipe) if plan.resume else None
+
+
+def saved_progress(folder: Path, stage: str, recipe: Recipe) -> CheckpointInfo | None:
+    """Return what the checkpoint in `folder`, of `stage`, says of itself; None: there is none.
+
+    Raises:
+        UsageError: it was begun with another recipe.
+    """
+    if not (folder / "checkpoint.json").is_file():
         return None
-    info = read_info(plan.folder)
-    if relevant_part(info.recipe, plan.stage) != relevant_part(plan.info.recipe, plan.stage):
-        raise UsageError("was begun with another recipe", where=plan.folder, fix="choose another --out")
+    info = read_info(folder)
+    if relevant_part(info.recipe, stage) != relevant_part(recipe, stage):
+        raise UsageError("was begun with another recipe", where=folder, fix="choose another --out")
     return info
 
 

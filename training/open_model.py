@@ -11,15 +11,16 @@ __all__ = ["is_checkpoint", "open_model"]
 
 
 def is_checkpoint(model: str) -> bool:
-    """Tell whether `model` is the folder of a checkpoint."""
-    return (Path(model) / "checkpoint.json").is_file()
+    """Tell whether `model` is the folder of a checkpoint, or of a whole run."""
+    folder = Path(model)
+    return (folder / "checkpoint.json").is_file() or (folder / "refine" / "checkpoint.json").is_file()
 
 
 def open_model(model: str, *, min_score: float | None = None) -> Segmenter:
     """Return the segmenter of a checkpoint folder, a bundle or the name of a shipped model.
 
     Args:
-        model: which.
+        model: which; of a whole run the most trusted round.
         min_score: objects below it are not reported; None takes the model's own.
     Raises:
         DarcnnError: there is no such model, or it cannot be read.
@@ -28,8 +29,9 @@ def open_model(model: str, *, min_score: float | None = None) -> Segmenter:
         return load(model, min_score=min_score)
     from darcnn.training.checkpoint import load_network  # here: a bundle needs no torch
     from darcnn.training.engine import make_segmenter
+    from darcnn.training.trust import checkpoint_in
 
-    network, info = load_network(Path(model))
+    network, info = load_network(checkpoint_in(Path(model)))
     recipe = info.recipe
     return make_segmenter(
         network,

@@ -25,7 +25,7 @@ from darcnn.training.data.source import LabelledTile
 from darcnn.training.data.synthesis import SynthesizedSource
 from darcnn.training.data.target import TargetImages
 from darcnn.training.decisions import DECISIONS_FILE, Decisions, decide, note_decisions
-from darcnn.training.loop import LoopPlan, train
+from darcnn.training.loop import LoopPlan, saved_progress, train
 from darcnn.training.model.network import Darcnn
 from darcnn.training.model.presets import preset_named
 from darcnn.training.model.pretrained import load_weights, start_of
@@ -339,7 +339,7 @@ def run_all(run: Run, is_right: Callable[[Decisions], bool] = lambda decisions: 
     """
     check_batches(run.recipe)
     for name in ("source", "adapt", *_rounds(run.recipe)):
-        run.folder(name)
+        saved_progress(run.folder(name), name.partition("-")[0], run.recipe)  # before any is trained
     run_source(run)
     if parallel.is_first() and not (run.out / DECISIONS_FILE).is_file():
         _decide(run, is_right)

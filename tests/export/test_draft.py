@@ -13,6 +13,8 @@ from PIL import Image
 import darcnn.runtime as darcnn
 from darcnn.export.draft import Sizes, draft_of_bundle, draft_of_checkpoint, write_verified
 from darcnn.export.pack import make_members, options_of
+from darcnn.export.static import ExportOptions
+from darcnn.export.tiles import images_in
 from darcnn.runtime.bundle import open_bundle
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.load import find_bundle
@@ -49,7 +51,8 @@ def test_a_larger_tile_keeps_what_the_model_knows(bundle, pictures):
     draft = draft_of_bundle(bundle, Sizes(tile_px=192), name=None, data=pictures, licence=None)
     assert draft.manifest.graphs["detect"]["tile"][1] == (2, 192, 192, 3)
     assert draft.manifest.input == replace(bundle.manifest.input, tile_px=192)
-    assert draft.manifest.limits == bundle.manifest.limits
+    grown = {"proposals_per_level": 900, "proposals": 900, "detections": 576}  # as the area does
+    assert draft.manifest.limits == replace(bundle.manifest.limits, **grown)
     with pytest.raises(UsageError, match="--tile"):
         draft_of_bundle(bundle, Sizes(tile_px=100), name=None, data=pictures, licence=None)
 
@@ -95,3 +98,25 @@ def test_of_a_source_stage_both_branches_are_what_it_taught(make_network, make_c
     taught = network.source_heads.state_dict()
     for name, tensor in draft.network.target_heads.state_dict().items():
         assert torch.equal(tensor, taught[name]), name
+
+
+@pytest.mark.parametrize(
+    ("sizes", "counts"),
+    [
+        (Sizes(tile_px=1024), (1600, 1600, 1024)),
+        (Sizes(tile_px=1024, detections=300), (1600, 1600, 300)),
+        (Sizes(tile_px=256), (400, 400, 256)),
+        (Sizes(tile_px=2048), (3840, 3840, 3840)),
+        (Sizes(tile_px=1024, proposals=500), (500, 500, 500)),
+    ],
+)
+def test_counts_grow_with_the_tile_unless_they_are_given(sizes, counts):
+    given = sizes.given(ExportOptions(channels=3), sizes.tile_px)
+    assert (given["proposals_per_level"], given["proposals"], given["detections"]) == counts
+
+
+def test_results_of_runs_are_no_images_to_verify_on(tmp_path):
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    for path in ("b.png", "out/a/overview.png", "out/a/run.json", "out/c.png"):
+        (tmp_path / path).write_bytes(b"x")
+    assert [one.path.name for one in images_in(tmp_path)] == ["b.png", "c.png"]

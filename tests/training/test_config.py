@@ -367,3 +367,10 @@ def test_values_that_would_end_a_run_later_are_refused_before(
         table[key] = {**table.get(key, {}), **value} if isinstance(value, dict) else value
     with pytest.raises(UsageError, match=words):
         recipe_from_table(table, where="x")
+
+
+def test_a_recipe_may_begin_with_a_mark_of_its_encoding(tmp_path: Path, table: dict[str, Any]) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbfname = 3\n")
+    with pytest.raises(UsageError, match=r"name = 3 is not of its kind|lacks the key"):
+        read_recipe(path)

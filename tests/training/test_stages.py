@@ -435,3 +435,19 @@ def test_figures_that_were_noted_stay_when_a_run_goes_on(tiny: Recipe, data: Pat
     record_figures(tmp_path / "run" / "source", "x", {"aji": 0.5})
     run_source(replace(run, resume=True))
     assert read_info(tmp_path / "run" / "source").figures == {"x": {"aji": 0.5}}
+
+
+def test_another_recipe_is_refused_before_a_finished_run_is_touched(
+    tiny: Recipe, data: Path, tmp_path: Path
+) -> None:
+    one = replace(tiny, refine_stage=replace(tiny.refine_stage, rounds=1))
+    network = Darcnn.from_name("lite")
+    for name in ("source", "adapt", "refine"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        save_checkpoint(tmp_path / "run" / name, network, CheckpointInfo(name, 2, True, one))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json")}
+    two = replace(tiny, refine_stage=replace(tiny.refine_stage, rounds=2))
+    with pytest.raises(UsageError, match="refine: was begun with another recipe"):
+        run_all(Run(two, data, tmp_path / "run", resume=True))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.json")} == before
+    assert not (tmp_path / "run" / "refine-1" / "checkpoint.json").exists()

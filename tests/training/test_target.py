@@ -495,3 +495,15 @@ def test_crops_are_named_by_their_place_at_level_0(tmp_path: Path) -> None:
     for image in images:
         x, y = (int(part[1:]) // 2 for part in image.name.split("_")[1:])
         assert np.array_equal(image.pixels[:, :, 0], reduced[y : y + 512, x : x + 512])
+
+
+def test_a_camera_of_fewer_bits_is_told_of_before_training(
+    tmp_path: Path, with_target: Callable[..., Recipe]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 4000, (100, 120), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", pixels)
+    recipe = with_target(sets=(TargetSet("*.tif"),), intensity=IntensityRule("full_range"))
+    with pytest.raises(InputError, match=r'values reach .*target\.intensity = \{ kind = "range"'):
+        TargetImages(tmp_path, recipe.target, 0)
+    told = with_target(sets=(TargetSet("*.tif"),), intensity=IntensityRule("range", 0.0, 4095.0))
+    assert len(TargetImages(tmp_path, told.target, 0).images) == 1

@@ -26,7 +26,7 @@ from darcnn.runtime.intensity import (
 )
 from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
 from darcnn.runtime.readers.base import make_slide_name
-from darcnn.runtime.sampling import join_samples, sample_slide, spread_evenly
+from darcnn.runtime.sampling import check_white, join_samples, may_lack_white, sample_slide, spread_evenly
 from darcnn.runtime.slab import Slab
 from darcnn.runtime.volumes.find import plane_reader
 from darcnn.runtime.volumes.open import is_volume, open_volume
@@ -46,6 +46,8 @@ _CROPS = 12
 _PLAIN = 6.0  # a crop whose grey levels deviate less than this is glass, not tissue
 _MIN_AREA_PX = 12  # network pixels: less of a pseudo-label is left out
 _MIN_SIDE_PX = 64  # network pixels, the smallest tile of a recipe: below it an image would only be blown up
+
+_SAY_WHITE = 'set target.intensity = { kind = "range", low = 0, high = 4095 }, with the white of your camera'
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +182,18 @@ class TargetImages:
         rule, channels = self.target.intensity, self.target.channels
         info = planes[0].reader.info
         sample = np.empty((0, channels), info.dtype)
-        if rule.needs_statistics:
+        is_doubtful = may_lack_white(rule, info.dtype)
+        if rule.needs_statistics or is_doubtful:
             parts = [
                 sample_slide(plane.reader, scale=plane.scale / plane.level.downsample, channels=channels)
                 for plane in planes
             ]
             sample = join_samples(parts)
+        if is_doubtful and sample.size and sample.min() < sample.max():  # else it is left out, not doubted
+            try:
+                check_white(sample, info.dtype, info.path, name=info.name)
+            except InputError as err:  # its own advice is for a run
+                raise InputError(err.problem, where=info.path or info.name, fix=_SAY_WHITE) from err
         by_channel = sees_separate_channels(
             available=len(info.channel_names), is_rgb=info.is_rgb, channels=channels, channel=None
         )

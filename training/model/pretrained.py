@@ -22,7 +22,15 @@ from darcnn.training.model.network import Darcnn
 from darcnn.training.model.photographs import load_photographs, read_photographs
 from darcnn.training.model.presets import is_detectron2_file
 
-__all__ = ["imagenet_classifier", "licence_of", "load_coco", "load_imagenet", "load_weights", "start_of"]
+__all__ = [
+    "channels_of",
+    "imagenet_classifier",
+    "licence_of",
+    "load_coco",
+    "load_imagenet",
+    "load_weights",
+    "start_of",
+]
 
 _BATCH_NORM_EPSILON = 1e-5  # of torchvision's FrozenBatchNorm2d
 _PHOTOGRAPHS_LICENCE = "COCO 2017 subset (annotations CC BY 4.0)"  # of what comes with the package
@@ -99,6 +107,15 @@ def licence_of(preset: str, weights: str, data: Path) -> str | None:
         return None
     licence = read_training(bundle_named(weights, data)).get("data_licence")
     return licence if isinstance(licence, str) else None
+
+
+def channels_of(weights: str, data: Path) -> int | None:
+    """Return how many channels the model that a recipe starts from sees, None where it is no bundle.
+
+    Raises:
+        BundleError: it cannot be used.
+    """
+    return bundle_named(weights, data).manifest.input.channels if names_bundle(weights) else None
 
 
 def imagenet_classifier() -> nn.Module:
