@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 import darcnn.runtime
-from darcnn.runtime.geometry import Region
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.masks import label_instances
@@ -45,7 +44,7 @@ def main(model: str, folder: Path, diameter: float | None, out: Path) -> None:
             with open_source(image) as reader:
                 found = segmenter(reader, diameter_px=diameter)
                 info = reader.info
-                pixels = reader.read(Region(0, 0, info.width_px0, info.height_px0), level=0)
+                pixels = reader.read(info.whole, level=0)
             seen.append((score_labels(truth, found.labels()).aji, image.stem, pixels, found, truth))
     seen.sort(key=lambda one: -one[0])
     middle = (len(seen) - _COLUMNS) // 2

@@ -27,7 +27,6 @@ from skimage.measure import label, regionprops
 from skimage.segmentation import watershed
 
 import darcnn.runtime
-from darcnn.runtime.geometry import Region
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.masks import label_instances
 from darcnn.runtime.readers import Reader
@@ -70,7 +69,7 @@ def main(
 
     def threshold(reader: Reader) -> Instances:
         info = reader.info
-        image = reader.read(Region(0, 0, info.width_px0, info.height_px0), level=0)
+        image = reader.read(info.whole, level=0)
         return label_instances(otsu_watershed(image, is_haematoxylin=stain is not None))
 
     rows: dict[str, dict[str, float]] = {"thresholding": _row(folder, threshold)}

@@ -1,4 +1,4 @@
-"""Gives the answers of another one again at once: a run is left with all else."""
+"""An engine that gives what another one answered again at once: what is left of a run is all else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class ReplayedEngine:
         self._inner = inner
         self._found: dict[int, Detections] = {}
         self._masks: dict[tuple[int, int], NDArray[np.float32]] = {}
-        self._tiles, self._last = 0, None  # of the last `detect`: its key, what `inner` answered if it did
+        self._tiles = 0  # the key of the last `detect`
+        self._last: Any = None  # what `inner` answered to it, if it was asked
         self.is_recording = False
 
     @property
@@ -34,7 +35,7 @@ class ReplayedEngine:
 
     def detect(self, tiles: Any) -> Detections:
         """Find objects on `tiles`, as `inner` does or did."""
-        self._last: Any = None
+        self._last = None
         if not self.is_recording:
             self._last = self._inner.detect(tiles)
             return self._last

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import darcnn.runtime
-from darcnn.runtime.geometry import Region
 
 __all__ = ["make_slide"]
 
@@ -53,7 +52,7 @@ def make_slide(source: Path, out: Path, *, side_px: int, filled: float = 1.0, mp
     with darcnn.runtime.open_source(source) as reader:
         info = reader.info
         assert info.mpp is not None
-        whole = reader.read(Region(0, 0, info.width_px0, info.height_px0), level=0)
+        whole = reader.read(info.whole, level=0)
         size = [round(n * info.mpp[0] / mpp) for n in (info.width_px0, info.height_px0)]
     picture = np.asarray(Image.fromarray(whole).resize((size[0], size[1]), Image.Resampling.BICUBIC))
     steps = [1]

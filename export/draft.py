@@ -84,7 +84,7 @@ def draft_of_checkpoint(
     if chosen != folder:
         tell(f"taking the most trusted round, {chosen.name}")
     network, info = load_network(chosen)
-    if info.stage == "source" and info.step > 0:  # its target branch has learned nothing yet
+    if info.is_source_only:
         network.start_adaptation()
     recipe = info.recipe
     name = name or recipe.name

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from darcnn.runtime.geometry import Region
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.planning import SlidePlan, to_level0
 from darcnn.runtime.readers.mended import MendedReader
@@ -94,7 +93,7 @@ def survey_ground(
 
 
 def _area(info: SlideInfo, mask: TissueMask | None, roi: Roi | None) -> float:
-    whole = Region(0, 0, info.width_px0, info.height_px0)
+    whole = info.whole
     if roi is None:
         return float(whole.width * whole.height) if mask is None else mask.area_px0
     if mask is None:

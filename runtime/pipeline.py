@@ -158,7 +158,7 @@ def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
     settle_mpp(None, None, override=chosen.mpp)
     channel = find_channel(info, chosen.channel)
     roi = None if chosen.roi is None else read_roi(chosen.roi, origin_px0=info.origin_px0)
-    if roi is not None and not roi.touches(Region(0, 0, info.width_px0, info.height_px0)):
+    if roi is not None and not roi.touches(info.whole):
         raise UsageError(
             f"lies beside {info.name}, which has {info.width_px0} x {info.height_px0} pixels",
             where="--roi",

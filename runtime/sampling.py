@@ -33,8 +33,8 @@ __all__ = [
     "TileSampler",
     "check_white",
     "join_samples",
-    "may_lack_white",
     "measure_slide",
+    "needs_sample",
     "read_ahead",
     "sample_slide",
     "spread_evenly",
@@ -200,33 +200,40 @@ def measure_slide(reader: Reader, plan: SlidePlan, rule: IntensityRule, *, chann
     """
     info = reader.info
     sample = np.empty((0, channels), info.dtype)
-    is_doubtful = may_lack_white(rule, info.dtype)
-    if rule.needs_statistics or is_doubtful:
+    if needs_sample(rule, info.dtype):
         sample = sample_slide(reader, scale=plan.scale, channels=channels, channel=plan.channel)
-    if is_doubtful:
-        check_white(sample, info.dtype, info.path, name=info.name)
+        check_white(sample, rule, info.dtype, info.path, name=info.name)
     by_channel = sees_separate_channels(
         available=len(info.channel_names), is_rgb=info.is_rgb, channels=channels, channel=plan.channel
     )
     return measure_window(rule, sample, by_channel=by_channel)
 
 
-def may_lack_white(rule: IntensityRule, dtype: np.dtype[Any]) -> bool:
-    """Tell whether values of `dtype` must be looked at before the ends of the type are black and white."""
+def needs_sample(rule: IntensityRule, dtype: np.dtype[Any]) -> bool:
+    """Tell whether values of `dtype` must be looked at before `rule` can be followed or trusted."""
+    return rule.needs_statistics or _may_lack_white(rule, dtype)
+
+
+def _may_lack_white(rule: IntensityRule, dtype: np.dtype[Any]) -> bool:
     return rule.kind == "full_range" and (dtype.kind == "f" or dtype == np.uint16)
 
 
-def check_white(sample: NDArray[Any], dtype: np.dtype[Any], path: Location | None, *, name: str) -> None:
-    """Refuse values of which white is not where their type has it: at 1, or at 65535.
+def check_white(
+    sample: NDArray[Any], rule: IntensityRule, dtype: np.dtype[Any], path: Location | None, *, name: str
+) -> None:
+    """Refuse values of which white is not where their type has it, at 1 or at 65535, if `rule` takes it so.
 
     Args:
         sample: of the values.
+        rule: of the model; one that measures them refuses none.
         dtype: as they are stored.
         path: of the file; None: they are an array.
         name: of the array.
     Raises:
         InputError: numbers with fractions reach beyond 1, or of 16 bits 14 at most are used.
     """
+    if not _may_lack_white(rule, dtype):
+        return
     finite = sample[np.isfinite(sample)]
     highest = float(np.percentile(finite, _WHITEST)) if finite.size else 0.0
     where = path or name

@@ -170,7 +170,7 @@ def _figures_of(arm: Arm, run: Run, folder: Path, options: Ablation) -> dict[str
         recipe.target,
         min_score=recipe.export.min_score,
         tile_px=recipe.export.tile_px,
-        source_branch=info.stage == "source" and info.step > 0,
+        source_branch=info.is_source_only,
     )
     with segmenter:
 

@@ -44,6 +44,11 @@ class CheckpointInfo:
     figures: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_source_only(self) -> bool:
+        """Whether the target branch has learned nothing: of 0 steps, both come from the recipe's weights."""
+        return self.stage == "source" and self.step > 0
+
 
 def save_checkpoint(
     folder: Path, network: Darcnn, info: CheckpointInfo, optimizer: torch.optim.Optimizer | None = None

@@ -38,7 +38,7 @@ def open_model(model: str, *, min_score: float | None = None) -> Segmenter:
         recipe.target,
         min_score=recipe.export.min_score if min_score is None else min_score,
         tile_px=recipe.export.tile_px,
-        source_branch=info.stage == "source" and info.step > 0,  # of 0 steps all parts come from the weights
+        source_branch=info.is_source_only,
         max_diameters=recipe.export.max_diameters,
         found_diameter_px=recipe.export.found_diameter_px,
     )

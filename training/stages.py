@@ -83,7 +83,7 @@ class Run:
                 where=folder,
                 fix="start from a checkpoint of a recipe with the same preset and weights",
             )
-        if info.stage == "source" and info.step > 0:  # else both domains come from the recipe's weights
+        if info.is_source_only:
             network.start_adaptation()
         return network.to(self.device)
 
@@ -104,7 +104,7 @@ def run_source(run: Run) -> Darcnn:
     network.to(run.device)
     targets = TargetImages(run.data, recipe.target, recipe.seed)
     if stage.steps == 0:
-        return _pass_on(network, CheckpointInfo("source", 0, True, recipe), folder, is_resumed=run.resume)
+        return _pass_on(run, network, "source", folder)
     tiles = SourceTiles(recipe, run.data, targets)
     plan = LoopPlan(
         stage="source",
@@ -136,8 +136,7 @@ def run_adapt(run: Run, start: Path) -> Darcnn:
     targets = TargetImages(run.data, recipe.target, recipe.seed)
     _match_scales(run, network, targets, folder)
     if stage.steps == 0:
-        info = CheckpointInfo("adapt", 0, True, recipe)
-        network = _pass_on(network, info, folder, is_resumed=run.resume)
+        network = _pass_on(run, network, "adapt", folder)
         note_trust(network, recipe, targets, folder)
         return network
     tiles = SourceTiles(recipe, run.data, targets)
@@ -281,10 +280,10 @@ def _check_start(run: Run, folder: Path) -> None:
     parallel.wait_for_all()
 
 
-def _pass_on(network: Darcnn, info: CheckpointInfo, folder: Path, *, is_resumed: bool) -> Darcnn:
+def _pass_on(run: Run, network: Darcnn, stage: str, folder: Path) -> Darcnn:
     """Write the checkpoint of a stage that has no steps."""
-    if parallel.is_first() and not (is_resumed and is_complete(folder)):  # figures may be noted in it
-        save_checkpoint(folder, network, info)
+    if parallel.is_first() and not run.is_done(folder):  # figures may be noted in it
+        save_checkpoint(folder, network, CheckpointInfo(stage, 0, True, run.recipe))
     parallel.wait_for_all()
     return network.eval()
 

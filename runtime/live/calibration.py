@@ -12,7 +12,6 @@ import numpy as np
 
 from darcnn.runtime.diameter import estimate_diameter, finds_unasked, look_for_sizes
 from darcnn.runtime.errors import InputError, UsageError
-from darcnn.runtime.geometry import Region
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.protocol import Reader
@@ -118,9 +117,7 @@ class Calibrator:
         if info.dtype in self._windows:
             return self._windows[info.dtype]
         window = segmenter.measure(reader, plan)
-        if reader.read(
-            Region(0, 0, info.width_px0, info.height_px0), level=0
-        ).any():  # a dark one tells nothing
+        if reader.read(info.whole, level=0).any():  # a dark one tells nothing
             self._windows[info.dtype] = window
         return window
 

@@ -16,7 +16,17 @@ from darcnn.runtime.readers.protocol import Location, Planes, Reader
 from darcnn.runtime.readers.slide import SlideReader, detect_vendor
 from darcnn.runtime.readers.tiff import TiffReader, is_tiff
 
-__all__ = ["PACKED", "PICTURES", "SUFFIXES", "count_planes", "is_packed_volume", "is_readable", "open_source"]
+__all__ = [
+    "MRC",
+    "NIFTI",
+    "PACKED",
+    "PICTURES",
+    "SUFFIXES",
+    "count_planes",
+    "is_packed_volume",
+    "is_readable",
+    "open_source",
+]
 
 PACKED = (".gz", ".bz2")
 
@@ -77,7 +87,7 @@ def is_packed_volume(path: Path) -> bool:
     >>> is_packed_volume(Path("a.mrc.gz")), is_packed_volume(Path("a.tif.gz"))
     (True, False)
     """
-    return path.suffix.lower() in PACKED and _BY_SUFFIX.get(Path(path.stem).suffix.lower()) is _mrc
+    return path.suffix.lower() in PACKED and Path(path.stem).suffix.lower() in MRC
 
 
 def _format_of(path: Location) -> _Format:
@@ -176,4 +186,6 @@ _BY_SUFFIX: dict[str, Callable[[Path, bytes], _Format]] = {
 }
 
 PICTURES = tuple(suffix for suffix, of in _BY_SUFFIX.items() if of is _picture)
+MRC = tuple(suffix for suffix, of in _BY_SUFFIX.items() if of is _mrc)
+NIFTI = tuple(suffix for suffix, of in _BY_SUFFIX.items() if of is _nifti)
 SUFFIXES = tuple(_BY_SUFFIX)  # what a command may look for in a folder

@@ -51,6 +51,11 @@ class SlideInfo:
         """Height of level 0, pixels."""
         return self.levels[0].height_px
 
+    @property
+    def whole(self) -> Region:
+        """All of level 0."""
+        return Region(0, 0, self.width_px0, self.height_px0)
+
 
 @dataclass(frozen=True, slots=True)
 class Planes:

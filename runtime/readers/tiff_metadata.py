@@ -137,10 +137,7 @@ def ome_facts(xml: str) -> tuple[PixelSize | None, tuple[str | None, ...]]:
 
     Broken XML says nothing; tifffile has then read the file as a plain TIFF.
     """
-    try:
-        pixels = ElementTree.fromstring(xml).find("{*}Image/{*}Pixels")
-    except ElementTree.ParseError:
-        return (None, ())
+    pixels = _first_pixels(xml)
     if pixels is None:
         return (None, ())
     names = tuple(channel.get("Name") for channel in pixels.findall("{*}Channel"))
@@ -157,11 +154,7 @@ def files_of_image(ome: str | None, own: str) -> tuple[str, ...]:
     >>> files_of_image(None, "a.tif")
     ('a.tif',)
     """
-    try:
-        images = [] if ome is None else ElementTree.fromstring(ome).findall("{*}Image")
-    except ElementTree.ParseError:
-        images = []
-    for image in images:
+    for image in [] if ome is None else _images(ome):
         names = {uuid.get("FileName") for uuid in image.iterfind("{*}Pixels/{*}TiffData/{*}UUID")}
         if own in names:
             return (own, *sorted(name for name in names if name and name != own))
@@ -176,10 +169,7 @@ def section_um(ome: str | None, imagej: Mapping[str, Any] | None) -> float | Non
     """
     found = None
     if ome is not None:
-        try:
-            pixels = ElementTree.fromstring(ome).find("{*}Image/{*}Pixels")
-        except ElementTree.ParseError:
-            pixels = None
+        pixels = _first_pixels(ome)
         if pixels is not None:
             found = _um(pixels.get("PhysicalSizeZ"), pixels.get("PhysicalSizeZUnit", "µm"))
     elif imagej is not None and "spacing" in imagej:
@@ -198,16 +188,27 @@ def frame_interval_s(ome: str | None, imagej: Mapping[str, Any] | None) -> float
     """
     found = None
     if ome is not None:
-        try:
-            pixels = ElementTree.fromstring(ome).find("{*}Image/{*}Pixels")
-        except ElementTree.ParseError:
-            pixels = None
+        pixels = _first_pixels(ome)
         if pixels is not None:
             found = _seconds(pixels.get("TimeIncrement"), pixels.get("TimeIncrementUnit", "s"))
             found = found or _mean_step_s(pixels)
     elif imagej is not None:
         found = _seconds(imagej.get("finterval"), str(imagej.get("tunit", "sec")))
     return found if found is not None and 0 < found < math.inf else None
+
+
+def _images(ome: str) -> list[ElementTree.Element]:
+    """Return the images that OME-XML describes; broken XML describes none."""
+    try:
+        return ElementTree.fromstring(ome).findall("{*}Image")
+    except ElementTree.ParseError:
+        return []
+
+
+def _first_pixels(ome: str) -> ElementTree.Element | None:
+    """Return what OME-XML says of the pixels of the first image that it says anything of."""
+    described = (image.find("{*}Pixels") for image in _images(ome))
+    return next((pixels for pixels in described if pixels is not None), None)
 
 
 def _mean_step_s(pixels: ElementTree.Element) -> float | None:

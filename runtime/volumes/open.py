@@ -15,25 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError, ShapeError
-from darcnn.runtime.geometry import Region
 from darcnn.runtime.intensity import select_channels
 from darcnn.runtime.planning import find_channel
 from darcnn.runtime.readers.base import choose_plane, make_slide_name, suffix_of
 from darcnn.runtime.readers.mrc_header import read_mrc_header
 from darcnn.runtime.readers.nifti import open_nifti
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr
-from darcnn.runtime.readers.open import count_planes
+from darcnn.runtime.readers.open import MRC, NIFTI, PACKED, count_planes, is_packed_volume
 from darcnn.runtime.readers.protocol import Location, Reader
 from darcnn.runtime.readers.tiff import read_frame_interval_s, read_planes, read_section_um
 from darcnn.runtime.volumes.ome_zarr import unpack_zarr
 from darcnn.runtime.volumes.volume import NM_PER_UM, Stored, Volume, VolumeInfo, check_room, in_nanometres
 
-__all__ = ["VOLUME_SUFFIXES", "is_series", "is_volume", "open_volume"]
+__all__ = ["VOLUME_SUFFIXES", "is_mrc", "is_series", "is_volume", "open_volume"]
 
-_MRC = (".mrc", ".rec", ".map", ".st")
-_PACKED = (".gz", ".bz2")
-_NIFTI = (".nii", ".nii.gz")
-VOLUME_SUFFIXES = (*_MRC, *_PACKED, *_NIFTI)  # of formats that hold volumes and nothing else
+VOLUME_SUFFIXES = (*MRC, *PACKED, *NIFTI)  # of formats that hold volumes and nothing else
 
 
 def is_volume(path: Location, *, t: int | None = None) -> bool:
@@ -42,7 +38,7 @@ def is_volume(path: Location, *, t: int | None = None) -> bool:
     Raises:
         InputError: it cannot be read.
     """
-    if isinstance(path, Path) and _inner_suffix(path) is not None:
+    if isinstance(path, Path) and is_packed_volume(path):
         return True
     planes = count_planes(path)
     return planes.n_z > 1 or planes.is_series(t)
@@ -50,7 +46,7 @@ def is_volume(path: Location, *, t: int | None = None) -> bool:
 
 def is_mrc(path: Path) -> bool:
     """Tell whether a file is MRC by its ending, packed or not."""
-    return _inner_suffix(path) is not None or suffix_of(path) in _MRC
+    return is_packed_volume(path) or suffix_of(path) in MRC
 
 
 def is_series(path: Location, *, t: int | None = None) -> bool:
@@ -59,7 +55,7 @@ def is_series(path: Location, *, t: int | None = None) -> bool:
     Raises:
         InputError: it cannot be read.
     """
-    if isinstance(path, Path) and _inner_suffix(path) is not None:
+    if isinstance(path, Path) and is_packed_volume(path):
         return False
     return count_planes(path).is_series(t)
 
@@ -91,8 +87,8 @@ def open_volume(
         volume = unpack_zarr(path, scratch, t=t, channel=channel)
     elif is_mrc(path):
         choose_plane("t", t, 1, where=path)
-        volume = _open_mrc(path, scratch, is_packed=_inner_suffix(path) is not None)
-    elif suffix_of(path) in _NIFTI:
+        volume = _open_mrc(path, scratch, is_packed=is_packed_volume(path))
+    elif suffix_of(path) in NIFTI:
         volume = _open_nifti(path, scratch, t)
     else:
         volume = _unpack_stack(path, scratch, t, channel)
@@ -120,12 +116,6 @@ def _pixel_um(voxel_nm: tuple[float, float, float]) -> tuple[float, float]:
     """Return micrometres per pixel along y, x."""
     _, y, x = (side / NM_PER_UM for side in voxel_nm)
     return y, x
-
-
-def _inner_suffix(path: Path) -> str | None:
-    """Return the ending below .gz or .bz2 of a packed MRC file, None for others."""
-    inner = Path(path.stem).suffix.lower()
-    return inner if path.suffix.lower() in _PACKED and inner in _MRC else None
 
 
 def _open_mrc(path: Path, scratch: Path, *, is_packed: bool) -> Volume:
@@ -229,7 +219,7 @@ def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str |
 def _read_plane(reader: Reader, channel: int | str | None) -> NDArray[Any]:
     """Return the (H, W) values of one channel, or of the mean of red, green and blue."""
     info = reader.info
-    pixels = reader.read(Region(0, 0, info.width_px0, info.height_px0), level=0)
+    pixels = reader.read(info.whole, level=0)
     number = find_channel(info, channel)
     try:
         chosen = select_channels(pixels, is_rgb=info.is_rgb, channels=1, channel=number)

@@ -16,7 +16,7 @@ from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.sampling import (
     check_white,
     join_samples,
-    may_lack_white,
+    needs_sample,
     sample_slide,
     spread_evenly,
 )
@@ -114,15 +114,13 @@ def measure_stack(stack: Stack, rule: IntensityRule, *, scale: float) -> Window:
     """
     info = stack.volume.info
     sample = np.empty((0, 1), info.dtype)
-    is_doubtful = may_lack_white(rule, info.dtype)
-    if rule.needs_statistics or is_doubtful:
+    if needs_sample(rule, info.dtype):
         parts = []
         for index in spread_evenly(range(len(stack)), SAMPLED_PLANES):
             with ArrayReader(stack.plane(index)) as reader:
                 parts.append(sample_slide(reader, scale=scale, channels=1))
         sample = join_samples(_without_flashes(parts))
-    if is_doubtful:
-        check_white(sample, info.dtype, info.path, name=info.name)
+        check_white(sample, rule, info.dtype, info.path, name=info.name)
     return measure_window(rule, sample)
 
 

@@ -42,10 +42,16 @@ def use(monkeypatch, bundle):
     return put
 
 
-def test_all_that_an_engine_holds_is_given_back(use, bundle, facts):
+@pytest.fixture
+def opened(use, bundle, facts):
+    """Return the fake GPU, and an engine on it."""
     gpu, _ = use()
     store_engine(facts, PLANS)
-    engine = open_tensorrt(bundle, RTX)
+    return gpu, open_tensorrt(bundle, RTX)
+
+
+def test_all_that_an_engine_holds_is_given_back(opened):
+    gpu, engine = opened
     tiles = np.zeros((2, 8, 8, 3), np.uint8)
     for _ in range(4):  # recorded and launched as one from the third on
         found = engine.detect(tiles)
@@ -57,10 +63,8 @@ def test_all_that_an_engine_holds_is_given_back(use, bundle, facts):
     assert gpu.held == {}
 
 
-def test_tiles_go_to_the_gpu_on_a_stream_of_their_own_while_it_computes(use, bundle, facts):
-    gpu, _ = use()
-    store_engine(facts, PLANS)
-    engine = open_tensorrt(bundle, RTX)
+def test_tiles_go_to_the_gpu_on_a_stream_of_their_own_while_it_computes(opened):
+    gpu, engine = opened
     assert isinstance(engine, UploadsTiles)
     rng = np.random.default_rng(1)
     batches = [rng.integers(0, 256, (2, 8, 8, 3), np.uint8) for _ in range(5)]
@@ -81,10 +85,8 @@ def test_tiles_go_to_the_gpu_on_a_stream_of_their_own_while_it_computes(use, bun
     assert gpu.held == {}
 
 
-def test_an_upload_is_queued_on_another_stream_than_the_computation(use, bundle, facts):
-    gpu, _ = use()
-    store_engine(facts, PLANS)
-    engine = open_tensorrt(bundle, RTX)
+def test_an_upload_is_queued_on_another_stream_than_the_computation(opened):
+    gpu, engine = opened
     uploaded = engine.upload(np.zeros((2, 8, 8, 3), np.uint8))
     (_, stream, kind), recorded = gpu.log[-2:]
     assert kind == gpu.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -94,10 +96,8 @@ def test_an_upload_is_queued_on_another_stream_than_the_computation(use, bundle,
     assert stream not in [one[1] for one in gpu.log]
 
 
-def test_where_all_slots_are_taken_tiles_stay_on_the_host_until_one_is_free(use, bundle, facts):
-    use()
-    store_engine(facts, PLANS)
-    engine = open_tensorrt(bundle, RTX)
+def test_where_all_slots_are_taken_tiles_stay_on_the_host_until_one_is_free(opened):
+    _, engine = opened
     tiles = np.full((2, 8, 8, 3), 7, np.uint8)
     held = [engine.upload(tiles) for _ in range(3)]
     assert not any(isinstance(one, np.ndarray) for one in held)
@@ -236,10 +236,8 @@ def test_advice_of_the_gpu_names_what_can_be_done(monkeypatch):
         cuda.gpu_name()
 
 
-def test_a_recording_that_fails_is_ended_and_not_tried_again(use, bundle, facts, monkeypatch):
-    gpu, _ = use()
-    store_engine(facts, PLANS)
-    engine = open_tensorrt(bundle, RTX)
+def test_a_recording_that_fails_is_ended_and_not_tried_again(opened, monkeypatch):
+    gpu, engine = opened
     tiles, log = np.zeros((2, 8, 8, 3), np.uint8), []
     for name in ("cudaStreamBeginCapture", "cudaStreamEndCapture"):
         plain = getattr(FakeCudart, name)
@@ -262,10 +260,9 @@ def test_a_recording_that_fails_is_ended_and_not_tried_again(use, bundle, facts,
 
 
 @pytest.mark.parametrize("name", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
-def test_where_cuda_does_not_record_the_graph_runs_without(use, bundle, facts, monkeypatch, name):
-    gpu, _ = use()
-    store_engine(facts, PLANS)
-    engine, calls = open_tensorrt(bundle, RTX), []
+def test_where_cuda_does_not_record_the_graph_runs_without(opened, monkeypatch, name):
+    gpu, engine = opened
+    calls = []
 
     def refuse(self, *rest):
         calls.append(name)
@@ -293,10 +290,8 @@ class OnGpu:
 
 
 @pytest.mark.parametrize(("stream", "waits"), [(None, True), (7, False)])
-def test_what_fills_an_array_on_the_gpu_is_waited_for(use, bundle, facts, stream, waits):
-    gpu, _ = use()
-    store_engine(facts, PLANS)
-    engine = open_tensorrt(bundle, RTX)
+def test_what_fills_an_array_on_the_gpu_is_waited_for(opened, stream, waits):
+    gpu, engine = opened
     tiles = np.random.default_rng(2).integers(0, 256, (2, 8, 8, 3), np.uint8)
     engine.detect(OnGpu(tiles, stream))
     assert (("wait for all",) in gpu.log) == waits
@@ -321,10 +316,8 @@ def test_a_driver_that_is_too_old_is_one_line(use, bundle, facts):
         open_tensorrt(bundle, RTX)
 
 
-def test_what_can_be_given_back_is_where_one_release_fails(use, bundle, facts, monkeypatch):
-    gpu, _ = use()
-    store_engine(facts, PLANS)
-    engine = open_tensorrt(bundle, RTX)
+def test_what_can_be_given_back_is_where_one_release_fails(opened, monkeypatch):
+    gpu, engine = opened
     for _ in range(4):
         engine.detect(np.zeros((2, 8, 8, 3), np.uint8))
     monkeypatch.setattr(

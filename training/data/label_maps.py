@@ -14,7 +14,6 @@ from PIL import Image
 from scipy import ndimage
 
 from darcnn.runtime.errors import InputError, ShapeError
-from darcnn.runtime.geometry import Region
 from darcnn.runtime.intensity import Window, apply_window, measure_window, select_channels
 from darcnn.runtime.readers import open_source
 from darcnn.runtime.readers.open import SUFFIXES
@@ -132,8 +131,7 @@ def _image_paths(data: Path, images: str) -> list[Path]:
 def _read_raw(path: Path) -> NDArray[Any]:
     """Return the image as (H, W, 3), in its own type."""
     with open_source(path) as reader:
-        whole = Region(0, 0, reader.info.width_px0, reader.info.height_px0)
-        pixels = reader.read(whole, level=0)
+        pixels = reader.read(reader.info.whole, level=0)
         try:
             return select_channels(pixels, is_rgb=reader.info.is_rgb, channels=3)
         except ShapeError as err:

@@ -26,7 +26,7 @@ from darcnn.runtime.intensity import (
 )
 from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
 from darcnn.runtime.readers.base import make_slide_name
-from darcnn.runtime.sampling import check_white, join_samples, may_lack_white, sample_slide, spread_evenly
+from darcnn.runtime.sampling import check_white, join_samples, needs_sample, sample_slide, spread_evenly
 from darcnn.runtime.slab import Slab
 from darcnn.runtime.volumes.find import plane_reader
 from darcnn.runtime.volumes.open import is_volume, open_volume
@@ -182,16 +182,15 @@ class TargetImages:
         rule, channels = self.target.intensity, self.target.channels
         info = planes[0].reader.info
         sample = np.empty((0, channels), info.dtype)
-        is_doubtful = may_lack_white(rule, info.dtype)
-        if rule.needs_statistics or is_doubtful:
+        if needs_sample(rule, info.dtype):
             parts = [
                 sample_slide(plane.reader, scale=plane.scale / plane.level.downsample, channels=channels)
                 for plane in planes
             ]
             sample = join_samples(parts)
-        if is_doubtful and sample.size and sample.min() < sample.max():  # else it is left out, not doubted
+        if sample.size and sample.min() < sample.max():  # else it is left out, not doubted
             try:
-                check_white(sample, info.dtype, info.path, name=info.name)
+                check_white(sample, rule, info.dtype, info.path, name=info.name)
             except InputError as err:  # its own advice is for a run
                 raise InputError(err.problem, where=info.path or info.name, fix=_SAY_WHITE) from err
         by_channel = sees_separate_channels(
