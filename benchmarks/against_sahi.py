@@ -35,7 +35,7 @@ from PIL import Image
 import darcnn.runtime
 from darcnn.runtime.engines.protocol import Detections
 from darcnn.runtime.live.stats import TimedEngine
-from darcnn.runtime.masks import outline_mask
+from darcnn.runtime.outlines import outline_probabilities
 from darcnn.runtime.pipeline import RunOptions
 from darcnn.runtime.segmenter import Segmenter
 
@@ -201,8 +201,10 @@ def make_detection_model(segmenter: Segmenter) -> Any:
             found = self.model.detect(tiles)
             slots = np.flatnonzero((found.scores[0] > 0) & (found.scores[0] >= self.confidence_threshold))
             boxes = found.boxes[0, slots]
-            masks = self.model.masks(found, boxes, np.zeros(len(slots), np.int64)) if len(slots) else []
-            outlined = [outline_mask(*pair, (height, width)) for pair in zip(masks, boxes, strict=True)]
+            masks = np.zeros((0, spec.mask_px, spec.mask_px), np.float32)
+            if len(slots):
+                masks = self.model.masks(found, boxes, np.zeros(len(slots), np.int64))
+            outlined = outline_probabilities(masks, boxes, (height, width))
             self._original_predictions = [
                 (ring[2] * scale, float(score))
                 for ring, score in zip(outlined, found.scores[0, slots], strict=True)

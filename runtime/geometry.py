@@ -40,6 +40,10 @@ class Region:
         """Tell whether the point lies inside, the upper borders excluded."""
         return self.x0 <= x < self.x1 and self.y0 <= y < self.y1
 
+    def covers(self, other: Region) -> bool:
+        """Tell whether all of `other`, which is not empty, lies inside."""
+        return self.x0 <= other.x0 and self.y0 <= other.y0 and other.x1 <= self.x1 and other.y1 <= self.y1
+
 
 @dataclass(frozen=True, slots=True)
 class Level:

@@ -121,7 +121,9 @@ class Instances:
 
     def polygons(self) -> NDArray[np.object_]:
         """Return the outlines as an array of N shapely polygons."""
-        polygons: NDArray[np.object_] = np.empty(len(self), dtype=np.object_)
-        for row, ring in enumerate(self.outlines):
-            polygons[row] = shapely.Polygon(ring)
-        return polygons
+        if not len(self):
+            return np.zeros(0, np.object_)
+        owner = np.repeat(np.arange(len(self)), [len(ring) for ring in self.outlines])
+        rings = shapely.linearrings(np.concatenate(self.outlines), indices=owner)
+        polygons: Any = shapely.polygons(rings)
+        return np.asarray(polygons, np.object_)

@@ -75,7 +75,7 @@ def measure(
         "score": instances.scores,
         "x": ground.mean_x + 0.5,  # a pixel's centre, not its corner
         "y": ground.mean_y + 0.5,
-        **_boxes(instances),
+        **_boxes(ground),
         "area_px": ground.area.astype(np.int64),
         **_shapes(ground, polygons, mpp),
     }
@@ -160,7 +160,7 @@ def name_columns(channel_names: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Ground:
-    """The P mask pixels of all N objects in one list, and their sums."""
+    """The P mask pixels of all N objects in one list, object by object, and their sums."""
 
     owner: NDArray[np.int64]  # (P,) row of the object
     x: NDArray[np.int64]  # (P,) level-0 columns
@@ -183,25 +183,27 @@ def _mean(owner: NDArray[np.int64], values: NDArray[Any], n: int) -> NDArray[np.
 
 def _spread(instances: Instances) -> _Ground:
     n = len(instances)
-    flat = [np.nonzero(mask) for mask in instances.masks]
-    counts = [len(rows) for rows, _ in flat]
-    owner = np.repeat(np.arange(n), counts)
-    origins = instances.origins[owner]  # (P, 2)
-    nothing = np.zeros(0, np.int64)
-    y = np.concatenate([rows for rows, _ in flat] or [nothing]) + origins[:, 1]
-    x = np.concatenate([columns for _, columns in flat] or [nothing]) + origins[:, 0]
-    return _Ground(
-        owner, x, y, np.asarray(counts, np.float64), mean_x=_mean(owner, x, n), mean_y=_mean(owner, y, n)
+    widths = np.array([mask.shape[1] for mask in instances.masks], np.int64)
+    sizes = np.array([mask.size for mask in instances.masks], np.int64)
+    cells = np.flatnonzero(
+        np.concatenate([mask.ravel() for mask in instances.masks] or [np.zeros(0, np.bool_)])
     )
+    ends = np.cumsum(sizes)
+    owner = np.searchsorted(ends, cells, "right")
+    row, column = np.divmod(cells - (ends - sizes)[owner], widths[owner])
+    x, y = column + instances.origins[owner, 0], row + instances.origins[owner, 1]
+    area = np.bincount(owner, minlength=n).astype(np.float64)
+    return _Ground(owner, x, y, area, mean_x=_mean(owner, x, n), mean_y=_mean(owner, y, n))
 
 
-def _boxes(instances: Instances) -> dict[str, NDArray[np.int32]]:
+def _boxes(ground: _Ground) -> dict[str, NDArray[np.int32]]:
     """The extent of each mask, half-open; the detection's box may be larger or smaller."""
-    boxes = np.zeros((len(instances), 4), np.int32)
-    for row, (mask, (x, y)) in enumerate(zip(instances.masks, instances.origins, strict=True)):
-        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-        if columns.size:
-            boxes[row] = (x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1)
+    boxes = np.zeros((len(ground.area), 4), np.int32)
+    seen, starts = np.unique(ground.owner, return_index=True)
+    if seen.size:
+        low = [np.minimum.reduceat(places, starts) for places in (ground.x, ground.y)]
+        high = [np.maximum.reduceat(places, starts) + 1 for places in (ground.x, ground.y)]
+        boxes[seen] = np.stack([*low, *high], axis=1)
     return {name: boxes[:, side] for side, name in enumerate(_BOX_COLUMNS)}
 
 
@@ -224,7 +226,8 @@ def _shapes(
     }
     if mpp is not None:
         step_x, step_y = mpp
-        rings = shapely.transform(polygons, lambda points: points * (step_x, step_y))
+        points, owner = shapely.get_coordinates(polygons, return_index=True)
+        rings: Any = shapely.linearrings(points * mpp, indices=owner)
         longest, shortest = _axes(xx * step_x**2, yy * step_y**2, xy * step_x * step_y)
         columns |= {
             "area_um2": ground.area * step_x * step_y,
@@ -249,12 +252,14 @@ def _brightness(
     column = np.floor((ground.x + 0.5) / downsample).astype(np.int64) - region.x0
     row = np.floor((ground.y + 0.5) / downsample).astype(np.int64) - region.y0
     inside = (column >= 0) & (column < region.width) & (row >= 0) & (row < region.height)
-    owner, column, row = ground.owner[inside], column[inside], row[inside]
+    owner, cell = ground.owner[inside], row[inside] * region.width + column[inside]
+    seen_pixels = pixels.reshape(-1, len(names))[cell]  # (P, C)
     columns = {}
     for index, name in enumerate(names):
-        values = pixels[row, column, index].astype(np.float64)  # (P,)
-        is_finite = np.isfinite(values)
-        values, seen = values[is_finite], owner[is_finite]
+        values, seen = seen_pixels[:, index].astype(np.float64), owner  # (P,)
+        if pixels.dtype.kind == "f":
+            is_finite = np.isfinite(values)
+            values, seen = values[is_finite], owner[is_finite]
         mean = _mean(seen, values, len(ground.area))
         variance = _mean(seen, (values - mean[seen]) ** 2, len(ground.area))
         columns[f"mean_intensity_{name}"] = mean

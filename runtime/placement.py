@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.boxes import clip_boxes
 from darcnn.runtime.instances import Instances
-from darcnn.runtime.masks import drop_covered, outline_mask
+from darcnn.runtime.masks import drop_covered
+from darcnn.runtime.outlines import outline_probabilities
 from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.tiling import Tile
 
@@ -74,7 +75,7 @@ def place(
     truncated = is_cut(boxes, tile, plan)
     factor_x, factor_y = width / plan.width, height / plan.height
     boxes0 = to_slide(boxes, tile) * np.array([factor_x, factor_y] * 2)
-    outlined = [outline_mask(mask, box, shape) for mask, box in zip(masks, boxes0, strict=True)]
+    outlined = outline_probabilities(masks, boxes0, shape)
     rows = [row for row, found in enumerate(outlined) if found is not None]
     placed = [found for found in outlined if found is not None]
     return drop_covered(

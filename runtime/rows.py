@@ -19,6 +19,7 @@ from darcnn.runtime.measure import measure_on_slide
 from darcnn.runtime.parts import empty_part, with_tile
 from darcnn.runtime.planning import SlidePlan
 from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.readers.recent import RecentReader
 from darcnn.runtime.seams import lies_near_seam
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.tiling import Tile
@@ -100,6 +101,7 @@ def find_row(
     unreadable = {tile.index for tile in row.tiles}
     detect = measure = 0.0
     start = time.perf_counter()
+    reader = RecentReader(reader)  # objects are measured on the pixels on which they were found
     stream = segmenter.stream(reader, task.plan, tiles=row.tiles, window=task.window, skips_damaged=True)
     for tile, instances in stream:
         found = time.perf_counter()

@@ -16,7 +16,7 @@ from zarr.codecs import ZstdCodec
 
 from darcnn.runtime.ahead import map_ahead
 from darcnn.runtime.geometry import Region
-from darcnn.runtime.masks import draw_polygons
+from darcnn.runtime.polygons import draw_polygons
 from darcnn.runtime.sinks.atomic import atomic_folder
 from darcnn.runtime.sinks.parquet import read_objects
 

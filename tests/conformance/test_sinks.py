@@ -22,8 +22,9 @@ from darcnn.runtime.errors import OutputError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import Window
-from darcnn.runtime.masks import draw_polygon, label_instances
+from darcnn.runtime.masks import label_instances
 from darcnn.runtime.measure import measure, object_schema
+from darcnn.runtime.polygons import draw_polygon
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.sinks.atomic import atomic_file, atomic_folder, translated
 from darcnn.runtime.sinks.geojson import write_geojson

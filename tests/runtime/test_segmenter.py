@@ -15,8 +15,8 @@ from darcnn.runtime.errors import InputError, ShapeError, UsageError
 from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.manifest import Manifest
-from darcnn.runtime.masks import draw_polygon
 from darcnn.runtime.planning import find_channel
+from darcnn.runtime.polygons import draw_polygon
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.protocol import SlideInfo
 from darcnn.runtime.segmenter import Segmenter

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from darcnn.runtime.masks import outline_mask
+from darcnn.runtime.outlines import outline_probabilities
 from darcnn.training.data.batches import Batch
 from darcnn.training.model.network import Darcnn
 from darcnn.training.model.presets import PRESETS
@@ -24,7 +24,7 @@ def test_what_the_mask_head_learns_lies_where_the_runtime_draws_it(x: int, y: in
     truth = crop_masks(
         torch.from_numpy(inside[None].astype(np.uint8)), torch.from_numpy(box[None]), torch.tensor([0]), CELLS
     )
-    drawn = outline_mask(truth[0].numpy(), box.astype(np.float64), inside.shape)
+    (drawn,) = outline_probabilities(truth.numpy(), box[None], inside.shape)
     assert drawn is not None
     (x0, y0), mask, _ = drawn
     found = np.zeros_like(inside)
