@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,45 +12,49 @@ from numpy.typing import NDArray
 from darcnn.runtime.parts import Parts
 from darcnn.runtime.volumes.agree import agree
 from darcnn.runtime.volumes.find import View, plan_blocks
+from darcnn.runtime.volumes.follow import follow_sections
 from darcnn.runtime.volumes.link import link_sections
 from darcnn.runtime.volumes.overlaps import cut_overlaps, cut_sections
 from darcnn.runtime.volumes.sections import Section, read_sections
-from darcnn.runtime.volumes.solid import SolidFile, solid_of, write_solids
+from darcnn.runtime.volumes.solid import Solid, SolidFile, solid_of, write_solids
 from darcnn.runtime.volumes.volume import AXES, Axis
 
-__all__ = ["join_sections"]
+__all__ = ["Joined", "join_sections"]
 
 _SLIVER = 0.2  # of the planes of a typical object: what shows in fewer is out of focus, or noise
 
 
-def join_sections(views: Sequence[View], parts: Parts, folder: Path) -> tuple[SolidFile, dict[str, int]]:
-    """Return the objects of all views, in a file in `folder`, and how many each axis has found.
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The objects of a volume or series, N of them."""
+
+    solids: SolidFile
+    by_axis: Mapping[str, int]  # how many each axis has found
+    parents: NDArray[np.int64] | None = None  # (N,) of a series: which object divided into this one; -1: none
+
+
+def join_sections(views: Sequence[View], parts: Parts, folder: Path) -> Joined:
+    """Return the objects of all views, in a file in `folder`.
 
     Args:
         views: how the volume was looked at.
         parts: with the sections of each block of planes.
         folder: for files.
     """
+    if views[0].stack.volume.info.is_series:
+        return _follow(views, parts, folder)
     found: dict[Axis, SolidFile] = {}
-    is_series = views[0].stack.volume.info.is_series
     for view in views:
         stack, path = view.stack, folder / f"solids-{view.stack.axis}.arrow"
-        planes = _planes(views, view, parts)
         chains = link_sections(
-            (cut_sections(plane) for plane in planes) if is_series else planes,
+            _planes(views, view, parts),
             min_planes=min(stack.n_joined, len(stack)),
             plane_px=stack.plane_px,
-            is_series=is_series,
         )
-        solids = (
-            solid_of(chain, axis=stack.axis, n_planes=len(stack), is_series=is_series) for chain in chains
-        )
-        write_solids(path, solids)
+        write_solids(path, (solid_of(chain, axis=stack.axis, n_planes=len(stack)) for chain in chains))
         found[stack.axis] = SolidFile(path)
     by_axis = {str(axis): len(solids) for axis, solids in found.items()}
     first, *others = found.values()
-    if is_series:  # its sections share no pixel already, and a cell may be seen at one time point
-        return first, by_axis
     stack = views[0].stack
     path = folder / "chosen.arrow"
     if others:
@@ -62,7 +67,25 @@ def join_sections(views: Sequence[View], parts: Parts, folder: Path) -> tuple[So
     chosen = SolidFile(path)
     path = folder / "solids.arrow"
     write_solids(path, cut_overlaps(chosen))
-    return SolidFile(path), by_axis
+    return Joined(SolidFile(path), by_axis)
+
+
+def _follow(views: Sequence[View], parts: Parts, folder: Path) -> Joined:
+    """Return the objects of a series: they share no pixel, and a cell may be seen at one time point."""
+    (view,) = views
+    path, n_times = folder / "solids.arrow", len(view.stack)
+    rows: dict[int, int] = {}  # of the tracks so far
+    parents: list[int] = []
+
+    def solids() -> Iterator[Solid]:
+        for track in follow_sections(cut_sections(plane) for plane in _planes(views, view, parts)):
+            rows[track.number] = len(parents)
+            parents.append(-1 if track.parent is None else rows[track.parent])  # a mother ends first
+            yield solid_of(track.sections, axis=view.stack.axis, n_planes=n_times, is_series=True)
+
+    write_solids(path, solids())
+    found = SolidFile(path)
+    return Joined(found, {str(view.stack.axis): len(found)}, np.array(parents, np.int64))
 
 
 def _planes(views: Sequence[View], wanted: View, parts: Parts) -> Iterator[list[Section]]:

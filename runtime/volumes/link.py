@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.volumes.sections import Section, common_pixels, trimmed
 
-__all__ = ["Chain", "link_sections"]
+__all__ = [
+    "BRIDGED",
+    "Chain",
+    "centre_of",
+    "link_sections",
+    "match_overlapping",
+    "overlaps",
+    "split_merged",
+    "width_px",
+    "with_next",
+]
 
 Chain = list[Section]  # one section a plane, in order; at most one plane in a row is missing
 
@@ -26,12 +36,7 @@ _WAIST = 0.5  # a chain is cut where its area falls below this share of the maxi
 _DEEP = 0.7  # ... and only into objects that are this deep, in shares of their width
 _LONG = 1.5  # a chain deeper than so many widths is a column of several, and is cut at slighter waists
 _WAIST_OF_COLUMN, _DEEP_OF_COLUMN = 0.85, 0.3
-_BRIDGED = 1  # planes in a row on which an object may be missed
-_REACH = 2.0  # diameters that an object of a series moves at most from time point to time point ...
-_ALIKE = 2.0  # ... and its area changes by this factor at most, where nearness alone joins it
-_FEW = 5  # objects do not tell that the whole field has moved
-_JUMP = 6.0  # diameters that it moves at most
-_SHARED, _CLEARLY = 0.5, 1.5  # of the objects move alike; times as many as stay where they were
+BRIDGED = 1  # planes in a row on which an object may be missed
 
 
 def link_sections(
@@ -39,7 +44,6 @@ def link_sections(
     *,
     min_planes: int = 1,
     plane_px: float = 1.0,
-    is_series: bool = False,
 ) -> Iterator[Chain]:
     """Yield the chains of the sections of consecutive planes, each as soon as it has ended.
 
@@ -52,25 +56,23 @@ def link_sections(
        several: there, without slabs, slight waists and flatter pieces will do.
     5. Chains of fewer than `min_planes` sections are left out: even what is one plane thick shows in all
        slabs that hold it, and what shows in fewer is noise.
-    6. Time points of a series: objects move. What no overlap joins is joined to what is left of the time
-       point before: of those alike in area and at most two diameters apart, the ones nearest to each other.
-       A field that has moved as a whole is first moved back. Rule 4 means nothing there.
+
+    Time points of a series are no planes: `darcnn.runtime.volumes.follow`.
 
     Args:
         planes: the sections of each plane; three planes are in memory, and the chains that go on.
         min_planes: of a chain.
         plane_px: distance of two planes in pixels of a plane.
-        is_series: the planes are time points, they do not lie one behind the other.
     """
-    linker, depth_px = _Linker(is_series=is_series), None if is_series else plane_px
-    for current, after in _pairs(planes):
+    linker = _Linker()
+    for current, after in with_next(planes):
         for chain in linker.add(current, after):
-            yield from _finish(chain, min_planes, depth_px)
+            yield from _finish(chain, min_planes, plane_px)
     for chain in linker.active:
-        yield from _finish(chain, min_planes, depth_px)
+        yield from _finish(chain, min_planes, plane_px)
 
 
-def _pairs(planes: Iterable[list[Section]]) -> Iterator[tuple[list[Section], list[Section]]]:
+def with_next(planes: Iterable[list[Section]]) -> Iterator[tuple[list[Section], list[Section]]]:
     """Yield each plane with the one after it."""
     before: list[Section] | None = None
     for plane in planes:
@@ -83,7 +85,6 @@ def _pairs(planes: Iterable[list[Section]]) -> Iterator[tuple[list[Section], lis
 
 @dataclass(slots=True)
 class _Linker:
-    is_series: bool
     active: list[Chain] = field(default_factory=list)
     _plane: int = -1  # the last one taken
 
@@ -91,26 +92,22 @@ class _Linker:
         """Take the next plane; return the chains that have ended before it."""
         self._plane += 1
         ends = [chain[-1] for chain in self.active]
-        if self.is_series:
-            ends = _follow_field(ends, current)
-        sections = _split_merged(ends, current, after)
-        taken = _match(ends, sections)
-        if self.is_series:
-            taken |= _match_near(ends, sections, taken)
+        sections = split_merged(ends, current, after)
+        taken = match_overlapping(ends, sections)
         for row, section in enumerate(sections):
             if row in taken:
                 self.active[taken[row]].append(section)
             else:
                 self.active.append([section])
-        ended = [chain for chain in self.active if chain[-1].plane < self._plane - _BRIDGED]
-        self.active = [chain for chain in self.active if chain[-1].plane >= self._plane - _BRIDGED]
+        ended = [chain for chain in self.active if chain[-1].plane < self._plane - BRIDGED]
+        self.active = [chain for chain in self.active if chain[-1].plane >= self._plane - BRIDGED]
         return ended
 
 
-def _match(ends: list[Section], sections: list[Section]) -> dict[int, int]:
+def match_overlapping(ends: list[Section], sections: list[Section]) -> dict[int, int]:
     """Return which section goes on with which chain, one to one: section -> chain."""
     rated = []
-    for end, row, shared in _overlaps(ends, sections):
+    for end, row, shared in overlaps(ends, sections):
         one, other = ends[end].area_px, sections[row].area_px
         iou = shared / (one + other - shared)
         is_cap = shared >= _CONTAINED * min(one, other)
@@ -126,60 +123,10 @@ def _match(ends: list[Section], sections: list[Section]) -> dict[int, int]:
     return taken
 
 
-def _match_near(ends: list[Section], sections: list[Section], taken: dict[int, int]) -> dict[int, int]:
-    """Return which section that is not `taken` goes on with which chain: those nearest to each other."""
-    used = set(taken.values())
-    rows = [row for row in range(len(sections)) if row not in taken]
-    left = [end for end in range(len(ends)) if end not in used]
-    if not rows or not left:
-        return {}
-    here, there = ([one[k] for k in chosen] for one, chosen in ((sections, rows), (ends, left)))
-    now, before = ([shapely.Point(_centre(one)) for one in part] for part in (here, there))
-    reach = [_REACH * _width([one.area_px]) for one in here]
-    near = shapely.STRtree(before).query(now, predicate="dwithin", distance=reach).T
-    pairs = [(k, n) for k, n in near.tolist() if _is_next(there[n], here[k])]
-    pairs.sort(key=lambda pair: (shapely.distance(now[pair[0]], before[pair[1]]), pair))
-    of_now, of_before = ({pair[side]: pair for pair in reversed(pairs)} for side in (0, 1))  # the nearest
-    return {rows[k]: left[n] for k, n in pairs if of_now[k] == of_before[n] == (k, n)}
-
-
-def _follow_field(ends: list[Section], sections: list[Section]) -> list[Section]:
-    """Return `ends` where they lie if the whole field has moved since: a stage that jumped, a dish moved.
-
-    Each pair of objects of both time points votes for the way between them. The ways of cells that move on
-    their own differ; a jump is what half of them share, and half as many again as stay where they were.
-    """
-    before = [one for one in ends if sections and one.plane == sections[0].plane - 1]
-    n_pairs = min(len(before), len(sections))
-    if n_pairs < _FEW:
-        return ends
-    step = _width([one.area_px for one in sections]) / 3.0
-    there, here = ([shapely.Point(_centre(one)) for one in part] for part in (before, sections))
-    k, n = shapely.STRtree(there).query(here, predicate="dwithin", distance=3.0 * _JUMP * step)
-    ways = shapely.get_coordinates(here)[k] - shapely.get_coordinates(there)[n]  # (P, 2) y x
-    side = 2 * math.ceil(3.0 * _JUMP) + 3
-    cells = np.round(ways / step).astype(np.int64) + side // 2
-    votes = np.zeros((side, side), np.int64)
-    np.add.at(votes, (cells[:, 0], cells[:, 1]), 1)
-    padded = np.pad(votes, 1)
-    around = np.sum([padded[y : y + side, x : x + side] for y in range(3) for x in range(3)], axis=0)
-    best = np.unravel_index(int(np.argmax(around)), around.shape)
-    if around[best] < max(_SHARED * n_pairs, _CLEARLY * around[side // 2, side // 2]):
-        return ends
-    dy, dx = np.round(np.median(ways[(np.abs(cells - best) <= 1).all(axis=1)], axis=0)).astype(int).tolist()
-    return [replace(one, x=one.x + dx, y=one.y + dy) for one in ends]
-
-
-def _is_next(one: Section, other: Section) -> bool:
-    """Tell whether `other` is of the next time point and about as large."""
-    areas = one.area_px, other.area_px
-    return one.plane == other.plane - 1 and max(areas) <= _ALIKE * min(areas)
-
-
-def _split_merged(ends: list[Section], sections: list[Section], after: list[Section]) -> list[Section]:
+def split_merged(ends: list[Section], sections: list[Section], after: list[Section]) -> list[Section]:
     """Return `sections`, those cut that join chains for this plane only."""
     covers: dict[int, list[int]] = {}
-    for end, row, shared in _overlaps(ends, sections):
+    for end, row, shared in overlaps(ends, sections):
         is_next = ends[end].plane == sections[row].plane - 1
         if is_next and shared >= _COVERED * ends[end].area_px:
             covers.setdefault(row, []).append(end)
@@ -187,7 +134,7 @@ def _split_merged(ends: list[Section], sections: list[Section], after: list[Sect
     if not merged:
         return sections
     leaves: dict[int, int] = {}
-    for row, later, shared in _overlaps(sections, after):
+    for row, later, shared in overlaps(sections, after):
         if row in merged and shared >= _COVERED * after[later].area_px:
             leaves[row] = leaves.get(row, 0) + 1
     result: list[Section] = []
@@ -201,7 +148,7 @@ def _cut(section: Section, ends: list[Section]) -> list[Section]:
     """Return the parts of a section that are nearest to each of the sections `ends` of the plane before."""
     ys, xs = np.nonzero(section.mask)
     points = np.stack([ys + section.y, xs + section.x], axis=1).astype(np.float64)
-    centres = np.array([_centre(end) for end in ends])
+    centres = np.array([centre_of(end) for end in ends])
     nearest = ((points[:, None] - centres[None]) ** 2).sum(axis=2).argmin(axis=1)
     parts = []
     for number in range(len(ends)):
@@ -213,12 +160,12 @@ def _cut(section: Section, ends: list[Section]) -> list[Section]:
     return parts
 
 
-def _centre(section: Section) -> NDArray[np.float64]:
+def centre_of(section: Section) -> NDArray[np.float64]:
     ys, xs = np.nonzero(section.mask)
     return np.array([ys.mean() + section.y, xs.mean() + section.x])
 
 
-def _overlaps(one: list[Section], other: list[Section]) -> list[tuple[int, int, int]]:
+def overlaps(one: list[Section], other: list[Section]) -> list[tuple[int, int, int]]:
     """Return (index in `one`, index in `other`, shared pixels) of all that share some, in order."""
     if not one or not other:
         return []
@@ -238,10 +185,9 @@ def _boxes(sections: list[Section]) -> NDArray[np.object_]:
     return boxes
 
 
-def _finish(chain: Chain, min_planes: int, plane_px: float | None) -> Iterator[Chain]:
-    """Yield the chain, cut at its waists if planes have a distance, without what is too short."""
-    areas = [section.area_px for section in chain]
-    waist = None if plane_px is None else _find_waist(areas, min_planes, plane_px)
+def _finish(chain: Chain, min_planes: int, plane_px: float) -> Iterator[Chain]:
+    """Yield the chain, cut at its waists, without what is too short."""
+    waist = _find_waist([section.area_px for section in chain], min_planes, plane_px)
     if waist is not None:
         yield from _finish(chain[:waist], min_planes, plane_px)
         yield from _finish(chain[waist:], min_planes, plane_px)
@@ -259,18 +205,18 @@ def _find_waist(areas: list[int], min_planes: int, plane_px: float) -> int | Non
     3
     """
     # slabs blur slight waists, and noise makes others
-    is_column = min_planes == 1 and len(areas) * plane_px > _LONG * _width(areas)
+    is_column = min_planes == 1 and len(areas) * plane_px > _LONG * width_px(areas)
     waist, deep = (_WAIST_OF_COLUMN, _DEEP_OF_COLUMN) if is_column else (_WAIST, _DEEP)
     best: tuple[float, int] | None = None
     for at in range(min_planes, len(areas) - min_planes + 1):
         pieces = areas[:at], areas[at:]
         depth = areas[at] / min(max(piece) for piece in pieces)
-        is_deep = all(len(piece) * plane_px >= deep * _width(piece) for piece in pieces)
+        is_deep = all(len(piece) * plane_px >= deep * width_px(piece) for piece in pieces)
         if depth < waist and is_deep and (best is None or depth < best[0]):
             best = (depth, at)
     return None if best is None else best[1]
 
 
-def _width(areas: list[int]) -> float:
+def width_px(areas: list[int]) -> float:
     """Return the diameter of the largest of sections of these areas, pixels of a plane."""
     return 2.0 * math.sqrt(max(areas) / math.pi)

@@ -9,30 +9,32 @@ from numpy.typing import NDArray
 from darcnn.runtime.measure import name_columns
 from darcnn.runtime.row_filter import RowFilter
 from darcnn.runtime.volumes.brightness import measure_brightness
+from darcnn.runtime.volumes.joining import Joined
 from darcnn.runtime.volumes.labels import Numbered
 from darcnn.runtime.volumes.measure import measure_solids, solid_schema
-from darcnn.runtime.volumes.solid import SolidFile
 from darcnn.runtime.volumes.tracks import as_tracks
 from darcnn.runtime.volumes.volume import Volume, VolumeInfo
 
 __all__ = ["number_solids", "table_columns"]
 
 _BRIGHTNESS = "mean_intensity"
+_BEFORE_PARENT = "n_time_points"
 
 
 def number_solids(
-    solids: SolidFile, volume: Volume, row_filter: RowFilter | None, *, t: int | None
+    joined: Joined, volume: Volume, row_filter: RowFilter | None, *, t: int | None
 ) -> tuple[Numbered, pa.Table]:
     """Return the reported objects, numbered from 1 in the order z y x of their boxes, and their table.
 
     Args:
-        solids: all that were found, of which no two share a voxel.
+        joined: all that were found, of which no two share a voxel.
         volume: open; stays open.
         row_filter: which of them are reported; None: all.
         t: the time point that the volume was opened at.
     Raises:
         InputError: the file cannot be read any more.
     """
+    solids = joined.solids
     order = np.lexsort(solids.boxes.T[::-1])  # by z0, then y0, x0, z1, y1, x1
     tables = list(measure_solids((solids[int(row)] for row in order), volume.info.voxel_nm))
     table = pa.concat_tables(tables) if tables else solid_schema().empty_table()
@@ -48,6 +50,12 @@ def number_solids(
         order, table = order[keeps], table.filter(pa.array(keeps))
     ids = np.arange(1, len(order) + 1)
     table = table.set_column(0, table.schema.field("id"), pa.array(ids, pa.int64()))
+    if joined.parents is not None:
+        id_of = np.zeros(len(solids) + 1, np.int64)  # 0: not reported; the last is that of nobody, -1
+        id_of[order] = ids
+        mothers = id_of[joined.parents[order]]
+        column = pa.array(mothers, pa.int64(), mask=mothers == 0)
+        table = table.add_column(table.schema.get_field_index(_BEFORE_PARENT) + 1, "parent", column)
     return Numbered(solids, order, ids), table
 
 

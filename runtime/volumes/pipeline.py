@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from darcnn.runtime.errors import InputError, UsageError
@@ -302,8 +304,8 @@ def _finish(
     volume, built = views[0].stack.volume, claimed.built
     info, model = volume.info, segmenter.manifest.name
     with times.stage("link"):
-        solids, by_axis = join_sections(views, parts, built)
-        numbered, table = number_solids(solids, volume, row_filter, t=t)
+        joined = join_sections(views, parts, built)
+        numbered, table = number_solids(joined, volume, row_filter, t=t)
     with times.stage("table"), atomic_file(built / TABLE_FILE) as file:
         pq.write_table(table, file, compression="zstd")
     with times.stage("labels"):
@@ -320,7 +322,7 @@ def _finish(
             tracks = measure_tracks(numbered, volume, t)
             write_parquet(built / TRACKS_FILE, tracks, tracks_schema(info))
         with times.stage("overview"):
-            _draw_series(built, views[0], numbered, model)
+            _draw_series(built, views[0], numbered, table, model)
     else:
         with times.stage("particles"):
             write_star(built / STAR_FILE, table, name=info.name, shape=info.shape, voxel_nm=info.voxel_nm)
@@ -331,11 +333,15 @@ def _finish(
             write_overview(built / OVERVIEW_FILE, stacks, views[0].window, numbered, model_name=model)
             write_scroll(built / SCROLL_FILE, stacks[0], views[0].window, numbered)
     n_planes, n_full = sum(len(view.stack) for view in views), len(parts.marked(len(plan_blocks(views))))
-    return VolumeCounts(len(numbered.rows), len(solids), by_axis, n_planes, n_full)
+    n_divisions = pc.count_distinct(table["parent"]).as_py() if info.is_series else None
+    return VolumeCounts(len(numbered.rows), len(joined.solids), joined.by_axis, n_planes, n_full, n_divisions)
 
 
-def _draw_series(built: Path, view: View, numbered: Numbered, model: str) -> None:
+def _draw_series(built: Path, view: View, numbered: Numbered, objects: pa.Table, model: str) -> None:
     """Write the pictures of a series along time."""
     stack, window, tracks = view.stack, view.window, built / TRACKS_FILE
-    write_series_overview(built / OVERVIEW_FILE, stack, window, numbered, tracks=tracks, model_name=model)
+    parents = dict(zip(*(objects[name].to_pylist() for name in ("id", "parent")), strict=True))
+    write_series_overview(
+        built / OVERVIEW_FILE, stack, window, numbered, tracks=tracks, parents=parents, model_name=model
+    )
     write_scroll(built / SCROLL_FILE, stack, window, numbered)

@@ -65,6 +65,7 @@ class VolumeCounts:
     by_axis: Mapping[str, int]  # found along each axis
     n_planes: int  # of all axes
     n_full: int = 0  # planes with tiles that hold as many objects as the model can report
+    n_divisions: int | None = None  # of objects of a series
 
     def describe(self) -> dict[str, Any]:
         """Return what run.json says of it."""
@@ -73,6 +74,7 @@ class VolumeCounts:
             "objects": self.n_objects,
             "planes": self.n_planes,
             "planes_saturated": self.n_full,
+            **({} if self.n_divisions is None else {"divisions": self.n_divisions}),
             **several,
         }
 

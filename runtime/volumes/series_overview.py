@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,19 @@ _PATH_PX = 2  # width of the line of a path
 
 
 def write_series_overview(
-    path: Path, stack: Stack, window: Window, numbered: Numbered, *, tracks: Path, model_name: str
+    path: Path,
+    stack: Stack,
+    window: Window,
+    numbered: Numbered,
+    *,
+    tracks: Path,
+    parents: Mapping[int, int | None],
+    model_name: str,
 ) -> None:
     """Write the first, the middle and the last time point with outlines and paths, as PNG.
 
-    Each object has a colour of its own; its path is that of its centroid up to the time point shown.
+    Each object has a colour of its own; its path is that of its centroid up to the time point shown, from
+    where its mother was last.
 
     Args:
         path: PNG to write.
@@ -41,6 +50,7 @@ def write_series_overview(
         window: raw values that become black and white.
         numbered: the objects.
         tracks: the table of `measure_tracks`.
+        parents: which object divided into each, None where none did.
         model_name: for the legend.
     Raises:
         InputError: the series cannot be read.
@@ -55,7 +65,7 @@ def write_series_overview(
     panels = []
     for t in shown:
         panel = shrunk(plane_with_outlines(stack, t, window, numbered, factor, colours), _PANEL_PX)
-        _draw_paths(panel, rows[rows[:, 1] <= t], panel.width / width, colours)
+        _draw_paths(panel, rows[rows[:, 1] <= t], parents, panel.width / width, colours)
         panels.append(panel)
     across = sum(panel.width + GAP_PX for panel in panels) - GAP_PX
     page = Image.new("RGB", (max(across, 480), panels[0].height + LINE_PX), "white")
@@ -68,12 +78,22 @@ def write_series_overview(
 
 
 def _draw_paths(
-    panel: Image.Image, rows: NDArray[np.float64], factor: float, colours: NDArray[np.uint8]
+    panel: Image.Image,
+    rows: NDArray[np.float64],
+    parents: Mapping[int, int | None],
+    factor: float,
+    colours: NDArray[np.uint8],
 ) -> None:
     """Draw the path of each object; `rows` (N, 4) are id, t, x and y in pixels of the series."""
     draw = ImageDraw.Draw(panel)
     ordered = rows[np.lexsort((rows[:, 1], rows[:, 0]))]  # object by object, in time
-    for way in np.split(ordered, 1 + np.flatnonzero(np.diff(ordered[:, 0]))):
-        if len(way) > 1:
-            points = [tuple(point) for point in (way[:, 2:] * factor).tolist()]
-            draw.line(points, fill=tuple(colours[int(way[0, 0])].tolist()), width=_PATH_PX)
+    ways = {
+        int(way[0, 0]): way[:, 2:] * factor
+        for way in np.split(ordered, 1 + np.flatnonzero(np.diff(ordered[:, 0])))
+        if len(way)
+    }
+    for number, way in ways.items():
+        mother = ways.get(parents[number] or 0)
+        points = [tuple(point) for point in (way if mother is None else np.r_[mother[-1:], way]).tolist()]
+        if len(points) > 1:
+            draw.line(points, fill=tuple(colours[number].tolist()), width=_PATH_PX)

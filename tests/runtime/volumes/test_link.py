@@ -77,42 +77,6 @@ def test_a_column_is_cut_at_slight_waists_and_a_single_object_is_not() -> None:
     assert [len(chain) for chain in link_sections(wide_planes)] == [24]
 
 
-def test_a_cell_that_swells_and_shrinks_in_time_is_one_track() -> None:
-    sides = [20 + round(2 * np.sin(t / 5)) for t in range(120)]
-    planes = [[square(t, 30 - side // 2, 30 - side // 2, side)] for t, side in enumerate(sides)]
-    assert [len(chain) for chain in link_sections(planes, is_series=True)] == [120]
-    assert len(list(link_sections(planes))) > 1
-
-
-def test_a_cell_that_leaps_is_one_track_and_other_cells_are_not_its_continuation() -> None:
-    def moves(*places: int, side: int = 6) -> list[list[Section]]:
-        return [[square(t, x, 0, side)] for t, x in enumerate(places)]
-
-    leaping = moves(0, 9, 18)
-    assert len(list(link_sections(leaping))) == 3  # planes of a volume
-    assert places(list(link_sections(leaping, is_series=True))) == [[(0, 0), (1, 9), (2, 18)]]
-    assert len(list(link_sections(moves(0, 15), is_series=True))) == 2  # two diameters and more
-    assert len(list(link_sections([[square(0, 0, 0)], [square(1, 9, 0, 9)]], is_series=True))) == 2  # larger
-    gone = [[square(0, 0, 0), square(0, 12, 0)], [square(1, 20, 0)]]  # one of them went on, and not far
-    assert places(list(link_sections(gone, is_series=True))) == [[(0, 0)], [(0, 12), (1, 20)]]
-    speck = [[square(0, 0, 0)], [square(1, 9, 0), square(1, 5, 0, 2)]]  # nearer, but not alike
-    assert places(list(link_sections(speck, is_series=True))) == [[(0, 0), (1, 9)], [(1, 5)]]
-    missed = [[square(0, 0, 0)], [], [square(2, 9, 0)]]  # by then it may be any cell
-    assert len(list(link_sections(missed, is_series=True))) == 2
-
-
-def test_cells_keep_their_tracks_where_the_stage_jumps() -> None:
-    """Each cell lands where another was: overlap alone gives it that one's track."""
-    rng = np.random.default_rng(1)
-    columns = [(12 * n + int(rng.integers(-2, 3)), int(rng.integers(0, 40))) for n in range(12)]
-    still = [[square(t, x, y) for x, y in columns] for t in range(2)]
-    jumped = [[square(t, x + 12, y + 5) for x, y in columns] for t in range(2, 4)]
-    chains = list(link_sections([*still, *jumped], is_series=True))
-    assert sorted([(one.x, one.y) for one in chain] for chain in chains) == sorted(
-        [(x, y), (x, y), (x + 12, y + 5), (x + 12, y + 5)] for x, y in columns
-    )
-
-
 def test_no_flat_pieces_are_cut_off_unless_planes_lie_far_apart() -> None:
     sides = [4, 8, 9, 8, 4, 8, 9, 8, 4]
     planes = [[square(z, 10 - side // 2, 10 - side // 2, side)] for z, side in enumerate(sides)]

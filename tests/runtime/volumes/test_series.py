@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -65,3 +66,31 @@ def test_sections_taken_for_time_points_keep_the_time_point_that_they_lie_in(
         table = pq.read_table(folder / f"{name}.parquet").to_pandas()
         (second,) = (column for column in table if column.startswith("mean_intensity") and "1" in column)
         assert set(table[second]) == {99.0}, name
+
+
+def test_daughters_name_their_mother_unless_she_is_left_out(oracle16: Segmenter, tmp_path: Path) -> None:
+    """One cell divides and one of its daughters again; another one only moves."""
+    series = np.zeros((5, 60, 80), np.uint8)
+    for t in range(5):
+        series[t, 40:50, 5 + t : 15 + t] = 9
+    series[0, 10:22, 30:42] = 1
+    series[1:, 12:20, 38:46] = 2
+    series[1:3, 12:20, 26:34] = 3
+    series[3:, 13:19, 23:29], series[3:, 13:19, 31:37] = 4, 5
+    tifffile.imwrite(tmp_path / "s.tif", series, imagej=True, metadata={"axes": "TYX"})
+    summary = run_volume(oracle16, tmp_path / "s.tif", tmp_path / "out")
+    objects = pq.read_table(summary.folder / "objects.parquet")
+    assert objects.column_names[:6] == ["id", "score", "t_first", "t_last", "n_time_points", "parent"]
+    rows = objects.select(["id", "parent", "t_first", "t_last"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        (1, None, 0, 0), (2, None, 0, 4), (3, 1, 1, 2), (4, 1, 1, 4), (5, 3, 3, 4), (6, 3, 3, 4)
+    ]  # fmt: skip
+    assert json.loads((summary.folder / "run.json").read_text())["counts"]["divisions"] == 2
+    few = VolumeOptions(row_filter="area_px < 100", overwrite=True, also=("csv",))
+    folder = run_volume(oracle16, tmp_path / "s.tif", tmp_path / "out", options=few).folder
+    rows = pq.read_table(folder / "objects.parquet").select(["id", "parent", "area_px"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        (1, None, 64), (2, None, 64), (3, 1, 36), (4, 1, 36)
+    ]  # fmt: skip
+    with (folder / "objects.csv").open(newline="") as file:
+        assert [row["parent"] for row in csv.DictReader(file)] == ["", "", "1", "1"]

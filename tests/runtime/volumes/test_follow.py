@@ -1,0 +1,158 @@
+"""Sections at time points become tracks: cells move, jump with their field, and divide."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darcnn.runtime.volumes.follow import Track, follow_sections
+from darcnn.runtime.volumes.link import Chain, link_sections
+from darcnn.runtime.volumes.sections import Section
+
+
+def square(plane: int, x: int, y: int, side: int = 6) -> Section:
+    return Section(plane, x, y, np.ones((side, side), bool), 0.9, False)
+
+
+def places(chains: list[Chain]) -> list[list[tuple[int, int]]]:
+    return sorted([[(one.plane, one.x) for one in chain] for chain in chains])
+
+
+def follow(planes: list[list[Section]]) -> list[Chain]:
+    return [track.sections for track in follow_sections(planes)]
+
+
+def test_a_cell_that_swells_and_shrinks_in_time_is_one_track() -> None:
+    sides = [20 + round(2 * np.sin(t / 5)) for t in range(120)]
+    planes = [[square(t, 30 - side // 2, 30 - side // 2, side)] for t, side in enumerate(sides)]
+    assert [len(chain) for chain in follow(planes)] == [120]
+    assert len(list(link_sections(planes))) > 1
+
+
+def test_a_cell_that_leaps_is_one_track_and_other_cells_are_not_its_continuation() -> None:
+    def moves(*places: int, side: int = 6) -> list[list[Section]]:
+        return [[square(t, x, 0, side)] for t, x in enumerate(places)]
+
+    leaping = moves(0, 9, 18)
+    assert len(list(link_sections(leaping))) == 3  # planes of a volume
+    assert places(follow(leaping)) == [[(0, 0), (1, 9), (2, 18)]]
+    assert len(follow(moves(0, 15))) == 2  # two diameters and more
+    assert len(follow([[square(0, 0, 0)], [square(1, 9, 0, 9)]])) == 2  # larger
+    gone = [[square(0, 0, 0), square(0, 12, 0)], [square(1, 20, 0)]]  # one of them went on, and not far
+    assert places(follow(gone)) == [[(0, 0)], [(0, 12), (1, 20)]]
+    speck = [[square(0, 0, 0)], [square(1, 9, 0), square(1, 5, 0, 2)]]  # nearer, but not alike
+    assert places(follow(speck)) == [[(0, 0), (1, 9)], [(1, 5)]]
+    missed = [[square(0, 0, 0)], [], [square(2, 9, 0)]]  # by then it may be any cell
+    assert len(follow(missed)) == 2
+
+
+def test_cells_keep_their_tracks_where_the_stage_jumps() -> None:
+    """Each cell lands where another was: overlap alone gives it that one's track."""
+    rng = np.random.default_rng(1)
+    columns = [(12 * n + int(rng.integers(-2, 3)), int(rng.integers(0, 40))) for n in range(12)]
+    still = [[square(t, x, y) for x, y in columns] for t in range(2)]
+    jumped = [[square(t, x + 12, y + 5) for x, y in columns] for t in range(2, 4)]
+    chains = follow([*still, *jumped])
+    assert sorted([(one.x, one.y) for one in chain] for chain in chains) == sorted(
+        [(x, y), (x, y), (x + 12, y + 5), (x + 12, y + 5)] for x, y in columns
+    )
+
+
+def family(*planes: list[tuple[int, int, int]]) -> set[tuple[tuple[int, int, int], ...]]:
+    """Return (first time point, last, x of the first) of each track and of its parent, if it has one."""
+    made = [[square(t, x, y, side) for x, y, side in plane] for t, plane in enumerate(planes)]
+    tracks = list(follow_sections(made))
+    of = {track.number: track for track in tracks}
+    assert sorted(of) == list(range(len(tracks)))
+
+    def name(track: Track) -> tuple[int, int, int]:
+        return track.sections[0].plane, track.sections[-1].plane, track.sections[0].x
+
+    ended: set[int] = set()
+    for track in tracks:
+        if track.parent is not None:  # a mother comes before her daughters
+            assert track.parent in ended
+            assert track.sections[0].plane == of[track.parent].sections[-1].plane + 1
+            assert [one.parent for one in tracks].count(track.parent) == 2
+        ended.add(track.number)
+    return {(name(one),) if one.parent is None else (name(one), name(of[one.parent])) for one in tracks}
+
+
+MOTHER = (50, 50, 12)
+DAUGHTERS = [(46, 52, 8), (58, 52, 8)]  # their middle is hers
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_a_cell_that_divides_ends_and_is_the_parent_of_both_daughters(is_taken: bool) -> None:
+    daughters = DAUGHTERS if is_taken else [(41, 52, 8), (63, 52, 8)]  # apart, none lies on their mother
+    found = family([MOTHER], [MOTHER], daughters, daughters)
+    mother = (0, 1, 50)
+    assert found == {(mother,), ((2, 3, daughters[0][0]), mother), ((2, 3, daughters[1][0]), mother)}
+
+
+@pytest.mark.parametrize(
+    ("name", "planes"),
+    [
+        ("a neighbour comes", [[MOTHER], [MOTHER, (64, 52, 10)], [MOTHER, (64, 52, 10)]]),
+        ("both on one side", [[MOTHER], [(56, 52, 8), (66, 52, 8)], [(56, 52, 8), (66, 52, 8)]]),
+        ("far apart", [[MOTHER], [(30, 52, 8), (74, 52, 8)], [(30, 52, 8), (74, 52, 8)]]),
+        ("a speck", [[MOTHER], [(48, 51, 10), (60, 54, 3)], [(48, 51, 10), (60, 54, 3)]]),
+        ("larger than she", [[MOTHER], [(42, 50, 13), (58, 50, 13)], [(42, 50, 13), (58, 50, 13)]]),
+        ("found in pieces once", [[MOTHER], DAUGHTERS, [MOTHER], [MOTHER]]),
+        ("at the end", [[MOTHER], [MOTHER], DAUGHTERS]),
+    ],
+)
+def test_what_only_looks_like_a_division_is_none(name: str, planes: list[list[tuple[int, int, int]]]) -> None:
+    assert all(len(one) == 1 for one in family(*planes)), name
+
+
+def test_daughters_divide_again_and_neighbours_do_not_mind() -> None:
+    still = [(110, 50, 12), (50, 110, 12), (20, 20, 8)]
+    granddaughters = [(42, 53, 6), (50, 53, 6)]
+    planes = [
+        [MOTHER, *still],
+        [*DAUGHTERS, *still],
+        [*still, *DAUGHTERS],
+        [*granddaughters, DAUGHTERS[1], *still],
+        [*granddaughters, DAUGHTERS[1], *still],
+    ]
+    assert family(*planes) == {
+        ((0, 0, 50),),
+        ((1, 2, 46), (0, 0, 50)),
+        ((1, 4, 58), (0, 0, 50)),
+        ((3, 4, 42), (1, 2, 46)),
+        ((3, 4, 50), (1, 2, 46)),
+        *(((0, 4, x),) for x, _, _ in still),
+    }
+
+
+def test_cells_that_all_move_further_than_they_are_wide_have_not_divided() -> None:
+    """Each comes to lie between where two were: these are on both sides of where each was."""
+    still, moved = ([(x + shift, 40, 10) for x in range(0, 96, 24)] for shift in (0, 10))
+    assert all(len(one) == 1 for one in family(still, moved, moved))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(4, 12)), max_size=8),
+        max_size=6,
+    ),
+)
+def test_tracks_hold_each_section_once(planes: list[list[tuple[int, int, int]]]) -> None:
+    family(*planes)
+    made = [[square(t, *one) for one in plane] for t, plane in enumerate(planes)]
+    chains = follow(made)
+    assert sum(one.area_px for chain in chains for one in chain) == sum(
+        side**2 for plane in planes for *_, side in plane
+    )
+    for chain in chains:
+        times = [one.plane for one in chain]
+        assert times == sorted(set(times))
+
+
+def test_nothing_has_no_tracks() -> None:
+    assert follow([]) == []
+    assert follow([[], [], []]) == []
