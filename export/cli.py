@@ -80,6 +80,11 @@ def cli() -> None:
 @click.option("--proposals", type=int, help="Candidates a level, and proposals of a tile; 400 by default.")
 @click.option("--detections", type=int, help="Most objects of a tile; 256 by default.")
 @click.option("--mask-batch", type=int, help="Objects per call of the mask graph; 64 by default.")
+@click.option(
+    "--min-score",
+    type=click.FloatRange(0, 1),
+    help="What scores less is not reported; the recipe's by default, or the bundle's.",
+)
 @click.option("--data", type=_folder, help="Images to verify on; the recipe's by default, or in their place.")
 @click.option("--licence", type=_file, help="Text of the model's licence.")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle if it exists.")
@@ -87,6 +92,7 @@ def bundle(
     source: str,
     out: Path,
     name: str | None,
+    min_score: float | None,
     data: Path | None,
     licence: Path | None,
     overwrite: bool,
@@ -109,6 +115,8 @@ def bundle(
     else:
         folder = Path(source)
         draft = draft_of_checkpoint(folder, wanted, name=name, data=data, licence=terms, tell=_tell)
+    if min_score is not None:
+        draft = draft.reporting(min_score)
     parity = write_verified(out, draft)
     click.echo(parity_table(parity), err=True)
     if not parity.agrees:

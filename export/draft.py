@@ -64,6 +64,11 @@ class Draft:
     licence: str
     sources: Sequence[TileSource]  # images to verify it on
 
+    def reporting(self, min_score: float) -> Draft:
+        """Return the draft of a model that reports what scores at least `min_score`."""
+        limits = replace(self.manifest.limits, min_score=min_score)
+        return replace(self, manifest=replace(self.manifest, limits=limits))
+
 
 def draft_of_checkpoint(
     folder: Path,

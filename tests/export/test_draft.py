@@ -30,18 +30,20 @@ def test_a_bundle_made_of_itself_has_the_same_graphs(bundle, pictures):
 
 def test_a_bundle_of_other_sizes_finds_the_same(run, bundle_path, pictures, tmp_path):
     out = tmp_path / "larger.darcnn"
-    sizes = ("--batch", "3", "--detections", "300", "--mask-batch", "32", "--name", "larger")
+    sizes = ("--batch", "3", "--detections", "300", "--mask-batch", "32", "--min-score", "0.25")
+    sizes += ("--name", "larger")
     code, _, err = run("bundle", bundle_path, "--out", out, "--data", pictures, *sizes)
     assert (code, "they agree" in err) == (0, True)
     made, before = open_bundle(out), open_bundle(bundle_path)
     assert (made.manifest.name, made.manifest.input.batch) == ("larger", 3)
     assert (made.manifest.limits.detections, made.manifest.limits.mask_batch) == (300, 32)
+    assert made.manifest.limits.min_score == 0.25
     for kept in ("intensity", "nominal_diameter_px", "mpp", "finds_diameter", "halo_px", "tile_px"):
         assert getattr(made.manifest.input, kept) == getattr(before.manifest.input, kept)
     for member in ("LICENSE", "training.json"):
         assert made.read(member) == before.read(member)
     pixels = np.asarray(Image.open(pictures / "discs0.png"))
-    with darcnn.load(bundle_path) as one, darcnn.load(out) as other:
+    with darcnn.load(bundle_path, min_score=0.25) as one, darcnn.load(out) as other:
         ours, theirs = one(pixels, diameter_px=16.0), other(pixels, diameter_px=16.0)
     assert len(ours) == len(theirs) > 10
     np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=0.05)
