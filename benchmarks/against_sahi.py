@@ -206,9 +206,9 @@ def make_detection_model(segmenter: Segmenter) -> Any:
                 masks = self.model.masks(found, boxes, np.zeros(len(slots), np.int64))
             outlined = outline_probabilities(masks, boxes, (height, width))
             self._original_predictions = [
-                (ring[2] * scale, float(score))
-                for ring, score in zip(outlined, found.scores[0, slots], strict=True)
-                if ring is not None
+                (one.ring * scale, float(score))
+                for one, score in zip(outlined, found.scores[0, slots], strict=True)
+                if one is not None
             ]
 
         def _create_object_prediction_list_from_original_predictions(

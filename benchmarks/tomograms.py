@@ -26,7 +26,8 @@ from skimage.filters import threshold_otsu
 
 import darcnn.runtime
 from darcnn.runtime.volumes.find import find_planes, plan_view
-from darcnn.runtime.volumes.link import Chain, link_sections
+from darcnn.runtime.volumes.link import link_sections
+from darcnn.runtime.volumes.matching import Chain
 from darcnn.runtime.volumes.metrics import VolumeScores, score_volume
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.sections import Section, common_pixels, sections_of

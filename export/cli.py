@@ -82,7 +82,7 @@ def cli() -> None:
 @click.option("--mask-batch", type=int, help="Objects per call of the mask graph; 64 by default.")
 @click.option(
     "--min-score",
-    type=click.FloatRange(0, 1),
+    type=float,
     help="What scores less is not reported; the recipe's by default, or the bundle's.",
 )
 @click.option("--data", type=_folder, help="Images to verify on; the recipe's by default, or in their place.")

@@ -65,7 +65,18 @@ class Draft:
     sources: Sequence[TileSource]  # images to verify it on
 
     def reporting(self, min_score: float) -> Draft:
-        """Return the draft of a model that reports what scores at least `min_score`."""
+        """Return the draft of a model that reports what scores at least `min_score`.
+
+        Raises:
+            UsageError: the graphs report nothing that scores so little, or nothing can score so much.
+        """
+        least = self.manifest.limits.score_threshold
+        if not least <= min_score <= 1:
+            raise UsageError(
+                f"is {min_score:g}, but objects score {least:g} to 1",
+                where="--min-score",
+                fix="give a number between these",
+            )
         limits = replace(self.manifest.limits, min_score=min_score)
         return replace(self, manifest=replace(self.manifest, limits=limits))
 

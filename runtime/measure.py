@@ -109,7 +109,7 @@ def object_schema(channel_names: Sequence[str]) -> pa.Schema:
 def measure_on_slide(
     instances: Instances, reader: Reader, level: Level, mpp: tuple[float, float] | None
 ) -> pa.Table:
-    """Return what `measure` does; the raw pixels of `level` are read a second time, a block at a time."""
+    """Return what `measure` does, with the raw pixels of `level`, read a block at a time."""
     names = reader.info.channel_names
     if not len(instances):
         return object_schema(names).empty_table()

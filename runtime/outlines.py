@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import shapely
@@ -22,15 +22,21 @@ _CELLS = 1 << 17  # so many values are worked on at once: they stay in the cache
 # Objects up to so much wider than the narrowest share a strip: fewer strips for a few more empty cells.
 _WIDER, _WIDER_PX = 1.5, 8
 
-Outlined = tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float64]]
+
+class Outlined(NamedTuple):
+    """Where an object lies on an image."""
+
+    origin: NDArray[np.int64]  # (2,) x y of the crop's first pixel
+    mask: NDArray[np.bool_]  # (h, w) without empty borders
+    ring: NDArray[np.float64]  # (K, 2) x y, closed and simple, pixels
 
 
 @dataclass(frozen=True, slots=True)
 class _Strip:
-    """Grids of N objects below one another, a row of zeros between them and zeros all round."""
+    """Grids of N objects below one another, each with zeros all round: none knows of the others."""
 
     values: NDArray[np.float64]  # (R, W + 2)
-    starts: NDArray[np.int64]  # (N,) the row of zeros above each
+    starts: NDArray[np.int64]  # (N,) the row of zeros above each; another one is below it
     regions: NDArray[np.int64]  # (N, 4) where each lies, x0 y0 x1 y1, pixels of the image
 
     def rows_of(self, index: int) -> slice:
@@ -54,8 +60,7 @@ def outline_probabilities(
         boxes: (N, 4) x0 y0 x1 y1, pixels of the image; may leave it.
         shape: (H, W) of the image.
     Returns:
-        For each object: origin (2,) x y of the crop's first pixel; mask (h, w) without empty borders; ring
-        (K, 2) x y, closed and simple, pixels. None if no pixel of the image is in the object.
+        One for each object, None if no pixel of the image is in it.
 
     >>> boxes = np.array([[2, 3, 6, 5], [0, 0, 0, 0]], "f4")
     >>> (origin, mask, ring), nothing = outline_probabilities(np.ones((2, 7, 7), "f4"), boxes, (9, 9))
@@ -118,9 +123,9 @@ def _share_strips(regions: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
 
 def _empty_strip(regions: NDArray[np.int64]) -> _Strip:
     width = int((regions[:, 2] - regions[:, 0]).max())
-    ends = np.cumsum(regions[:, 3] - regions[:, 1] + 1)
+    ends = np.cumsum(regions[:, 3] - regions[:, 1] + 2)
     starts = np.concatenate([[0], ends[:-1]])
-    return _Strip(np.zeros((int(ends[-1]) + 1, width + 2)), starts, regions)
+    return _Strip(np.zeros((int(ends[-1]), width + 2)), starts, regions)
 
 
 def _sample(
@@ -191,7 +196,7 @@ def _crop(
     origins = strip.regions[:, :2] + np.stack([left - 1, top - strip.starts - 1], axis=1)
     corners = np.stack([top, bottom + 1, left, right], axis=1).tolist()
     return [
-        None if ring is None or y1 == 0 else (origin, inside[y0:y1, x0:x1].copy(), ring)
+        None if ring is None or y1 == 0 else Outlined(origin, inside[y0:y1, x0:x1].copy(), ring)
         for ring, origin, (y0, y1, x0, x1) in zip(rings, origins, corners, strict=True)
     ]
 
@@ -203,13 +208,15 @@ def _trace(strip: _Strip) -> tuple[list[NDArray[np.float64] | None], NDArray[np.
     nor the centre of a pixel.
     """
     n, starts = len(strip.starts), strip.starts
-    points, offsets = _contours(strip.values)
+    row = np.arange(len(strip.values))
+    points, offsets = _contours(strip.values, row)
     owner = np.searchsorted(starts, points[offsets[:-1], 1], "right") - 1  # (L,) the object of each line
+    # once more with rows counted from the object's own: no bit of an outline depends on what is above it
+    points, _ = _contours(strip.values, row - np.repeat(starts, np.diff(starts, append=len(row))))
     distance = np.abs(strip.values - MASK_LEVEL).min(axis=1)
     is_plain = (np.bincount(owner, minlength=n) == 1) & (np.minimum.reduceat(distance, starts) > _CLEAR)
     # grid point j of a row is the centre of pixel j - 1
-    shift = strip.regions[:, :2] - np.stack([np.zeros_like(starts), starts], axis=1) - 0.5
-    points += np.repeat(shift[owner], np.diff(offsets), axis=0)
+    points += np.repeat(strip.regions[owner, :2] - 0.5, np.diff(offsets), axis=0)
     rings: list[NDArray[np.float64] | None] = [None] * n
     # the largest comes last, of equals the first
     for line in np.lexsort((-np.arange(len(owner)), _areas(points, offsets))).tolist():
@@ -221,13 +228,16 @@ def _trace(strip: _Strip) -> tuple[list[NDArray[np.float64] | None], NDArray[np.
     return rings, is_plain
 
 
-def _contours(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _contours(
+    values: NDArray[np.float64], rows: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return the points (K, 2) x y of all closed lines at the level, and where each of L begins (L + 1,).
 
-    This is `contourpy.contour_generator` without its checks.
+    This is `contourpy.contour_generator` without its checks. Which lines there are, and in which order,
+    depends on the values alone; `rows` (R,) is the y of each row.
     """
     x, y = np.empty(values.shape), np.empty(values.shape)
-    x[:], y[:] = np.arange(values.shape[1]), np.arange(values.shape[0])[:, None]
+    x[:], y[:] = np.arange(values.shape[1]), rows[:, None]
     generator = SerialContourGenerator(
         x,
         y,

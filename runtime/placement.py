@@ -83,9 +83,9 @@ def place(
             shape=shape,
             boxes=clip_boxes(boxes0[rows].astype(np.float32), width, height),
             scores=scores[rows],
-            origins=np.array([origin for origin, _, _ in placed], np.int64).reshape(-1, 2),
-            masks=tuple(mask for _, mask, _ in placed),
-            outlines=tuple(ring for _, _, ring in placed),
+            origins=np.array([found.origin for found in placed], np.int64).reshape(-1, 2),
+            masks=tuple(found.mask for found in placed),
+            outlines=tuple(found.ring for found in placed),
             truncated=truncated[rows],
             is_saturated=is_saturated,
         )

@@ -101,12 +101,12 @@ def find_row(
     unreadable = {tile.index for tile in row.tiles}
     detect = measure = 0.0
     start = time.perf_counter()
-    reader = RecentReader(reader)  # objects are measured on the pixels on which they were found
-    stream = segmenter.stream(reader, task.plan, tiles=row.tiles, window=task.window, skips_damaged=True)
+    recent = RecentReader(reader)  # objects are measured on the pixels on which they were found
+    stream = segmenter.stream(recent, task.plan, tiles=row.tiles, window=task.window, skips_damaged=True)
     for tile, instances in stream:
         found = time.perf_counter()
         with suppress(DamagedPixelsError):
-            tables.append(_measure_tile(tile, instances, reader, task))
+            tables.append(_measure_tile(tile, instances, recent, task))
             unreadable.remove(tile.index)
             advance(1, len(instances))
         detect += found - start

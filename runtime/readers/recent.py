@@ -11,13 +11,15 @@ from darcnn.runtime.readers.protocol import Pixels, Reader, SlideInfo
 
 __all__ = ["RecentReader"]
 
-_MAX_BYTES = 1 << 28  # of pixels are kept: the tiles of a dozen engine calls
+_MAX_BYTES = 1 << 27  # of pixels are kept: the tiles of some engine calls
 
 
 class RecentReader(Closing):
     """Another reader's pixels; what was read last is at hand, in whole or in part, and not decoded again.
 
-    Unlike those of other readers, its arrays are not the caller's own: they cannot be written into.
+    What comes out does not depend on what was read before. So levels whose downsample is no whole number are
+    always read anew: OpenSlide reads there from the nearest pixel of level 0, and a part of what was
+    read is not what a read of the part gives.
     """
 
     def __init__(self, reader: Reader, *, max_bytes: int = _MAX_BYTES) -> None:
@@ -34,7 +36,7 @@ class RecentReader(Closing):
         return self._reader.info
 
     def read(self, region: Region, *, level: int) -> Pixels:
-        """Return (H, W, C) pixels of `region` in pixels of `level`; not to be written into.
+        """Return (H, W, C) pixels of `region` in pixels of `level`; a new array that the caller owns.
 
         Raises:
             DamagedPixelsError: the file is damaged there.
@@ -42,13 +44,14 @@ class RecentReader(Closing):
             ShapeError: there is no such level; the region is empty or leaves the level.
         """
         with self._lock:
-            for kept_level, kept, pixels in reversed(self._kept):
-                if kept_level == level and kept.covers(region):
-                    x, y = region.x0 - kept.x0, region.y0 - kept.y0
-                    return pixels[y : y + region.height, x : x + region.width]
+            at_hand = list(self._kept)
+        for kept_level, kept, pixels in at_hand:
+            if kept_level == level and kept.covers(region):
+                x, y = region.x0 - kept.x0, region.y0 - kept.y0
+                return pixels[y : y + region.height, x : x + region.width].copy()
         pixels = self._reader.read(region, level=level)
-        pixels.flags.writeable = False
-        self._keep(level, region, pixels)
+        if float(self.info.levels[level].downsample).is_integer():
+            self._keep(level, region, pixels.copy())
         return pixels
 
     def close(self) -> None:

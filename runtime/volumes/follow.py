@@ -11,15 +11,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import shapely
+from numpy.typing import NDArray
 
-from darcnn.runtime.volumes.link import (
+from darcnn.runtime.volumes.matching import (
     BRIDGED,
     Chain,
     centre_of,
     match_overlapping,
-    overlaps,
     split_merged,
-    width_px,
+    width_of,
     with_next,
 )
 from darcnn.runtime.volumes.sections import Section
@@ -35,7 +35,6 @@ _SHARED, _CLEARLY = 0.5, 1.5  # of the objects move alike; times as many as stay
 # most so far from her, in her diameters. With a neighbour that comes it is half a diameter off and more.
 _APART, _ASIDE = 2.5, 0.35
 _EACH, _BOTH = 0.8, 0.5  # of her area each daughter has at most so much, both together at least so much
-_HELD = 0.5  # share of a section that another one must cover to hold it
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +55,15 @@ def follow_sections(time_points: Iterable[list[Section]]) -> Iterator[Track]:
        most two diameters apart, the ones nearest to each other.
     3. A field that has moved as a whole is first moved back.
     4. A track ends in a division where two sections alike, each smaller than it was, lie on both sides of
-       where it was, and lie apart at the next time point as well: a cell that was found in two pieces
-       once has not divided. Both are new tracks. What happens at the last time point cannot be told.
+       where it was at the time point before, and both go on at the next one: a cell that was found in two
+       pieces once has not divided. Both are new tracks.
 
     Args:
         time_points: the sections of each; three time points are in memory, and the tracks that go on.
     """
     follower = _Follower()
-    for current, after in with_next(time_points):
+    ordered = (sorted(sections, key=lambda one: (one.y, one.x)) for sections in time_points)
+    for current, after in with_next(ordered):
         yield from follower.add(current, after)
     yield from follower.active
 
@@ -73,15 +73,19 @@ class _Follower:
     active: list[Track] = field(default_factory=list)
     _time: int = -1  # the last time point taken
     _n_tracks: int = 0
+    # how far the field has moved since the first time point, y x, at each
+    _moved: list[NDArray[np.int64]] = field(default_factory=lambda: [np.zeros(2, np.int64)])
 
     def add(self, current: list[Section], after: list[Section]) -> list[Track]:
         """Take the next time point; return the tracks that have ended before it."""
         self._time += 1
-        ends = _follow_field([track.sections[-1] for track in self.active], current)
+        self._moved.append(self._moved[-1] + _find_jump(current, after))
+        ends = self._seen_now([track.sections[-1] for track in self.active])
+        after = self._seen_now(after)
         sections = split_merged(ends, current, after)
-        taken = match_overlapping(ends, sections)
-        taken |= _match_near(ends, sections, taken)
+        taken = _match(ends, sections)
         divided = _find_divisions(ends, sections, taken, after)
+        mothers = {self.active[end].number for end in divided.values()}
         begun: list[Track] = []
         for row, section in enumerate(sections):
             if row in taken and row not in divided:
@@ -90,7 +94,6 @@ class _Follower:
                 parent = self.active[divided[row]].number if row in divided else None
                 begun.append(Track([section], self._n_tracks + len(begun), parent))
         self._n_tracks += len(begun)
-        mothers = {self.active[end].number for end in divided.values()}
         going: list[Track] = []
         ended: list[Track] = []
         for track in self.active:
@@ -98,6 +101,20 @@ class _Follower:
             (ended if is_over else going).append(track)
         self.active = going + begun
         return ended
+
+    def _seen_now(self, sections: list[Section]) -> list[Section]:
+        """Return sections of any time point where they would lie now, if only the field had moved."""
+        seen: list[Section] = []
+        for one in sections:
+            dy, dx = (self._moved[self._time] - self._moved[one.plane]).tolist()
+            seen.append(replace(one, x=one.x + dx, y=one.y + dy))
+        return seen
+
+
+def _match(ends: list[Section], sections: list[Section]) -> dict[int, int]:
+    """Return which section goes on with which track, one to one, by overlap or nearness: section -> track."""
+    taken = match_overlapping(ends, sections)
+    return taken | _match_near(ends, sections, taken)
 
 
 def _find_divisions(
@@ -110,10 +127,10 @@ def _find_divisions(
     """
     new = [row for row in range(len(sections)) if row not in taken]
     mothers = [end for end, one in enumerate(ends) if sections and one.plane == sections[0].plane - 1]
-    if not new or not mothers or not after:
+    if not new or not mothers:
         return {}
     here, there = ([shapely.Point(centre_of(one)) for one in part] for part in (sections, ends))
-    reach = [_APART * width_px([ends[end].area_px]) for end in mothers]
+    reach = [_APART * width_of(ends[end].area_px) for end in mothers]
     tree = shapely.STRtree([here[row] for row in new])
     which, found = tree.query([there[end] for end in mothers], predicate="dwithin", distance=reach)
     near: dict[int, list[int]] = {}
@@ -126,11 +143,15 @@ def _find_divisions(
         for one in first:
             for other in rows:
                 aside = _judge_daughters(ends[end], sections[one], sections[other]) if one != other else None
-                if aside is not None and not _are_one(sections[one], sections[other], after):
+                if aside is not None:
                     rated.append((aside, end, one, other))
+    if not rated:
+        return {}
+    going_on = set(_match(sections, after).values())
     daughters: dict[int, int] = {}
     for _, end, one, other in sorted(rated):
-        if end not in daughters.values() and one not in daughters and other not in daughters:
+        is_free = end not in daughters.values() and one not in daughters and other not in daughters
+        if is_free and one in going_on and other in going_on:
             daughters |= {one: end, other: end}
     return daughters
 
@@ -143,20 +164,11 @@ def _judge_daughters(mother: Section, one: Section, other: Section) -> float | N
     area, areas = mother.area_px, (one.area_px, other.area_px)
     if max(areas) > min(_EACH * area, _ALIKE * min(areas)) or sum(areas) < _BOTH * area:
         return None
-    width = width_px([area])
+    width = width_of(area)
     centres = centre_of(one), centre_of(other)
     apart = float(np.linalg.norm(centres[0] - centres[1])) / width
     aside = float(np.linalg.norm((centres[0] + centres[1]) / 2 - centre_of(mother))) / width
     return aside if apart <= _APART and aside <= _ASIDE else None
-
-
-def _are_one(one: Section, other: Section, after: list[Section]) -> bool:
-    """Tell whether a section of the next time point holds both: the object was found in two pieces."""
-    held: dict[int, int] = {}
-    for row, later, shared in overlaps([one, other], after):
-        if shared >= _HELD * (one, other)[row].area_px:
-            held[later] = held.get(later, 0) + 1
-    return 2 in held.values()
 
 
 def _match_near(ends: list[Section], sections: list[Section], taken: dict[int, int]) -> dict[int, int]:
@@ -168,7 +180,7 @@ def _match_near(ends: list[Section], sections: list[Section], taken: dict[int, i
         return {}
     here, there = ([one[k] for k in chosen] for one, chosen in ((sections, rows), (ends, left)))
     now, before = ([shapely.Point(centre_of(one)) for one in part] for part in (here, there))
-    reach = [_REACH * width_px([one.area_px]) for one in here]
+    reach = [_REACH * width_of(one.area_px) for one in here]
     near = shapely.STRtree(before).query(now, predicate="dwithin", distance=reach).T
     pairs = [(k, n) for k, n in near.tolist() if _is_next(there[n], here[k])]
     pairs.sort(key=lambda pair: (shapely.distance(now[pair[0]], before[pair[1]]), pair))
@@ -176,17 +188,16 @@ def _match_near(ends: list[Section], sections: list[Section], taken: dict[int, i
     return {rows[k]: left[n] for k, n in pairs if of_now[k] == of_before[n] == (k, n)}
 
 
-def _follow_field(ends: list[Section], sections: list[Section]) -> list[Section]:
-    """Return `ends` where they lie if the whole field has moved since: a stage that jumped, a dish moved.
+def _find_jump(before: list[Section], sections: list[Section]) -> NDArray[np.int64]:
+    """Return how far the whole field has moved since the time point before, (2,) y x: a stage that jumped.
 
     Each pair of objects of both time points votes for the way between them. The ways of cells that move on
     their own differ; a jump is what half of them share, and half as many again as stay where they were.
     """
-    before = [one for one in ends if sections and one.plane == sections[0].plane - 1]
     n_pairs = min(len(before), len(sections))
     if n_pairs < _FEW:
-        return ends
-    step = width_px([one.area_px for one in sections]) / 3.0
+        return np.zeros(2, np.int64)
+    step = width_of(float(np.median([one.area_px for one in sections]))) / 3.0
     there, here = ([shapely.Point(centre_of(one)) for one in part] for part in (before, sections))
     k, n = shapely.STRtree(there).query(here, predicate="dwithin", distance=3.0 * _JUMP * step)
     ways = shapely.get_coordinates(here)[k] - shapely.get_coordinates(there)[n]  # (P, 2) y x
@@ -198,9 +209,9 @@ def _follow_field(ends: list[Section], sections: list[Section]) -> list[Section]
     around = np.sum([padded[y : y + side, x : x + side] for y in range(3) for x in range(3)], axis=0)
     best = np.unravel_index(int(np.argmax(around)), around.shape)
     if around[best] < max(_SHARED * n_pairs, _CLEARLY * around[side // 2, side // 2]):
-        return ends
-    dy, dx = np.round(np.median(ways[(np.abs(cells - best) <= 1).all(axis=1)], axis=0)).astype(int).tolist()
-    return [replace(one, x=one.x + dx, y=one.y + dy) for one in ends]
+        return np.zeros(2, np.int64)
+    jump: NDArray[np.float64] = np.median(ways[(np.abs(cells - best) <= 1).all(axis=1)], axis=0)
+    return np.round(jump).astype(np.int64)
 
 
 def _is_next(one: Section, other: Section) -> bool:

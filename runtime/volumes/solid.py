@@ -12,7 +12,7 @@ import shapely
 from numpy.typing import NDArray
 
 from darcnn.runtime.sinks.atomic import atomic_file
-from darcnn.runtime.volumes.link import Chain
+from darcnn.runtime.volumes.matching import Chain
 from darcnn.runtime.volumes.sections import Section, common_pixels, pack_mask, unpack_mask
 from darcnn.runtime.volumes.volume import AXES, Axis
 

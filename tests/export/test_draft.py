@@ -49,6 +49,13 @@ def test_a_bundle_of_other_sizes_finds_the_same(run, bundle_path, pictures, tmp_
     np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=0.05)
 
 
+@pytest.mark.parametrize("score", [-0.1, 0.01, 1.5, float("nan")])
+def test_a_score_that_no_object_has_is_refused(bundle, pictures, score):
+    draft = draft_of_bundle(bundle, Sizes(), name=None, data=pictures, licence=None)
+    with pytest.raises(UsageError, match="--min-score"):
+        draft.reporting(score)
+
+
 def test_a_larger_tile_keeps_what_the_model_knows(bundle, pictures):
     draft = draft_of_bundle(bundle, Sizes(tile_px=192), name=None, data=pictures, licence=None)
     assert draft.manifest.graphs["detect"]["tile"][1] == (2, 192, 192, 3)

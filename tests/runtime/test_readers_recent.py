@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from darcnn.runtime.errors import DamagedPixelsError, InputError
-from darcnn.runtime.geometry import Region
+from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.readers import ArrayReader
 from darcnn.runtime.readers.recent import RecentReader
 
@@ -63,8 +65,21 @@ def test_what_is_kept_is_bounded_and_the_oldest_goes_first() -> None:
 def test_nobody_changes_what_another_will_read() -> None:
     with RecentReader(CountingReader(IMAGE)) as reader:
         for _ in range(2):
-            with pytest.raises(ValueError, match="read-only"):
-                reader.read(WHOLE, level=0)[0] = 0
+            pixels = reader.read(WHOLE, level=0)
+            assert np.array_equal(pixels, IMAGE)
+            pixels[:] = 0
+
+
+def test_where_parts_are_not_what_is_read_of_them_nothing_is_kept() -> None:
+    source = CountingReader(IMAGE)
+    levels = (Level(0, 80, 60, 1.0), Level(1, 26, 20, 3.001))
+    source._info = replace(source.info, levels=levels)
+    part = Region(4, 4, 8, 8)
+    with RecentReader(source) as reader:
+        for level in (1, 0):
+            reader.read(Region(0, 0, 20, 20), level=level)
+            reader.read(part, level=level)
+    assert [region == part for region in source.asked] == [False, True, False]
 
 
 def test_damage_is_not_kept_and_closing_closes() -> None:

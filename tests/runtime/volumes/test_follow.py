@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darcnn.runtime.volumes.follow import Track, follow_sections
-from darcnn.runtime.volumes.link import Chain, link_sections
+from darcnn.runtime.volumes.link import link_sections
+from darcnn.runtime.volumes.matching import Chain
 from darcnn.runtime.volumes.sections import Section
 
 
@@ -60,7 +63,7 @@ def test_cells_keep_their_tracks_where_the_stage_jumps() -> None:
     )
 
 
-def family(*planes: list[tuple[int, int, int]]) -> set[tuple[tuple[int, int, int], ...]]:
+def family(*planes: list[Place]) -> set[tuple[tuple[int, int, int], ...]]:
     """Return (first time point, last, x of the first) of each track and of its parent, if it has one."""
     made = [[square(t, x, y, side) for x, y, side in plane] for t, plane in enumerate(planes)]
     tracks = list(follow_sections(made))
@@ -104,7 +107,7 @@ def test_a_cell_that_divides_ends_and_is_the_parent_of_both_daughters(is_taken: 
         ("at the end", [[MOTHER], [MOTHER], DAUGHTERS]),
     ],
 )
-def test_what_only_looks_like_a_division_is_none(name: str, planes: list[list[tuple[int, int, int]]]) -> None:
+def test_what_only_looks_like_a_division_is_none(name: str, planes: list[list[Place]]) -> None:
     assert all(len(one) == 1 for one in family(*planes)), name
 
 
@@ -128,6 +131,62 @@ def test_daughters_divide_again_and_neighbours_do_not_mind() -> None:
     }
 
 
+Place = tuple[int, int, int]  # x, y and side of a square
+
+FIELD = [(24 * n + 7 * (n % 3), 110 + 9 * (n % 4), 8) for n in range(8)]  # cells that do nothing
+
+
+def jumped(*planes: list[Place], at: int, by: tuple[int, int]) -> list[list[Place]]:
+    """Return the planes with the field; from time point `at` on all of it lies elsewhere."""
+    shift = [(0, 0) if t < at else by for t in range(len(planes))]
+    return [
+        [(x + dx, y + dy, side) for x, y, side in [*plane, *FIELD]]
+        for plane, (dx, dy) in zip(planes, shift, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("by", [(0, 0), (21, 13)])
+def test_a_jump_neither_makes_nor_hides_a_division(at: int, by: tuple[int, int]) -> None:
+    wide = [(44, 52, 8), (60, 52, 8)]
+    divides = family(*jumped([MOTHER], [MOTHER], DAUGHTERS, wide, at=at, by=by))
+    assert sum(len(one) == 2 for one in divides) == 2
+    assert len(divides) == 3 + len(FIELD)
+    in_pieces = family(*jumped([MOTHER], [MOTHER], DAUGHTERS, [MOTHER], [MOTHER], at=at, by=by))
+    assert all(len(one) == 1 for one in in_pieces)
+
+
+@pytest.mark.parametrize("by", [(0, 0), (21, 13)])
+def test_a_cell_missed_where_the_field_jumps_goes_on(by: tuple[int, int]) -> None:
+    found = family(*jumped([MOTHER], [MOTHER], [], [MOTHER], at=2, by=by))
+    assert ((0, 3, 50),) in found
+    assert len(found) == 1 + len(FIELD)
+
+
+@pytest.mark.parametrize("by", [(0, 0), (21, 13)])
+def test_cells_that_merge_once_are_cut_though_the_field_jumps_after(by: tuple[int, int]) -> None:
+    pair = [(50, 50, 8), (62, 50, 8)]
+    planes = jumped(pair, pair, [], pair, at=3, by=by)
+    made = [[square(t, *one) for one in plane] for t, plane in enumerate(planes)]
+    made[2].append(Section(2, 50, 50, np.ones((8, 20), bool), 0.9, False))
+    assert sorted(len(chain) for chain in follow(made)) == [4] * (2 + len(FIELD))
+
+
+def test_a_clump_does_not_hide_that_the_field_has_jumped() -> None:
+    rng = np.random.default_rng(1)
+    cells = [(12 * n + int(rng.integers(-2, 3)), int(rng.integers(0, 40)), 6) for n in range(12)]
+    planes = [
+        [(x + shift, y + shift // 2, side) for x, y, side in [*cells, (60, 60, 60)]]
+        for shift in (0, 0, 12, 12)
+    ]
+    assert len(family(*planes)) == 13
+
+
+@pytest.mark.parametrize("last", [[], [(200, 200, 8)], [DAUGHTERS[0]]])
+def test_daughters_that_do_not_go_on_were_none(last: list[Place]) -> None:
+    assert all(len(one) == 1 for one in family([MOTHER], [MOTHER], DAUGHTERS, last))
+
+
 def test_cells_that_all_move_further_than_they_are_wide_have_not_divided() -> None:
     """Each comes to lie between where two were: these are on both sides of where each was."""
     still, moved = ([(x + shift, 40, 10) for x in range(0, 96, 24)] for shift in (0, 10))
@@ -141,7 +200,7 @@ def test_cells_that_all_move_further_than_they_are_wide_have_not_divided() -> No
         max_size=6,
     ),
 )
-def test_tracks_hold_each_section_once(planes: list[list[tuple[int, int, int]]]) -> None:
+def test_tracks_hold_each_section_once(planes: list[list[Place]]) -> None:
     family(*planes)
     made = [[square(t, *one) for one in plane] for t, plane in enumerate(planes)]
     chains = follow(made)
@@ -151,6 +210,20 @@ def test_tracks_hold_each_section_once(planes: list[list[tuple[int, int, int]]])
     for chain in chains:
         times = [one.plane for one in chain]
         assert times == sorted(set(times))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(4, 12)), max_size=8),
+        max_size=6,
+    ),
+    st.randoms(),
+)
+def test_tracks_do_not_depend_on_the_order_of_sections(planes: list[list[Place]], random: Random) -> None:
+    # two of one place would be in the order in which they come
+    apart = [list({(x, y): (x, y, side) for x, y, side in plane}.values()) for plane in planes]
+    assert family(*apart) == family(*[random.sample(plane, len(plane)) for plane in apart])
 
 
 def test_nothing_has_no_tracks() -> None:

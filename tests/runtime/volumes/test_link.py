@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darcnn.runtime.volumes.link import Chain, link_sections
+from darcnn.runtime.volumes.link import link_sections
+from darcnn.runtime.volumes.matching import Chain
 from darcnn.runtime.volumes.sections import Section, read_sections, to_table
 
 
