@@ -22,6 +22,7 @@ from PIL import Image
 from darcnn.runtime.errors import InputError, ShapeError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.readers import ArrayReader, Reader, open_source
+from darcnn.runtime.readers.recent import RecentReader
 from darcnn.runtime.readers.slide import SlideReader
 
 SVS = Path(__file__).parents[2] / "examples" / "CMU-1-Small-Region.svs"
@@ -201,8 +202,11 @@ def test_facts_match_the_pixels(case: Case) -> None:
         assert (info.mpp_source is None) == (info.mpp is None)
 
 
-def test_any_region_of_any_level_equals_the_reference(case: Case) -> None:
-    with case.open() as reader:
+@pytest.mark.parametrize("is_at_hand", [False, True])
+def test_any_region_of_any_level_equals_the_reference(case: Case, is_at_hand: bool) -> None:
+    """Read anew, or a part of what was read before."""
+    with case.open() as source:
+        reader = RecentReader(source) if is_at_hand else source
 
         @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
         @given(st.data())
