@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["problems_of"]
 
+_COLOURS = 3  # channels
 _MAX_LABEL = 65535  # pseudo-labels are 16-bit pictures
 
 
@@ -89,6 +90,16 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield (
             f"refine_stage.crowding = {refine.crowding} is no share",
             "give a number from 0 to 1: 0.7, say, or 0 for no crowded tiles",
+        )
+    if not 0.0 <= refine.vary_stains < 1.0:
+        yield (
+            f"refine_stage.vary_stains = {refine.vary_stains} is not from 0 to below 1",
+            "use 0.2 for stained tissue, or 0",
+        )
+    if refine.vary_stains > 0 and target.channels != _COLOURS:
+        yield (
+            f"refine_stage.vary_stains is for colours, and target.channels is {target.channels}",
+            "leave it out",
         )
     if refine.extra_noise < 0:
         yield (

@@ -18,7 +18,7 @@ from darcnn.training.adapt.pseudo_labels import label_images, read_labels
 from darcnn.training.checkpoint import CheckpointInfo, is_complete, load_network, save_checkpoint
 from darcnn.training.config import Recipe
 from darcnn.training.contact_sheet import ContactSheet
-from darcnn.training.data.augment import add_noise, augment_target, vary_synthesized
+from darcnn.training.data.augment import add_noise, augment_target, vary_stains, vary_synthesized
 from darcnn.training.data.batches import Batch, BatchKey, make_batch
 from darcnn.training.data.crowding import crowd
 from darcnn.training.data.source import LabelledTile
@@ -236,6 +236,8 @@ def run_refine(run: Run, start: Path) -> Darcnn:
                     tile = add_noise(tile, rng, most=stage.extra_noise, grain_px=grain_px)
                 if stage.crowding > 0 and rng.random() < stage.crowding:
                     tile = crowd(tile, rng)
+                if stage.vary_stains > 0:
+                    tile = vary_stains(tile, rng, most=stage.vary_stains)
                 return augment_target(tile, rng) if stage.augment else tile
 
             return make_batch(draw, BatchKey(recipe.seed, name, number), parallel.share_of(stage.batch))

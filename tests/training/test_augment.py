@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from skimage.color import hed_from_rgb, rgb_from_hed
 
 from darcnn.training.data.augment import (
     add_noise,
@@ -14,6 +15,7 @@ from darcnn.training.data.augment import (
     augment_target,
     randomise_source,
     turn,
+    vary_stains,
     vary_synthesized,
 )
 from darcnn.training.data.source import LabelledTile
@@ -175,3 +177,33 @@ def test_added_noise_has_the_grain_and_the_measure_of_the_tile_and_leaves_its_co
     depths = [128 - one.image[masks[0]].mean() for one in noisy]
     assert min(depths) < 75 < max(depths) <= 115  # an object stands out less: up to half as much
     assert np.array_equal(add_noise(tile, random, most=0.0, grain_px=4.0).image, tile.image)
+
+
+def stained(*amounts: float) -> np.ndarray:
+    """Return 0..255 of a pixel with so much haematoxylin, eosin and rest on white glass."""
+    return 255.0 * np.exp(-np.array(amounts) @ rgb_from_hed)
+
+
+def test_stains_change_each_by_its_own_factor_and_the_masks_stay() -> None:
+    image = np.stack([stained(0, 0, 0), stained(0.8, 0.1, 0), stained(0.1, 0.7, 0)])
+    tile = LabelledTile(np.rint(image[None]).astype(np.uint8), np.ones((1, 1, 3), np.uint8))
+    seen = []
+    for seed in range(200):
+        varied = vary_stains(tile, np.random.default_rng(seed), most=0.2)
+        assert varied.masks is tile.masks
+        density = -np.log(np.maximum(varied.image[0].astype(float), 1.0) / 255.0)
+        glass, nucleus, cytoplasm = density @ hed_from_rgb
+        seen.append([nucleus[0] - glass[0], cytoplasm[1] - glass[1]])
+    haematoxylin, eosin = np.array(seen).T
+    for found, amount in ((haematoxylin, 0.8), (eosin, 0.7)):
+        assert found.min() < 0.9 * amount  # weaker and stronger, white glass may be clipped
+        assert found.max() > 1.1 * amount
+    assert abs(np.corrcoef(haematoxylin, eosin)[0, 1]) < 0.4
+
+
+def test_stains_that_do_not_vary_leave_every_byte() -> None:
+    random = np.random.default_rng(0)
+    tile = LabelledTile(
+        random.integers(1, 256, (64, 64, 3)).astype(np.uint8), np.zeros((0, 64, 64), np.uint8)
+    )
+    assert np.array_equal(vary_stains(tile, random, most=0.0).image, tile.image)

@@ -171,6 +171,36 @@ def test_pseudo_labelled_tiles_alone_are_crowded(
     assert all(crowded)
 
 
+@pytest.mark.usefixtures("untrusted")
+@pytest.mark.parametrize("most", [0.0, 0.2])
+def test_stains_vary_after_they_were_labelled(
+    tiny: Recipe, data: Path, tmp_path: Path, network: Darcnn, monkeypatch: pytest.MonkeyPatch, most: float
+) -> None:
+    target = replace(
+        tiny.target, sets=(TargetSet("tissue/*.png"),), channels=3, intensity=IntensityRule("full_range")
+    )
+    stage = replace(tiny.refine_stage, vary_stains=most, source_every=0, rounds=1)
+    recipe = replace(tiny, target=target, refine_stage=stage)
+    save_checkpoint(tmp_path / "adapt", network, CheckpointInfo("adapt", 1, True, recipe))
+    varied: list[float] = []
+
+    def note(tile: LabelledTile, rng: np.random.Generator, *, most: float) -> LabelledTile:
+        varied.append(most)
+        return tile
+
+    def take_batches(
+        network: Darcnn, plan: object, make_batch: Callable[[int], Batch], *rest: object
+    ) -> Darcnn:
+        assert not varied
+        make_batch(0)
+        return network
+
+    monkeypatch.setattr("darcnn.training.stages.vary_stains", note)
+    monkeypatch.setattr("darcnn.training.stages.train", take_batches)
+    run_refine(Run(recipe, data, tmp_path), tmp_path / "adapt")
+    assert varied == [most] * (stage.batch if most else 0)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_synthesized_tiles_take_their_share_of_the_source_batches(
     tiny: Recipe, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float

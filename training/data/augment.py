@@ -9,10 +9,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from scipy import ndimage
+from skimage.color import hed_from_rgb, rgb_from_hed
 
 from darcnn.training.data.source import LabelledTile
 
-__all__ = ["add_noise", "adjust_contrast", "augment_target", "randomise_source", "turn", "vary_synthesized"]
+__all__ = [
+    "add_noise",
+    "adjust_contrast",
+    "augment_target",
+    "randomise_source",
+    "turn",
+    "vary_stains",
+    "vary_synthesized",
+]
 
 _BLUR_SIGMA = 1.0  # DARCNN, section 3.3
 _CONTRAST = 1.5  # DARCNN, section 3.3: x -> clip(1.5 x - 150, 0, 255)
@@ -87,6 +96,25 @@ def augment_target(tile: LabelledTile, rng: np.random.Generator) -> LabelledTile
     image = _blur(tile.image.astype(np.float32), sigma=float(rng.uniform(0.0, _BLUR_SIGMA)))
     strength = float(rng.uniform(-1.0, 1.0))
     return replace(tile, image=adjust_contrast(image, strength))
+
+
+def vary_stains(tile: LabelledTile, rng: np.random.Generator, *, most: float) -> LabelledTile:
+    """Return the tile as another laboratory might have stained and scanned it.
+
+    Not in the paper: Tellez et al. 2018 (arXiv:1808.05896). The optical density is separated into
+    haematoxylin, eosin and a rest (Ruifrok and Johnston 2001), and each is multiplied by a factor of its own
+    and shifted.
+
+    Args:
+        tile: colours on bright glass.
+        rng: decides how each stain changes.
+        most: factors are 1 - `most` to 1 + `most`, shifts -`most` to `most`, in natural optical density.
+    """
+    density = -np.log(np.maximum(tile.image.astype(np.float32), 1.0) / 255.0)  # (S, S, 3)
+    factor, shift = rng.uniform(1.0 - most, 1.0 + most, 3), rng.uniform(-most, most, 3)
+    stains = (density @ hed_from_rgb) * factor + shift
+    image = 255.0 * np.exp(-(stains @ rgb_from_hed))
+    return replace(tile, image=np.clip(np.rint(image), 0, 255).astype(np.uint8))
 
 
 def add_noise(tile: LabelledTile, rng: np.random.Generator, *, most: float, grain_px: float) -> LabelledTile:
