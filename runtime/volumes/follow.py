@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import numpy as np
 import shapely
@@ -125,35 +126,42 @@ def _find_divisions(
     One daughter is a section that goes on with no track, the other may be what is `taken` for her mother:
     where all cells move, what looks like two daughters is a cell and its neighbour.
     """
-    new = [row for row in range(len(sections)) if row not in taken]
-    mothers = [end for end, one in enumerate(ends) if sections and one.plane == sections[0].plane - 1]
-    if not new or not mothers:
-        return {}
-    here, there = ([shapely.Point(centre_of(one)) for one in part] for part in (sections, ends))
-    reach = [_APART * width_of(ends[end].area_px) for end in mothers]
-    tree = shapely.STRtree([here[row] for row in new])
-    which, found = tree.query([there[end] for end in mothers], predicate="dwithin", distance=reach)
-    near: dict[int, list[int]] = {}
-    for k, n in zip(which.tolist(), found.tolist(), strict=True):
-        near.setdefault(mothers[k], []).append(new[n])
     goes_on = {end: row for row, end in taken.items()}
-    rated: list[tuple[float, int, int, int]] = []
-    for end, rows in near.items():
-        first = [goes_on[end]] if end in goes_on else rows
-        for one in first:
-            for other in rows:
-                aside = _judge_daughters(ends[end], sections[one], sections[other]) if one != other else None
-                if aside is not None:
-                    rated.append((aside, end, one, other))
+    rated = sorted(
+        (aside, end, one, other)
+        for end, rows in _find_new(ends, sections, taken).items()
+        for one, other in product([goes_on[end]] if end in goes_on else rows, rows)
+        if one != other
+        for aside in [_judge_daughters(ends[end], sections[one], sections[other])]
+        if aside is not None
+    )
     if not rated:
         return {}
     going_on = set(_match(sections, after).values())
     daughters: dict[int, int] = {}
-    for _, end, one, other in sorted(rated):
+    for _, end, one, other in rated:
         is_free = end not in daughters.values() and one not in daughters and other not in daughters
         if is_free and one in going_on and other in going_on:
             daughters |= {one: end, other: end}
     return daughters
+
+
+def _find_new(ends: list[Section], sections: list[Section], taken: dict[int, int]) -> dict[int, list[int]]:
+    """Return the sections, not `taken`, that lie where daughters of a track of the time point before may."""
+    new = [row for row in range(len(sections)) if row not in taken]
+    mothers = [end for end, one in enumerate(ends) if sections and one.plane == sections[0].plane - 1]
+    if not new or not mothers:
+        return {}
+    here, there = (
+        [shapely.Point(centre_of(part[number])) for number in chosen]
+        for part, chosen in ((sections, new), (ends, mothers))
+    )
+    reach = [_APART * width_of(ends[end].area_px) for end in mothers]
+    which, found = shapely.STRtree(here).query(there, predicate="dwithin", distance=reach)
+    near: dict[int, list[int]] = {}
+    for mother, row in zip(which.tolist(), found.tolist(), strict=True):
+        near.setdefault(mothers[mother], []).append(new[row])
+    return near
 
 
 def _judge_daughters(mother: Section, one: Section, other: Section) -> float | None:
