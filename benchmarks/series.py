@@ -14,6 +14,7 @@ divides: all `divisions` that are told are false.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.volumes.follow import follow_sections
 from darcnn.runtime.volumes.link import link_sections
+from darcnn.runtime.volumes.matching import Chain
 from darcnn.runtime.volumes.sections import Section, trimmed
 
 _SIDE_PX, _RADIUS_PX, _APART_PX = 600, 10, 18
@@ -49,10 +51,10 @@ def main(seed: int, jump: float, json_path: Path | None) -> None:
             for seen, n_false in ((1.0, 0), (_SEEN, _FALSE)):
                 rng = np.random.default_rng(seed)
                 planes, owner = _walk(rng, n_discs, step, seen=seen, n_false=n_false, jump_px=jump)
-                by_overlap = _judge(planes, owner, n_discs, is_series=False)
-                as_series = _judge(planes, owner, n_discs, is_series=True)
-                parents = [track.parent for track in follow_sections(planes)]
-                divisions = len({parent for parent in parents if parent is not None})
+                tracks = list(follow_sections(planes))
+                by_overlap = _judge(link_sections(planes), owner, n_discs)
+                as_series = _judge([track.sections for track in tracks], owner, n_discs)
+                divisions = len({track.parent for track in tracks if track.parent is not None})
                 row = {"discs": n_discs, "step": step, "seen": seen, "false": n_false}
                 rows.append({**row, "by_overlap": by_overlap, "as_series": as_series, "divisions": divisions})
                 figures = [n_discs, step, seen, *by_overlap, *as_series, divisions]
@@ -105,12 +107,11 @@ def _is_free(place: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
 
 
 def _judge(
-    planes: Planes, owner: dict[tuple[int, int, int], int], n_discs: int, *, is_series: bool
+    chains: Iterable[Chain], owner: dict[tuple[int, int, int], int], n_discs: int
 ) -> tuple[float, float]:
     """Return the shares of steps found and wrong."""
     right = n_steps = 0
-    tracks = (track.sections for track in follow_sections(planes)) if is_series else link_sections(planes)
-    for chain in tracks:
+    for chain in chains:
         discs = [owner.get((one.plane, one.x, one.y), -1) for one in chain]
         right += sum(one == other >= 0 for one, other in pairwise(discs))
         n_steps += len(chain) - 1

@@ -44,9 +44,14 @@ class Instances:
         )
         if any(length != n for length in lengths):
             raise ShapeError(f"fields of Instances differ in length: scores {n}, others {lengths}")
-        sides = np.array([mask.shape[::-1] for mask in self.masks]).reshape(-1, 2)
-        if (self.origins < 0).any() or (self.origins + sides > self.shape[::-1]).any():
+        if (self.origins < 0).any() or (self.ends > self.shape[::-1]).any():
             raise ShapeError(f"an object lies beyond the image of {self.shape[1]} x {self.shape[0]} px")
+
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """Return (N, 2) x y of the first pixel beyond each mask's crop."""
+        sizes = np.array([mask.shape[::-1] for mask in self.masks], np.int64).reshape(-1, 2)
+        return self.origins + sizes
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -22,8 +22,7 @@ def drop_covered(instances: Instances) -> Instances:
     """
     if len(instances) < 2:
         return instances
-    begin = instances.origins
-    end = begin + np.array([mask.shape[::-1] for mask in instances.masks])  # (N, 2) x y
+    begin, end = instances.origins, instances.ends  # (N, 2) x y
     meet = (begin[:, None] < end[None]).all(axis=2)  # (N, N)
     kept = (meet & meet.T).sum(axis=1) == 1  # these meet none but themselves
     low = begin.min(axis=0)

@@ -129,9 +129,8 @@ def measure_on_slide(
 
 def _cover(instances: Instances, level: Level) -> Region:
     """Return the region of the level that holds all masks; at least one pixel."""
-    sizes = np.array([mask.shape[::-1] for mask in instances.masks])  # (N, 2) w h
     low = np.floor(instances.origins.min(axis=0) / level.downsample).astype(int)
-    high = np.ceil((instances.origins + sizes).max(axis=0) / level.downsample).astype(int)
+    high = np.ceil(instances.ends.max(axis=0) / level.downsample).astype(int)
     last = np.array([level.width_px, level.height_px]) - 1
     low = np.clip(low, 0, last)
     high = np.clip(high, low + 1, last + 1)
@@ -183,14 +182,14 @@ def _mean(owner: NDArray[np.int64], values: NDArray[Any], n: int) -> NDArray[np.
 
 def _spread(instances: Instances) -> _Ground:
     n = len(instances)
-    widths = np.array([mask.shape[1] for mask in instances.masks], np.int64)
-    sizes = np.array([mask.size for mask in instances.masks], np.int64)
+    extents = instances.ends - instances.origins  # (N, 2) w h
     cells = np.flatnonzero(
         np.concatenate([mask.ravel() for mask in instances.masks] or [np.zeros(0, np.bool_)])
     )
-    ends = np.cumsum(sizes)
-    owner = np.searchsorted(ends, cells, "right")
-    row, column = np.divmod(cells - (ends - sizes)[owner], widths[owner])
+    sizes = extents.prod(axis=1)
+    stops = np.cumsum(sizes)
+    owner = np.searchsorted(stops, cells, "right")
+    row, column = np.divmod(cells - (stops - sizes)[owner], extents[owner, 0])
     x, y = column + instances.origins[owner, 0], row + instances.origins[owner, 1]
     area = np.bincount(owner, minlength=n).astype(np.float64)
     return _Ground(owner, x, y, area, mean_x=_mean(owner, x, n), mean_y=_mean(owner, y, n))

@@ -169,15 +169,17 @@ def _outline(strip: _Strip) -> list[Outlined | None]:
     rings, is_plain = _trace(strip)
     # all that is above the level is what `draw_polygon` would find, in less time
     inside = strip.values > MASK_LEVEL
-    drawn = [index for index, ring in enumerate(rings) if not is_plain[index] and ring is not None]
+    drawn: dict[int, NDArray[np.float64]] = {}
     for index in np.flatnonzero(~is_plain).tolist():
         inside[strip.rows_of(index)] = False
+        ring = rings[index]
+        if ring is not None:
+            drawn[index] = ring
     if drawn:
-        points = [ring for ring in (rings[index] for index in drawn) if ring is not None]
-        owner = np.repeat(np.arange(len(drawn)), [len(ring) for ring in points])
-        regions = strip.regions[drawn]
-        which, y, x = draw_polygons(np.concatenate(points), owner, regions)
-        top = strip.starts[drawn] + 1 - regions[:, 1]
+        owner = np.repeat(np.arange(len(drawn)), [len(ring) for ring in drawn.values()])
+        regions = strip.regions[list(drawn)]
+        which, y, x = draw_polygons(np.concatenate(list(drawn.values())), owner, regions)
+        top = strip.starts[list(drawn)] + 1 - regions[:, 1]
         inside[y + top[which], x - regions[which, 0] + 1] = True
     return _crop(strip, inside, rings)
 

@@ -19,6 +19,9 @@ FAST = settings(deadline=None, max_examples=100)
 grids = hnp.arrays(np.float32, (6, 6), elements=st.integers(0, 20).map(lambda n: n / 20))
 corners = st.floats(-20, 50, width=32)
 sides = st.floats(0.125, 40, width=32)
+boxes_in_view = st.tuples(corners, corners, sides, sides).map(
+    lambda box: np.array([box[0], box[1], box[0] + box[2], box[1] + box[3]], np.float32)
+)
 
 
 def outline(grid: np.ndarray, box: np.ndarray, shape: tuple[int, int]) -> Outlined | None:
@@ -28,9 +31,9 @@ def outline(grid: np.ndarray, box: np.ndarray, shape: tuple[int, int]) -> Outlin
 
 
 @FAST
-@given(grids, corners, corners, sides, sides)
-def test_mask_and_outline_always_agree(grid: np.ndarray, x: float, y: float, w: float, h: float) -> None:
-    found = outline(grid, np.array([x, y, x + w, y + h], np.float32), (40, 45))
+@given(grids, boxes_in_view)
+def test_mask_and_outline_always_agree(grid: np.ndarray, box: np.ndarray) -> None:
+    found = outline(grid, box, (40, 45))
     if found is None:
         return
     (x0, y0), mask, ring = found
@@ -48,9 +51,9 @@ def test_mask_and_outline_always_agree(grid: np.ndarray, x: float, y: float, w: 
 
 
 @FAST
-@given(grids, corners, corners, sides, sides)
-def test_drawing_is_point_in_polygon(grid: np.ndarray, x: float, y: float, w: float, h: float) -> None:
-    found = outline(grid, np.array([x, y, x + w, y + h], np.float32), (40, 45))
+@given(grids, boxes_in_view)
+def test_drawing_is_point_in_polygon(grid: np.ndarray, box: np.ndarray) -> None:
+    found = outline(grid, box, (40, 45))
     if found is None:
         return
     polygon = shapely.Polygon(found[2])
@@ -115,10 +118,10 @@ def test_low_probabilities_have_no_mask() -> None:
 
 
 @FAST
-@given(st.lists(st.tuples(grids, corners, corners, sides, sides), max_size=9), st.randoms())
-def test_an_object_looks_the_same_whoever_is_with_it(objects: list, random) -> None:
-    boxes = np.array([[x, y, x + w, y + h] for _, x, y, w, h in objects], np.float32).reshape(-1, 4)
-    masks = np.array([grid for grid, *_ in objects], np.float32).reshape(-1, 6, 6)
+@given(st.lists(st.tuples(grids, boxes_in_view), max_size=9))
+def test_an_object_looks_the_same_whoever_is_with_it(objects: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    boxes = np.array([box for _, box in objects], np.float32).reshape(-1, 4)
+    masks = np.array([grid for grid, _ in objects], np.float32).reshape(-1, 6, 6)
     together = outline_probabilities(masks, boxes, (40, 45))
     for found, mask, box in zip(together, masks, boxes, strict=True):
         alone = outline(mask, box, (40, 45))
