@@ -28,14 +28,18 @@ from darcnn.runtime.volumes.sections import Section
 __all__ = ["Track", "follow_sections"]
 
 _REACH = 2.0  # diameters that an object moves at most from time point to time point ...
-_ALIKE = 2.0  # ... and its area changes by this factor at most, where nearness alone joins it
+# ... and its area changes by this factor at most, where nearness alone joins it: chromosomes that draw
+# together before a division, and spread after it, take a third of the room of a nucleus
+_ALIKE = 3.0
 _FEW = 5  # objects do not tell that the whole field has moved
 _JUMP = 6.0  # diameters that it moves at most
 _SHARED, _CLEARLY = 0.5, 1.5  # of the objects move alike; times as many as stay where they were
 # Daughters lie on both sides of where their mother was: at most so far apart, and the middle between them at
-# most so far from her, in her diameters. With a neighbour that comes it is half a diameter off and more.
-_APART, _ASIDE = 2.5, 0.35
-_EACH, _BOTH = 0.8, 0.5  # of her area each daughter has at most so much, both together at least so much
+# most so far from her, in her usual diameters.
+_APART, _ASIDE = 1.8, 0.45
+_EACH, _BOTH = 0.8, 0.2  # of her usual area each has at most so much, both together at least so much ...
+_TWINS = 2.0  # ... and one at most so many times that of the other
+_USUAL = 25  # time points, the last ones, whose median is usual: just before she divides she is small
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +59,9 @@ def follow_sections(time_points: Iterable[list[Section]]) -> Iterator[Track]:
     2. What no overlap joins is joined to what is left of the time point before: of those alike in area and at
        most two diameters apart, the ones nearest to each other.
     3. A field that has moved as a whole is first moved back.
-    4. A track ends in a division where two sections alike, each smaller than it was, lie on both sides of
-       where it was at the time point before, and both go on at the next one: a cell that was found in two
-       pieces once has not divided. Both are new tracks.
+    4. A track ends in a division where two sections alike, each smaller than it usually was, lie on both
+       sides of where it was at the time point before, and both go on at the next one: a cell that was found
+       in two pieces once has not divided. Both are new tracks.
 
     Args:
         time_points: the sections of each; three time points are in memory, and the tracks that go on.
@@ -85,7 +89,8 @@ class _Follower:
         after = self._seen_now(after)
         sections = split_merged(ends, current, after)
         taken = _match(ends, sections)
-        divided = _find_divisions(ends, sections, taken, after)
+        usual_px = [_usual_area(track) for track in self.active]
+        divided = _find_divisions(ends, usual_px, sections, taken, after)
         mothers = {self.active[end].number for end in divided.values()}
         begun: list[Track] = []
         for row, section in enumerate(sections):
@@ -118,8 +123,16 @@ def _match(ends: list[Section], sections: list[Section]) -> dict[int, int]:
     return taken | _match_near(ends, sections, taken)
 
 
+def _usual_area(track: Track) -> float:
+    return float(np.median([one.area_px for one in track.sections[-_USUAL:]]))
+
+
 def _find_divisions(
-    ends: list[Section], sections: list[Section], taken: dict[int, int], after: list[Section]
+    ends: list[Section],
+    usual_px: list[float],
+    sections: list[Section],
+    taken: dict[int, int],
+    after: list[Section],
 ) -> dict[int, int]:
     """Return which sections are the daughters of which track: section -> track, two sections a track.
 
@@ -129,10 +142,10 @@ def _find_divisions(
     goes_on = {end: row for row, end in taken.items()}
     rated = sorted(
         (aside, end, one, other)
-        for end, rows in _find_new(ends, sections, taken).items()
+        for end, rows in _find_new(ends, usual_px, sections, taken).items()
         for one, other in product([goes_on[end]] if end in goes_on else rows, rows)
         if one != other
-        for aside in [_judge_daughters(ends[end], sections[one], sections[other])]
+        for aside in [_judge_daughters(ends[end], usual_px[end], sections[one], sections[other])]
         if aside is not None
     )
     if not rated:
@@ -146,7 +159,9 @@ def _find_divisions(
     return daughters
 
 
-def _find_new(ends: list[Section], sections: list[Section], taken: dict[int, int]) -> dict[int, list[int]]:
+def _find_new(
+    ends: list[Section], usual_px: list[float], sections: list[Section], taken: dict[int, int]
+) -> dict[int, list[int]]:
     """Return the sections, not `taken`, that lie where daughters of a track of the time point before may."""
     new = [row for row in range(len(sections)) if row not in taken]
     mothers = [end for end, one in enumerate(ends) if sections and one.plane == sections[0].plane - 1]
@@ -156,7 +171,7 @@ def _find_new(ends: list[Section], sections: list[Section], taken: dict[int, int
         [shapely.Point(centre_of(part[number])) for number in chosen]
         for part, chosen in ((sections, new), (ends, mothers))
     )
-    reach = [_APART * width_of(ends[end].area_px) for end in mothers]
+    reach = [_APART * width_of(usual_px[end]) for end in mothers]
     which, found = shapely.STRtree(here).query(there, predicate="dwithin", distance=reach)
     near: dict[int, list[int]] = {}
     for mother, row in zip(which.tolist(), found.tolist(), strict=True):
@@ -164,15 +179,15 @@ def _find_new(ends: list[Section], sections: list[Section], taken: dict[int, int
     return near
 
 
-def _judge_daughters(mother: Section, one: Section, other: Section) -> float | None:
-    """Return how far the middle of two sections lies from where their mother was, in her diameters.
+def _judge_daughters(mother: Section, usual_px: float, one: Section, other: Section) -> float | None:
+    """Return how far the middle of two sections lies from where their mother was, in her usual diameters.
 
     None: they are not her daughters.
     """
-    area, areas = mother.area_px, (one.area_px, other.area_px)
-    if max(areas) > min(_EACH * area, _ALIKE * min(areas)) or sum(areas) < _BOTH * area:
+    areas = one.area_px, other.area_px
+    if max(areas) > min(_EACH * usual_px, _TWINS * min(areas)) or sum(areas) < _BOTH * usual_px:
         return None
-    width = width_of(area)
+    width = width_of(usual_px)
     centres = centre_of(one), centre_of(other)
     apart = float(np.linalg.norm(centres[0] - centres[1])) / width
     aside = float(np.linalg.norm((centres[0] + centres[1]) / 2 - centre_of(mother))) / width

@@ -42,7 +42,7 @@ def test_a_cell_that_leaps_is_one_track_and_other_cells_are_not_its_continuation
     assert len(list(link_sections(leaping))) == 3  # planes of a volume
     assert places(follow(leaping)) == [[(0, 0), (1, 9), (2, 18)]]
     assert len(follow(moves(0, 15))) == 2  # two diameters and more
-    assert len(follow([[square(0, 0, 0)], [square(1, 9, 0, 9)]])) == 2  # larger
+    assert len(follow([[square(0, 0, 0)], [square(1, 9, 0, 11)]])) == 2  # larger
     gone = [[square(0, 0, 0), square(0, 12, 0)], [square(1, 20, 0)]]  # one of them went on, and not far
     assert places(follow(gone)) == [[(0, 0)], [(0, 12), (1, 20)]]
     speck = [[square(0, 0, 0)], [square(1, 9, 0), square(1, 5, 0, 2)]]  # nearer, but not alike
@@ -93,6 +93,25 @@ def test_a_cell_that_divides_ends_and_is_the_parent_of_both_daughters(is_taken: 
     found = family([MOTHER], [MOTHER], daughters, daughters)
     mother = (0, 1, 50)
     assert found == {(mother,), ((2, 3, daughters[0][0]), mother), ((2, 3, daughters[1][0]), mother)}
+
+
+@pytest.mark.parametrize(
+    "planes",
+    [
+        [MOTHER, (46, 55, 5), (46, 55, 8)],  # straight from a nucleus at rest
+        [MOTHER, MOTHER, MOTHER, (53, 53, 6), (46, 52, 6), (46, 52, 8)],  # seen as a plate before
+    ],
+)
+def test_chromosomes_are_small_before_and_after_a_division(planes: list[Place]) -> None:
+    *before, first, later = planes
+    both = [[(x, y, side), (112 - x - side, y, side)] for x, y, side in (first, later)]
+    n_alone = len(before)
+    mother = (0, n_alone - 1, 50)
+    found = family(*([one] for one in before), *both)
+    assert found == {
+        (mother,),
+        *(((n_alone, n_alone + 1, x), mother) for x, _, _ in both[0]),
+    }
 
 
 @pytest.mark.parametrize(
