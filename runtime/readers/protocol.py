@@ -63,6 +63,7 @@ class Planes:
 
     n_z: int = 1
     n_t: int = 1
+    n_lacking: int = 0  # further ones that the file announces, along t or else along z, and does not hold
 
     def is_series(self, t: int | None) -> bool:
         """Tell whether these are time points of one plane, of which `t` chooses none: a volume along t."""

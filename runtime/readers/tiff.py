@@ -39,6 +39,7 @@ from darcnn.runtime.readers.tiff_metadata import (
     tag_pixel_size,
 )
 from darcnn.runtime.readers.tiff_pages import UNREADABLE, PageFiles, PageSource, damaged
+from darcnn.runtime.readers.tiff_recorded import count_recorded
 from darcnn.runtime.readers.tiff_segments import JPEG, locate_page
 
 __all__ = [
@@ -106,13 +107,12 @@ class TiffReader(PlaneReader):
 
     @classmethod
     def count_planes(cls, path: Path) -> Planes:
-        """Return how many planes the first image of the file holds."""
+        """Return how many planes of the first image were written."""
         try:
             with tifffile.TiffFile(path) as tiff:
-                _, axes = _first_image(tiff, path)
+                return count_recorded(tiff, *_first_image(tiff, path), path)
         except UNREADABLE as err:
             raise _unreadable(path, err) from err
-        return Planes(axes.count("Z"), axes.count("T"))
 
     def _read(self, region: Region, level: Level) -> Pixels:
         parts = [self._files.read(page, region, depth) for page, depth in self._stored.levels[level.index]]

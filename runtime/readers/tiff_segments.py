@@ -46,9 +46,9 @@ def locate_page(series: tifffile.TiffPageSeries, index: int, path: Path) -> Page
         raw_offset = None if page is None else _raw_offset(page)
     if page is None:
         raise InputError(
-            "lacks a plane that lies in another file",
+            "lacks a plane: it was never written, or lies in another file",
             where=path,
-            fix="put the files of the OME-TIFF side by side under their first names",
+            fix="put the files of the OME-TIFF side by side under their first names, or choose another",
         )
     source = PageSource(
         path=Path(page.parent.filehandle.path),

@@ -203,6 +203,7 @@ def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str |
                         info,
                         path=path,
                         n_planes=len(places),
+                        n_lacking=planes.n_lacking if is_series or planes.n_t == 1 else 0,
                         is_series=is_series,
                         section_um=None if is_series else read_section_um(path),
                         frame_interval_s=read_frame_interval_s(path) if is_series else None,

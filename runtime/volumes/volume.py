@@ -55,6 +55,7 @@ class VolumeInfo:
     channel_names: tuple[str, ...] = ()  # where the file knows channels; `Volume.read` returns one
     is_depth_known: bool = True  # else planes are taken to lie as far apart as pixels
     n_unread: int = 0  # further images of the file (scenes)
+    n_lacking: int = 0  # planes that the file announces and does not hold: it was not written to its end
 
     @property
     def is_cubic(self) -> bool | None:
@@ -81,6 +82,7 @@ class VolumeInfo:
         *,
         path: Location,
         n_planes: int,
+        n_lacking: int = 0,
         is_series: bool,
         section_um: float | None,
         frame_interval_s: float | None,
@@ -92,6 +94,7 @@ class VolumeInfo:
             info: facts about one plane; all are alike.
             path: of the file.
             n_planes: along z, or along t of a series.
+            n_lacking: further ones that the file announces and does not hold.
             is_series: they are time points.
             section_um: micrometres from plane to plane; None: the file does not say.
             frame_interval_s: seconds from time point to time point; None: the file does not say.
@@ -113,6 +116,7 @@ class VolumeInfo:
             channel_names=() if info.is_rgb else info.channel_names,
             is_depth_known=section_um is not None,
             n_unread=info.n_unread,
+            n_lacking=n_lacking,
         )
 
     def plane_shape(self, axis: Axis) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Region
-from darcnn.runtime.readers import open_source, tiff_pages
+from darcnn.runtime.readers import Planes, count_planes, open_source, tiff_pages
 from darcnn.runtime.readers.tiff import TiffReader, read_planes
 from darcnn.runtime.readers.tiff_metadata import lay_out, ome_facts, tag_pixel_size
 
@@ -424,8 +424,43 @@ def test_a_part_of_a_split_ome_tiff_that_is_missing_is_told(tmp_path: Path) -> N
     alone.mkdir()
     moved = Path(shutil.copy(first, alone))
     np.testing.assert_array_equal(read(moved, z=0)[:, :, 0], values[0])
-    with pytest.raises(InputError, match="lies in another file"):
+    with pytest.raises(InputError, match="or lies in another file"):
         TiffReader(moved, z=1)
+
+
+def write_stopped(path: Path, axes: str, shape: tuple[int, ...], n_written: int) -> np.ndarray:
+    """Write the first pages of an OME-TIFF whose metadata announce all of `shape`; return its values."""
+    values = noise(*shape)
+    whole = write(path.with_name("whole.ome.tif"), values, metadata={"axes": axes})
+    with tifffile.TiffFile(whole) as tiff:
+        assert tiff.ome_metadata is not None
+        description = tiff.ome_metadata.encode()
+    pages = values.reshape(-1, *shape[-2:])[:n_written]
+    write(path, pages, description=description, metadata=None, photometric="minisblack")
+    return values
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "n_written", "found"),
+    [
+        ("TYX", (5, 20, 30), 3, Planes(1, 3, n_lacking=2)),
+        ("TYX", (5, 20, 30), 5, Planes(1, 5)),
+        ("ZYX", (6, 20, 30), 4, Planes(4, 1, n_lacking=2)),
+        ("TZYX", (4, 3, 20, 30), 8, Planes(3, 2, n_lacking=2)),  # the third has two of three planes
+        ("TCYX", (4, 2, 20, 30), 5, Planes(1, 2, n_lacking=2)),  # the third lacks a channel
+        ("TYX", (5, 20, 30), 1, Planes(1, 5)),  # no stack is left: --t 0 reads it
+    ],
+)
+def test_an_acquisition_that_was_stopped_has_the_planes_that_were_written(
+    tmp_path, axes, shape, n_written, found
+):
+    path = tmp_path / "stopped.ome.tif"
+    values = write_stopped(path, axes, shape, n_written)
+    assert count_planes(path) == found
+    z, t = (n - 1 if n > 1 else None for n in (found.n_z, found.n_t))
+    if n_written > 1:  # the last that counts can be read
+        at = tuple({"T": t, "Z": z, "C": 0}[name] for name in axes[:-2])
+        np.testing.assert_array_equal(read(path, z=z, t=t)[:, :, 0], values[at])
 
 
 def test_further_scenes_are_counted_and_thumbnails_are_not(tmp_path):

@@ -68,6 +68,23 @@ def test_sections_taken_for_time_points_keep_the_time_point_that_they_lie_in(
         assert set(table[second]) == {99.0}, name
 
 
+def test_of_a_series_that_was_stopped_what_was_written_is_searched(
+    oracle16: Segmenter, tmp_path: Path
+) -> None:
+    series = np.zeros((5, 40, 40), np.uint8)
+    series[:, 4:14, 4:14] = 1
+    tifffile.imwrite(tmp_path / "whole.ome.tif", series, metadata={"axes": "TYX"})
+    with tifffile.TiffFile(tmp_path / "whole.ome.tif") as tiff:
+        assert tiff.ome_metadata is not None
+        announced = tiff.ome_metadata.encode()
+    tifffile.imwrite(
+        tmp_path / "s.ome.tif", series[:3], description=announced, metadata=None, photometric="minisblack"
+    )
+    summary = run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out")
+    assert "of 5 time points that the file announces, the last 2 are missing" in summary.warnings
+    assert pq.read_table(summary.folder / "tracks.parquet")["t"].to_pylist() == [0, 1, 2]
+
+
 def test_daughters_name_their_mother_unless_she_is_left_out(oracle16: Segmenter, tmp_path: Path) -> None:
     """One cell divides and one of its daughters again; another one only moves."""
     series = np.zeros((5, 60, 80), np.uint8)
