@@ -153,7 +153,7 @@ def _read_voxel_size(
     multiple=True,
     type=click.Choice(tuple(dict.fromkeys((*EXTRA_FORMATS, *EXTRA_VOLUME_FORMATS)))),
     help="Write this format too; repeatable. A finished slide gets it without being done again. "
-    "labels-mrc is for volumes.",
+    "labels-mrc is for volumes, ctc for series.",
 )
 @click.option(
     "--workers",

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.sinks.atomic import atomic_file
 
-__all__ = ["write_label_stack", "write_labels_tiff"]
+__all__ = ["label_planes", "write_label_stack", "write_labels_tiff"]
 
 _TILE_PX = 512
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "darcnn:labels")
@@ -76,7 +76,7 @@ def write_label_stack(
         tifffile.TiffWriter(file, bigtiff=True, ome=True) as writer,
     ):
         writer.write(
-            _planes(array),
+            label_planes(array),
             shape=array.shape,
             dtype=np.uint32,
             compression="zlib",
@@ -93,7 +93,8 @@ def _ome(axes: str, name: str, step_um: Mapping[str, float]) -> dict[str, Any]:
     return metadata
 
 
-def _planes(array: Any) -> Iterator[NDArray[np.uint32]]:
+def label_planes(array: Any) -> Iterator[NDArray[np.uint32]]:
+    """Yield the planes of a label array along its first axis; one slab of them is in memory at once."""
     depth = array.chunks[0]
     for start in range(0, array.shape[0], depth):
         yield from np.asarray(array[start : start + depth])

@@ -17,6 +17,7 @@ from darcnn.runtime.sinks.atomic import remove_drafts, translated
 
 __all__ = [
     "CSV_FILE",
+    "CTC_FOLDER",
     "GEOJSON_FILE",
     "LABELS_FOLDER",
     "LABELS_MRC_FILE",
@@ -49,9 +50,10 @@ SCROLL_FILE = "scroll.gif"
 LABELS_MRC_FILE = "labels.mrc"
 TRACKS_FILE = "tracks.parquet"  # of series
 TRACKS_CSV_FILE = "tracks.csv"
+CTC_FOLDER = "ctc"
 _RESULTS = (
     *(TABLE_FILE, GEOJSON_FILE, LABELS_FOLDER, OVERVIEW_FILE, CSV_FILE, LABELS_TIFF),
-    *(STAR_FILE, POINTS_FILE, SCROLL_FILE, LABELS_MRC_FILE, TRACKS_FILE, TRACKS_CSV_FILE),
+    *(STAR_FILE, POINTS_FILE, SCROLL_FILE, LABELS_MRC_FILE, TRACKS_FILE, TRACKS_CSV_FILE, CTC_FOLDER),
     RUN_FILE,  # last, always
 )
 # what systems put into folders that somebody looks at

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import zarr
 
 from darcnn.runtime.readers.mrc_header import AXIS_NAMES, MAP_FIELDS
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.sinks.atomic import translated
+from darcnn.runtime.sinks.ctc import write_ctc
 from darcnn.runtime.sinks.labels_tiff import write_label_stack
 from darcnn.runtime.sinks.parquet import count_objects
 from darcnn.runtime.sinks.result_folder import (
     CSV_FILE,
+    CTC_FOLDER,
     LABELS_FOLDER,
     LABELS_MRC_FILE,
     LABELS_TIFF,
@@ -30,7 +33,7 @@ from darcnn.runtime.volumes.volume import NM_PER_UM
 
 __all__ = ["add_formats", "write_formats"]
 
-_FILES = {"csv": CSV_FILE, "labels-mrc": LABELS_MRC_FILE, "labels-tiff": LABELS_TIFF}
+_FILES = {"csv": CSV_FILE, "ctc": CTC_FOLDER, "labels-mrc": LABELS_MRC_FILE, "labels-tiff": LABELS_TIFF}
 _MAX_UINT16 = 65535
 _ANGSTROM_PER_NM = 10.0
 _GEOMETRY = (
@@ -54,6 +57,8 @@ def write_formats(folder: Path, path: Location, described: Mapping[str, Any], al
         write_csv(folder / CSV_FILE, folder / TABLE_FILE)
         if (folder / TRACKS_FILE).exists():
             write_csv(folder / TRACKS_CSV_FILE, folder / TRACKS_FILE)
+    if "ctc" in also and described.get("is_series"):
+        write_ctc(folder / CTC_FOLDER, folder / LABELS_FOLDER, _parents(folder / TABLE_FILE))
     if "labels-mrc" in also:
         _write_label_mrc(folder, path, described)
     if "labels-tiff" in also:
@@ -73,7 +78,11 @@ def add_formats(folder: Path, path: Location, described: Mapping[str, Any], also
     Raises:
         OutputError: the folder is in use, or cannot be written.
     """
-    missing = [extra for extra in also if not all((folder / name).exists() for name in _files(folder, extra))]
+    missing = [
+        extra
+        for extra in also
+        if not all((folder / name).exists() for name in _files(folder, described, extra))
+    ]
     if missing:
         with hold_folder(folder), translated(folder):
             write_formats(folder, path, described, missing)
@@ -88,9 +97,17 @@ def _step_um(described: Mapping[str, Any]) -> dict[str, float]:
     return dict(zip("ZYX", (side / NM_PER_UM for side in described["voxel_nm_zyx"]), strict=True))
 
 
-def _files(folder: Path, extra: str) -> Iterator[str]:
-    """Yield the names of the files of one format."""
-    yield _FILES[extra]
+def _parents(table: Path) -> dict[int, int]:
+    """Return the `id` of each object that came of a division to that of its mother."""
+    rows = pq.read_table(table, columns=["id", "parent"])
+    ids, parents = (rows[name].to_pylist() for name in rows.column_names)
+    return {number: parent for number, parent in zip(ids, parents, strict=True) if parent is not None}
+
+
+def _files(folder: Path, described: Mapping[str, Any], extra: str) -> Iterator[str]:
+    """Yield the names of the files of one format; only series have tracks."""
+    if extra != "ctc" or described.get("is_series"):
+        yield _FILES[extra]
     if extra == "csv" and (folder / TRACKS_FILE).exists():
         yield TRACKS_CSV_FILE
 

@@ -13,7 +13,7 @@ __all__ = ["EXTRA_VOLUME_FORMATS", "AxisOption", "VolumeOptions", "parse_voxel_s
 
 AxisOption = Literal["auto", "z", "y", "x", "all"]
 
-EXTRA_VOLUME_FORMATS = ("csv", "labels-mrc", "labels-tiff")  # written when asked for
+EXTRA_VOLUME_FORMATS = ("csv", "ctc", "labels-mrc", "labels-tiff")  # written when asked for
 
 _NM_PER_UNIT = {"nm": 1.0, "A": 0.1, "um": 1000.0}
 
