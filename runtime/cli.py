@@ -112,6 +112,9 @@ def _read_voxel_size(
 @click.option("--t", type=click.IntRange(min=0), help="Which time point of a series, from 0.")
 @click.option("--series", is_flag=True, help="The planes of a stack are time points, whatever the file says.")
 @click.option(
+    "--project", is_flag=True, help="Of stacks at several time points: the brightest of each, as a series."
+)
+@click.option(
     "--axis",
     type=click.Choice(["auto", "z", "y", "x", "all"]),
     default="auto",
@@ -185,6 +188,7 @@ def main(
     z: int | None,
     t: int | None,
     series: bool,
+    project: bool,
     axis: AxisOption,
     slab: int | None,
     voxel_size: tuple[float, float, float] | None,
@@ -228,6 +232,7 @@ def main(
         pixels=pixels,
         t=t,
         series=series,
+        project=project,
         channel=options.channel,
         window=window,
         row_filter=row_filter,

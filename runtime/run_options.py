@@ -45,7 +45,11 @@ def asked_options(chosen: RunOptions | VolumeOptions) -> dict[str, Any]:
     (False, (0.0, 9.0))
     """
     asked = {key: value for key, value in asdict(chosen).items() if key not in _NOT_ASKED}
-    for name in ("window", "series"):  # results from before there were these stay what was asked for
+    for name in (
+        "window",
+        "series",
+        "project",
+    ):  # results from before there were these stay what was asked for
         if not asked.get(name):
             asked.pop(name, None)
     return asked

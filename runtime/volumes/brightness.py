@@ -12,7 +12,7 @@ from darcnn.runtime.volumes.volume import Volume
 __all__ = ["measure_brightness"]
 
 
-def measure_brightness(numbered: Numbered, volume: Volume, *, t: int | None) -> NDArray[np.float64]:
+def measure_brightness(numbered: Numbered, volume: Volume) -> NDArray[np.float64]:
     """Return the mean of the volume over each object, and of each channel of a file with several.
 
     The planes of the volume are read once more, one after another.
@@ -20,7 +20,6 @@ def measure_brightness(numbered: Numbered, volume: Volume, *, t: int | None) -> 
     Args:
         numbered: the objects, numbered from 1 without a gap.
         volume: open; stays open.
-        t: the time point that it was opened at.
     Returns:
         (N, 1 + C), C the number of `VolumeInfo.several_channels`; NaN where no value is finite.
     Raises:
@@ -31,7 +30,7 @@ def measure_brightness(numbered: Numbered, volume: Volume, *, t: int | None) -> 
     if not n:
         return np.zeros((0, shape[1]))
     sums, counts = np.zeros(shape), np.zeros(shape)
-    planes = zip(draw_planes(numbered, info.shape), read_channels(info, t), strict=True)
+    planes = zip(draw_planes(numbered, info.shape), read_channels(info), strict=True)
     for index, (labels, channels) in enumerate(planes):
         inside = labels > 0
         if not inside.any():

@@ -18,12 +18,9 @@ from darcnn.runtime.volumes.volume import VolumeInfo
 __all__ = ["read_channels"]
 
 
-def read_channels(info: VolumeInfo, t: int | None) -> Iterator[NDArray[Any]]:
+def read_channels(info: VolumeInfo) -> Iterator[NDArray[Any]]:
     """Yield the channels of each plane, (H, W, C), as the file has them; none where it has only one.
 
-    Args:
-        info: of the volume.
-        t: the time point that it was opened at.
     Raises:
         InputError: the file cannot be read any more.
     """
@@ -31,8 +28,8 @@ def read_channels(info: VolumeInfo, t: int | None) -> Iterator[NDArray[Any]]:
     if not info.several_channels:
         yield from (np.zeros((height, width, 0)) for _ in range(n_planes))
     elif not isinstance(info.path, Path) or is_ome_zarr(info.path):
-        yield from read_zarr_channels(info.path, t=t, is_series=info.planes_along == "t")
+        yield from read_zarr_channels(info.path, info.layout)
     else:
-        places = [(None, index) if info.planes_along == "t" else (index, t) for index in range(n_planes)]
-        for reader in read_planes(info.path, places):
-            yield reader.read(Region(0, 0, width, height), level=0)
+        readers = read_planes(info.path, info.layout.places())
+        whole = Region(0, 0, width, height)
+        yield from info.layout.project(reader.read(whole, level=0) for reader in readers)

@@ -21,16 +21,13 @@ _BRIGHTNESS = "mean_intensity"
 _BEFORE_PARENT = "n_time_points"
 
 
-def number_solids(
-    joined: Joined, volume: Volume, row_filter: RowFilter | None, *, t: int | None
-) -> tuple[Numbered, pa.Table]:
+def number_solids(joined: Joined, volume: Volume, row_filter: RowFilter | None) -> tuple[Numbered, pa.Table]:
     """Return the reported objects, numbered from 1 in the order z y x of their boxes, and their table.
 
     Args:
         joined: all that were found, of which no two share a voxel.
         volume: open; stays open.
         row_filter: which of them are reported; None: all.
-        t: the time point that the volume was opened at.
     Raises:
         InputError: the file cannot be read any more.
     """
@@ -39,7 +36,7 @@ def number_solids(
     tables = list(measure_solids((solids[int(row)] for row in order), volume.info.voxel_nm))
     table = pa.concat_tables(tables) if tables else solid_schema().empty_table()
     everything = Numbered(solids, order, np.arange(1, len(order) + 1))
-    first, *others = measure_brightness(everything, volume, t=t).T
+    first, *others = measure_brightness(everything, volume).T
     table = _with_column(table, _BRIGHTNESS, first)
     for name, means in zip(_channel_columns(volume.info), others, strict=True):
         table = _with_column(table, name, means)

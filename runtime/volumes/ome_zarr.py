@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.planning import find_channel
-from darcnn.runtime.readers.base import choose_plane, make_slide_name, plausible_mpp, to_pixels
+from darcnn.runtime.readers.base import make_slide_name, plausible_mpp, to_pixels
 from darcnn.runtime.readers.ome_zarr import Multiscale, OmeZarrReader, open_multiscale, unreadable_zarr
 from darcnn.runtime.readers.protocol import Location, SlideInfo
+from darcnn.runtime.volumes.layout import Layout
 from darcnn.runtime.volumes.volume import Stored, Volume, VolumeInfo, check_room
 
 __all__ = ["read_zarr_channels", "unpack_zarr"]
@@ -24,31 +25,29 @@ _BYTES = 64 << 20  # unpacked at once, about
 _MOST_MISSING = 100  # chunks by files that are there: empty chunks are left out, but hardly all of them
 
 
-def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | str | None) -> Volume:
+def unpack_zarr(
+    path: Location, scratch: Path, *, t: int | None, channel: int | str | None, projects: bool = False
+) -> Volume:
     """Return the volume of an OME-Zarr image, unpacked into `scratch`.
 
     Raises:
+        UsageError: there are no stacks to project.
         InputError: no OME-Zarr image, damaged, not to be reached, or a choice of `t` or `channel` is needed.
         OutputError, OSError: there is no room to unpack it.
     """
     image = open_multiscale(path)
-    planes = image.planes()
-    is_series = planes.is_series(t)
-    moment = 0 if is_series else choose_plane("t", t, planes.n_t, where=path)
-    with OmeZarrReader(path, z=0, t=moment) as reader:
+    layout = Layout.of(image.planes(), path, t=t, projects=projects)
+    with OmeZarrReader(path, z=0, t=layout.t or 0) as reader:
         info = reader.info
-    along, n_planes = ("t", planes.n_t) if is_series else ("z", planes.n_z)
-    place = {"z": 0, "t": moment, "c": _choose_channel(info, channel)}
-    del place[along]
+    number = _choose_channel(info, channel)
     z = image.steps_um().get("z")
     section = plausible_mpp(z, z)
     facts = VolumeInfo.of_planes(
         info,
         path=path,
-        n_planes=n_planes,
-        is_series=is_series,
+        layout=layout,
         section_um=None if section is None else section[0],
-        frame_interval_s=image.frame_interval_s() if is_series else None,
+        frame_interval_s=image.frame_interval_s() if layout.is_series else None,
         is_rgb=False,  # one of its channels is read, also of colours
     )
     check_room(path, scratch, facts.shape, facts.dtype)
@@ -56,39 +55,36 @@ def unpack_zarr(path: Location, scratch: Path, *, t: int | None, channel: int | 
     target = scratch / f".{make_slide_name(path)}.unpacked"
     try:
         with target.open("wb") as file:
-            for span in _spans(image, along, plane_bytes=math.prod(facts.shape[1:]) * facts.dtype.itemsize):
-                values = _read(image, place, span, path)
-                file.write(to_pixels(values).tobytes())
+            plane_bytes = math.prod(facts.shape[1:]) * facts.dtype.itemsize
+            for span in _spans(image, layout, plane_bytes=plane_bytes):
+                file.write(to_pixels(_read(image, layout, span, number, path)).tobytes())
     except BaseException:
         target.unlink(missing_ok=True)
         raise
     return Volume(facts, Stored(target, facts.dtype), scratch=target)
 
 
-def read_zarr_channels(path: Location, *, t: int | None, is_series: bool) -> Iterator[NDArray[Any]]:
-    """Yield all channels of each plane of an OME-Zarr image, (H, W, C); of a series of each time point.
+def read_zarr_channels(path: Location, layout: Layout) -> Iterator[NDArray[Any]]:
+    """Yield all channels of each plane of a volume in OME-Zarr, (H, W, C).
 
     Raises:
         InputError: it cannot be read any more.
     """
     image = open_multiscale(path)
     sizes = dict(zip(image.axes, image.arrays[0].shape, strict=True))
-    along, fixed = ("t", {"z": 0}) if is_series else ("z", {"t": t or 0})
     plane_bytes = sizes["y"] * sizes["x"] * sizes.get("c", 1) * image.arrays[0].dtype.itemsize
-    for planes in _spans(image, along, plane_bytes=plane_bytes):
-        channels = [_read(image, {**fixed, "c": c}, planes, path) for c in range(sizes.get("c", 1))]
+    for span in _spans(image, layout, plane_bytes=plane_bytes):
+        channels = [_read(image, layout, span, c, path) for c in range(sizes.get("c", 1))]
         yield from np.stack(channels, axis=-1)
 
 
-def _spans(image: Multiscale, along: str, *, plane_bytes: int) -> Iterator[slice]:
+def _spans(image: Multiscale, layout: Layout, *, plane_bytes: int) -> Iterator[slice]:
     """Yield which planes to read at once: whole chunks, of bounded size where these allow it."""
-    n_planes, chunk = 1, 1
-    if along in image.axes:
-        axis = image.axes.index(along)
-        n_planes, chunk = image.arrays[0].shape[axis], image.arrays[0].chunks[axis]
-    step = max(1, _BYTES // plane_bytes // chunk) * chunk
-    for start in range(0, n_planes, step):
-        yield slice(start, min(n_planes, start + step))
+    is_axis = layout.along in image.axes
+    chunk = image.arrays[0].chunks[image.axes.index(layout.along)] if is_axis else 1
+    step = max(1, _BYTES // (plane_bytes * layout.n_projected) // chunk) * chunk
+    for start in range(0, layout.n_planes, step):
+        yield slice(start, min(layout.n_planes, start + step))
 
 
 def _check_chunks(array: zarr.Array[Any], path: Location) -> None:
@@ -119,15 +115,17 @@ def _choose_channel(info: SlideInfo, channel: int | str | None) -> int:
     return number or 0
 
 
-def _read(image: Multiscale, place: dict[str, int], planes: slice, path: Location) -> NDArray[Any]:
-    """Return planes (n, H, W) in the order z y x, whatever the order in the file."""
-    which: list[Any] = [
-        place[axis] if axis in place else planes if axis in "zt" else slice(None) for axis in image.axes
-    ]
+def _read(image: Multiscale, layout: Layout, span: slice, channel: int, path: Location) -> NDArray[Any]:
+    """Return planes `span` of one channel, (n, H, W), whatever the order of the axes in the file."""
+    where: dict[str, Any] = {"z": 0, "t": layout.t or 0, "c": channel, layout.along: span}
+    if layout.n_projected > 1:
+        where["z"] = slice(None)
     try:
-        values = np.asarray(image.arrays[0][tuple(which)])
+        values = np.asarray(image.arrays[0][tuple(where.get(axis, slice(None)) for axis in image.axes)])
     except unreadable_zarr() as err:
         raise InputError(f"cannot be read ({err})", where=path, fix="copy it again") from err
-    left = [axis for axis in image.axes if axis not in place]
+    left = [axis for axis in image.axes if isinstance(where.get(axis, span), slice)]
     values = values.transpose([left.index(axis) for axis in "ztyx" if axis in left])
+    if layout.n_projected > 1:
+        values = np.fmax.reduce(values, axis=0)
     return values if values.ndim == 3 else values[None]

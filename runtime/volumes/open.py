@@ -8,13 +8,14 @@ import math
 import shutil
 import zlib
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from darcnn.runtime.errors import InputError, ShapeError
+from darcnn.runtime.errors import InputError, ShapeError, UsageError
 from darcnn.runtime.intensity import select_channels
 from darcnn.runtime.planning import find_channel
 from darcnn.runtime.readers.base import choose_plane, make_slide_name, suffix_of
@@ -24,6 +25,7 @@ from darcnn.runtime.readers.ome_zarr import is_ome_zarr
 from darcnn.runtime.readers.open import MRC, NIFTI, PACKED, count_planes, is_packed_volume
 from darcnn.runtime.readers.protocol import Location, Reader
 from darcnn.runtime.readers.tiff import read_frame_interval_s, read_planes, read_section_um
+from darcnn.runtime.volumes.layout import Layout
 from darcnn.runtime.volumes.ome_zarr import unpack_zarr
 from darcnn.runtime.volumes.volume import NM_PER_UM, Stored, Volume, VolumeInfo, check_room, in_nanometres
 
@@ -68,6 +70,7 @@ def open_volume(
     channel: int | str | None = None,
     voxel_nm: tuple[float, float, float] | None = None,
     series: bool = False,
+    projects: bool = False,
 ) -> Volume:
     """Open the volume in `path`; a context manager.
 
@@ -79,19 +82,24 @@ def open_volume(
         channel: which of several channels, number or name.
         voxel_nm: nanometres per voxel along z, y, x, in place of what the file says.
         series: the planes are time points, whatever the file says.
+        projects: of a series of stacks, the brightest of each: a series of pictures.
     Raises:
+        UsageError: there are no stacks to project.
         InputError: the file is damaged, holds no volume or several, or needs a choice of `t` or `channel`.
         OutputError, OSError: there is no room to unpack it.
     """
     if not isinstance(path, Path) or is_ome_zarr(path):
-        volume = unpack_zarr(path, scratch, t=t, channel=channel)
+        volume = unpack_zarr(path, scratch, t=t, channel=channel, projects=projects)
+    elif projects and (is_mrc(path) or suffix_of(path) in NIFTI):
+        raise UsageError("is for TIFF and OME-Zarr", where="--project", fix="leave it out")
     elif is_mrc(path):
         choose_plane("t", t, 1, where=path)
         volume = _open_mrc(path, scratch, is_packed=is_packed_volume(path))
     elif suffix_of(path) in NIFTI:
         volume = _open_nifti(path, scratch, t)
     else:
-        volume = _unpack_stack(path, scratch, t, channel)
+        layout = Layout.of(count_planes(path), path, t=t, projects=projects)
+        volume = _unpack_stack(path, scratch, layout, channel)
     if series and not volume.info.is_series:
         volume.info = _as_series(volume.info)
     if voxel_nm is not None:
@@ -188,29 +196,25 @@ def _unpack(path: Path, scratch: Path) -> Path:
     return target
 
 
-def _unpack_stack(path: Path, scratch: Path, t: int | None, channel: int | str | None) -> Volume:
+def _unpack_stack(path: Path, scratch: Path, layout: Layout, channel: int | str | None) -> Volume:
     """Return a volume of planes that a reader reads one by one: they are decoded once, into a file."""
-    planes = count_planes(path)
-    is_series = planes.is_series(t)
-    places = [(None, k) for k in range(planes.n_t)] if is_series else [(k, t) for k in range(planes.n_z)]
     target = scratch / f".{make_slide_name(path)}.unpacked"
+    readers = read_planes(path, layout.places())
     try:
         with target.open("wb") as file:
-            for reader in read_planes(path, places):
-                info = reader.info
-                if not file.tell():  # the first; all are alike
-                    facts = VolumeInfo.of_planes(
-                        info,
-                        path=path,
-                        n_planes=len(places),
-                        n_lacking=planes.n_lacking if is_series or planes.n_t == 1 else 0,
-                        is_series=is_series,
-                        section_um=None if is_series else read_section_um(path),
-                        frame_interval_s=read_frame_interval_s(path) if is_series else None,
-                        is_rgb=info.is_rgb,
-                    )
-                    check_room(path, scratch, facts.shape, facts.dtype)
-                file.write(_read_plane(reader, channel).tobytes())
+            first = next(readers)
+            facts = VolumeInfo.of_planes(
+                first.info,  # all are alike
+                path=path,
+                layout=layout,
+                section_um=None if layout.is_series else read_section_um(path),
+                frame_interval_s=read_frame_interval_s(path) if layout.is_series else None,
+                is_rgb=first.info.is_rgb,
+            )
+            check_room(path, scratch, facts.shape, facts.dtype)
+            planes = (_read_plane(reader, channel) for reader in chain([first], readers))
+            for plane in layout.project(planes):
+                file.write(plane.tobytes())
     except BaseException:
         target.unlink(missing_ok=True)
         raise

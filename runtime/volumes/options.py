@@ -30,6 +30,7 @@ class VolumeOptions:
     pixels: bool = False  # take the voxels as they are, whatever their size
     t: int | None = None  # which time point of a series of volumes
     series: bool = False  # the planes are time points, whatever the file says
+    project: bool = False  # of a series of stacks, the brightest of each: a series of pictures
     channel: int | str | None = None  # number or name
     # raw values that become black and white; None: the model's rule
     window: tuple[float, float] | None = None

@@ -126,6 +126,7 @@ def run_volume(
                 channel=chosen.channel,
                 voxel_nm=chosen.voxel_nm,
                 series=chosen.series,
+                projects=chosen.project,
             )
         with volume:
             row_filter = _check_volume(volume, chosen, segmenter.manifest.input)
@@ -137,7 +138,7 @@ def run_volume(
                 _find(segmenter, views, parts, folder, progress, find_blocks)
             described = describe_volume(volume, asked)
             with translated(folder):
-                counts = _finish(claimed, views, parts, row_filter, chosen.t, segmenter, times)
+                counts = _finish(claimed, views, parts, row_filter, segmenter, times)
                 with times.stage("also"):
                     write_formats(claimed.built, path, described, chosen.also)
             record = {
@@ -296,7 +297,6 @@ def _finish(
     views: Sequence[View],
     parts: Parts,
     row_filter: RowFilter | None,
-    t: int | None,
     segmenter: Segmenter,
     times: StageSeconds,
 ) -> VolumeCounts:
@@ -305,7 +305,7 @@ def _finish(
     info, model = volume.info, segmenter.manifest.name
     with times.stage("link"):
         joined = join_sections(views, parts, built)
-        numbered, table = number_solids(joined, volume, row_filter, t=t)
+        numbered, table = number_solids(joined, volume, row_filter)
     with times.stage("table"), atomic_file(built / TABLE_FILE) as file:
         pq.write_table(table, file, compression="zstd")
     with times.stage("labels"):
@@ -319,7 +319,7 @@ def _finish(
         )
     if info.is_series:
         with times.stage("tracks"):
-            tracks = measure_tracks(numbered, volume, t)
+            tracks = measure_tracks(numbered, volume)
             write_parquet(built / TRACKS_FILE, tracks, tracks_schema(info))
         with times.stage("overview"):
             _draw_series(built, views[0], numbered, table, model)

@@ -81,11 +81,12 @@ class VolumeCounts:
     def warnings(self, volume: Volume) -> tuple[str, ...]:
         """Return one line for each thing that a user should look at."""
         warnings = list(warn_of_unread(volume.info.n_unread))
-        if volume.info.n_lacking:
-            what = "time points" if volume.info.is_series else "planes"
-            n_planned = volume.info.shape[0] + volume.info.n_lacking
+        layout = volume.info.layout
+        if layout.n_lacking:
+            what = "time points" if layout.is_series else "planes"
+            n_planned = layout.n_planes + layout.n_lacking
             warnings.append(
-                f"of {n_planned} {what} that the file announces, the last {volume.info.n_lacking} are missing"
+                f"of {n_planned} {what} that the file announces, the last {layout.n_lacking} are missing"
             )
         if not self.n_objects:
             warnings.append("no objects found")

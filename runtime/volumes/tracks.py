@@ -51,7 +51,7 @@ def tracks_schema(info: VolumeInfo) -> pa.Schema:
     return schema.insert(2, pa.field("time_s", pa.float64()))
 
 
-def measure_tracks(numbered: Numbered, volume: Volume, t: int | None = None) -> Iterator[pa.Table]:
+def measure_tracks(numbered: Numbered, volume: Volume) -> Iterator[pa.Table]:
     """Yield a table of `tracks_schema` for each time point on which there are objects, in order of time.
 
     `id` is the number of the object; a time point on which an object was missed has no row of it. `time_s`
@@ -62,7 +62,6 @@ def measure_tracks(numbered: Numbered, volume: Volume, t: int | None = None) -> 
     Args:
         numbered: the objects of a series, numbered from 1 without a gap.
         volume: open; stays open. Its planes are read once more, one after another.
-        t: the time point that it was opened at, where its time points are what the file calls planes.
     Raises:
         InputError: the file cannot be read any more.
     """
@@ -71,7 +70,7 @@ def measure_tracks(numbered: Numbered, volume: Volume, t: int | None = None) -> 
     schema, names = tracks_schema(info), _names(info)
     mpp = None if info.pixel_um is None else info.pixel_um[::-1]
     scores = numbered.solids.scores[numbered.rows]
-    planes = zip(draw_planes(numbered, info.shape), read_channels(info, t), strict=True)
+    planes = zip(draw_planes(numbered, info.shape), read_channels(info), strict=True)
     for moment, (labels, channels) in enumerate(planes):
         if not labels.any():
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from darcnn.runtime.closing import Closing
 from darcnn.runtime.errors import InputError, OutputError, ShapeError
 from darcnn.runtime.readers.protocol import Location, SlideInfo
+from darcnn.runtime.volumes.layout import Layout
 
 __all__ = [
     "AXES",
@@ -49,13 +50,12 @@ class VolumeInfo:
     voxel_source: str | None = None
     is_rgb: bool = False  # its values are means of red, green and blue
     is_series: bool = False  # z is time
-    planes_along: Literal["z", "t"] = "z"  # the axis of the file that z is
+    layout: Layout = field(default_factory=Layout)  # what its planes are in a file that holds them one by one
     pixel_um: tuple[float, float] | None = None  # of a series: micrometres per pixel along y, x
     frame_interval_s: float | None = None  # of a series: from one time point to the next
     channel_names: tuple[str, ...] = ()  # where the file knows channels; `Volume.read` returns one
     is_depth_known: bool = True  # else planes are taken to lie as far apart as pixels
     n_unread: int = 0  # further images of the file (scenes)
-    n_lacking: int = 0  # planes that the file announces and does not hold: it was not written to its end
 
     @property
     def is_cubic(self) -> bool | None:
@@ -81,9 +81,7 @@ class VolumeInfo:
         info: SlideInfo,
         *,
         path: Location,
-        n_planes: int,
-        n_lacking: int = 0,
-        is_series: bool,
+        layout: Layout,
         section_um: float | None,
         frame_interval_s: float | None,
         is_rgb: bool,
@@ -93,30 +91,28 @@ class VolumeInfo:
         Args:
             info: facts about one plane; all are alike.
             path: of the file.
-            n_planes: along z, or along t of a series.
-            n_lacking: further ones that the file announces and does not hold.
-            is_series: they are time points.
+            layout: which planes they are.
             section_um: micrometres from plane to plane; None: the file does not say.
             frame_interval_s: seconds from time point to time point; None: the file does not say.
             is_rgb: `Volume.read` returns means of red, green and blue.
         """
+        is_series = layout.is_series
         voxel = None if is_series else in_nanometres(info.mpp, section_um)
         return cls(
             path,
             info.name,
-            (n_planes, info.height_px0, info.width_px0),
+            (layout.n_planes, info.height_px0, info.width_px0),
             info.dtype,
             voxel,
             None if voxel is None else info.mpp_source,
             is_rgb=is_rgb,
             is_series=is_series,
-            planes_along="t" if is_series else "z",
+            layout=layout,
             pixel_um=info.mpp[::-1] if is_series and info.mpp is not None else None,
             frame_interval_s=frame_interval_s,
             channel_names=() if info.is_rgb else info.channel_names,
             is_depth_known=section_um is not None,
             n_unread=info.n_unread,
-            n_lacking=n_lacking,
         )
 
     def plane_shape(self, axis: Axis) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import zarr
 
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.volumes import ome_zarr as unpacked_zarr
+from darcnn.runtime.volumes.channels import read_channels
 from darcnn.runtime.volumes.open import is_volume, open_volume
 from darcnn.runtime.volumes.options import parse_voxel_size
 
@@ -243,6 +244,56 @@ def test_a_series_in_ome_zarr_is_a_volume_along_t_too(tmp_path: Path) -> None:
         with open_volume(tmp_path / f"{name}.zarr", tmp_path, t=1) as volume:
             assert volume.info.shape == (1, *values.shape[1:])
             np.testing.assert_array_equal(volume.read("z", 0), values[1])
+
+
+def write_stacks(path: Path, axes: str, values: np.ndarray) -> Path:
+    """Write `values` in the order of `axes` (letters of tzcyx): OME-Zarr, or a TIFF by its ending."""
+    if path.suffix == ".tif":
+        tifffile.imwrite(path, values, metadata={"axes": axes.upper()}, ome=True)
+        return path
+    group = zarr.create_group(path, zarr_format=2)
+    group.create_array("0", data=values, chunks=(1,) * (values.ndim - 2) + values.shape[-2:])
+    kinds = {"t": "time", "c": "channel"}
+    told = [{"name": axis, "type": kinds.get(axis, "space")} for axis in axes]
+    datasets = [{"path": "0", "coordinateTransformations": []}]
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": told, "datasets": datasets}]
+    return path
+
+
+@pytest.mark.parametrize("name", ["s.tif", "s.zarr"])
+@pytest.mark.parametrize("axes", ["tzyx", "ztyx", "tzcyx", "tczyx"])
+def test_stacks_at_several_time_points_become_a_series_of_their_brightest(
+    tmp_path: Path, name: str, axes: str
+) -> None:
+    sizes = {"t": 3, "z": 4, "c": 2, "y": 20, "x": 24}
+    values = np.random.default_rng(0).integers(0, 999, [sizes[axis] for axis in axes], np.uint16)
+    path = write_stacks(tmp_path / name, axes, values)
+    channel = 1 if "c" in axes else None
+    ordered = np.moveaxis(values, [axes.index("t"), axes.index("z")], [0, 1])  # t z (c) y x
+    brightest = ordered.max(axis=1)
+    expected = brightest[:, channel] if channel else brightest
+    with open_volume(path, tmp_path, channel=channel, projects=True) as volume:
+        assert volume.info.is_series
+        assert volume.info.shape == (3, 20, 24)
+        for t in range(3):
+            np.testing.assert_array_equal(volume.read("z", t), expected[t])
+        channels = list(read_channels(volume.info))
+    assert len(channels) == 3
+    if channel:  # all are measured on their brightest
+        np.testing.assert_array_equal(np.array(channels), np.moveaxis(brightest, 1, -1))
+    with pytest.raises(InputError, match="holds 3 time points of 4 planes; pass --t N"):
+        open_volume(path, tmp_path, channel=channel)
+    with pytest.raises(UsageError, match="--project"):
+        open_volume(path, tmp_path, channel=channel, t=1, projects=True)
+
+
+def test_what_holds_no_stacks_at_several_time_points_is_not_projected(tmp_path: Path) -> None:
+    for axes in ("zyx", "tyx"):
+        path = write_stacks(tmp_path / f"{axes}.tif", axes, np.zeros((3, 20, 24), np.uint16))
+        with pytest.raises(UsageError, match="--project"):
+            open_volume(path, tmp_path, projects=True)
+    with pytest.raises(UsageError, match="--project"):
+        open_volume(write_mrc(tmp_path / "v.mrc"), tmp_path, projects=True)
 
 
 def test_booleans_in_ome_zarr_are_black_and_white_as_in_an_image(tmp_path: Path) -> None:
