@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from darcnn.runtime.volumes.solid import Solid, SolidFile, common_box, cropped, touching
 
-__all__ = ["agree", "shared_voxels"]
+__all__ = ["Agreement", "agree", "cut_merged", "shared_voxels"]
 
 _MIN_IOU = 0.3  # two solids that overlap more, voxel by voxel, are one object
 _VOTES = 2  # axes that must hold a voxel
+_FEW = 0.8  # of what one axis has found; 0.94 on the volumes of our tests, 0.7 at twice their noise
+_INSIDE = 0.5  # share of its voxels with which an object lies in a merged one ...
+_PIECE = 0.2  # ... of which it is at least so much
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How many objects were found along each axis, and on how many axes agree."""
+
+    by_axis: Mapping[str, int]
+    n_agreed: int | None = None  # found along at least two; None where there is one
+    is_of_one: bool = False  # of several axes: what is reported was found along the first alone
+
+    @property
+    def is_little(self) -> bool:
+        """Whether two axes have found so few of the same that the volume must have much noise.
+
+        >>> found = {"z": 100, "y": 90}
+        >>> Agreement(found, n_agreed=79).is_little, Agreement(found, n_agreed=80).is_little
+        (True, False)
+        """
+        return self.n_agreed is not None and self.n_agreed < _FEW * max(self.by_axis.values())
 
 
 def agree(views: Sequence[SolidFile]) -> Iterator[Solid]:
@@ -38,6 +61,57 @@ def agree(views: Sequence[SolidFile]) -> Iterator[Solid]:
         if solid is not None:
             found.append(solid)
     yield from sorted(found, key=lambda solid: (solid.origin, solid.stop))
+
+
+def cut_merged(views: Sequence[SolidFile], number: int) -> Iterator[Solid]:
+    """Yield the objects of view `number`, cut where another view has found pieces of them as objects.
+
+    Particles that touch look like one along one axis and like two along another: what tells them apart is
+    right more often than what does not. Each voxel goes to the piece whose middle is nearest.
+
+    Args:
+        views: what was found along each axis.
+        number: of the view.
+    """
+    whole = views[number]
+    offers: dict[int, list[list[int]]] = {}  # of an object: the pieces that each other view has
+    for view, other in enumerate(views):
+        if view != number:
+            for row, pieces in _find_pieces(whole, other).items():
+                offers.setdefault(row, []).append([view, *pieces])
+    for row in range(len(whole)):
+        solid = whole[row]
+        if row in offers:
+            view, *pieces = max(offers[row], key=len)
+            yield from _cut(solid, [views[view][piece] for piece in pieces])
+        else:
+            yield solid
+
+
+def _find_pieces(whole: SolidFile, other: SolidFile) -> dict[int, list[int]]:
+    """Return which two objects or more of `other` are pieces of an object of `whole`."""
+    found: dict[int, list[int]] = {}
+    rows, pieces = touching(whole, other)
+    for row, piece in sorted(zip(rows.tolist(), pieces.tolist(), strict=True)):
+        one, part = whole[row], other[piece]
+        needed = max(_INSIDE * np.count_nonzero(part.mask), _PIECE * np.count_nonzero(one.mask))
+        if shared_voxels(one, part) >= needed:
+            found.setdefault(row, []).append(piece)
+    return {row: parts for row, parts in found.items() if len(parts) > 1}
+
+
+def _cut(solid: Solid, pieces: Sequence[Solid]) -> Iterator[Solid]:
+    """Yield the parts of a solid that are nearest to the middle of each of the `pieces`."""
+    voxels = np.argwhere(solid.mask)  # (N, 3)
+    middles = [np.argwhere(one.mask).mean(axis=0) + one.origin for one in pieces]
+    away = ((voxels[:, None] + solid.origin - np.array(middles)) ** 2).sum(axis=2)  # (N, pieces)
+    nearest = away.argmin(axis=1)
+    for number in range(len(pieces)):
+        mask = np.zeros_like(solid.mask)
+        mask[tuple(voxels[nearest == number].T)] = True
+        if mask.any():
+            origin, mask = cropped(solid.origin, mask)
+            yield replace(solid, origin=origin, mask=mask, n_planes=min(solid.n_planes, max(mask.shape)))
 
 
 def _overlapping(one: SolidFile, other: SolidFile) -> Iterator[tuple[int, int, float]]:

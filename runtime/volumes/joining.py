@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.parts import Parts
-from darcnn.runtime.volumes.agree import agree
+from darcnn.runtime.volumes.agree import Agreement, agree, cut_merged
 from darcnn.runtime.volumes.find import View, plan_blocks
 from darcnn.runtime.volumes.follow import follow_sections
 from darcnn.runtime.volumes.link import link_sections
 from darcnn.runtime.volumes.overlaps import cut_overlaps, cut_sections
 from darcnn.runtime.volumes.sections import Section, read_sections
 from darcnn.runtime.volumes.solid import Solid, SolidFile, solid_of, write_solids
+from darcnn.runtime.volumes.stack import Stack
 from darcnn.runtime.volumes.volume import AXES, Axis
 
 __all__ = ["Joined", "join_sections"]
@@ -29,51 +30,73 @@ class Joined:
     """The objects of a volume or series, N of them."""
 
     solids: SolidFile
-    by_axis: Mapping[str, int]  # how many each axis has found
+    agreement: Agreement
     parents: NDArray[np.int64] | None = None  # (N,) of a series: which object divided into this one; -1: none
 
 
-def join_sections(views: Sequence[View], parts: Parts, folder: Path) -> Joined:
+def join_sections(
+    views: Sequence[View], parts: Parts, folder: Path, *, may_be_of_one: bool = False
+) -> Joined:
     """Return the objects of all views, in a file in `folder`.
 
     Args:
         views: how the volume was looked at.
         parts: with the sections of each block of planes.
         folder: for files.
+        may_be_of_one: where two axes agree on few, the objects are those of the first axis: in much noise
+            each misses others, and what two have found is less than what one has.
     """
     if views[0].stack.volume.info.is_series:
         return _follow(views, parts, folder)
-    found: dict[Axis, SolidFile] = {}
-    for view in views:
-        stack, path = view.stack, folder / f"solids-{view.stack.axis}.arrow"
-        chains = link_sections(
-            _planes(views, view, parts),
-            min_planes=min(stack.n_joined, len(stack)),
-            plane_px=stack.plane_px,
-        )
-        write_solids(path, (solid_of(chain, axis=stack.axis, n_planes=len(stack)) for chain in chains))
-        found[stack.axis] = SolidFile(path)
-    by_axis = {str(axis): len(solids) for axis, solids in found.items()}
-    first, *others = found.values()
-    stack = views[0].stack
-    path = folder / "chosen.arrow"
-    if others:
-        write_solids(path, agree([first, *others]))
+    found = [_link(views, view, parts, folder) for view in views]
+    agreement = Agreement({view.stack.axis: len(solids) for view, solids in zip(views, found, strict=True)})
+    if len(found) > 1:
+        pieces = _cut_views(found, folder)
+        chosen = _write(folder / "agreed.arrow", agree(pieces))
+        agreement = replace(agreement, n_agreed=len(chosen))
+        if may_be_of_one and agreement.is_little:
+            agreement, chosen = replace(agreement, is_of_one=True), pieces[0]
     else:
-        rows = np.arange(len(first))
-        if stack.axis == "z" and stack.n_joined == 1:  # slabs have a rule of their own
-            rows = _find_deep(first, stack.axis, n_planes=len(stack))
-        write_solids(path, (first[int(row)] for row in rows))
-    chosen = SolidFile(path)
-    path = folder / "solids.arrow"
-    write_solids(path, cut_overlaps(chosen))
-    return Joined(SolidFile(path), by_axis)
+        chosen = _without_slivers(found[0], views[0].stack, folder)
+    return Joined(_write(folder / "solids.arrow", cut_overlaps(chosen)), agreement)
+
+
+def _link(views: Sequence[View], view: View, parts: Parts, folder: Path) -> SolidFile:
+    """Return the objects that one axis has found."""
+    stack = view.stack
+    chains = link_sections(
+        _planes(views, view, parts),
+        min_planes=min(stack.n_joined, len(stack)),
+        plane_px=stack.plane_px,
+    )
+    solids = (solid_of(chain, axis=stack.axis, n_planes=len(stack)) for chain in chains)
+    return _write(folder / f"solids-{stack.axis}.arrow", solids)
+
+
+def _without_slivers(found: SolidFile, stack: Stack, folder: Path) -> SolidFile:
+    """Return what one axis has found, of light microscopy without haze; slabs have a rule of their own."""
+    if stack.axis != "z" or stack.n_joined > 1:
+        return found
+    rows = _find_deep(found, stack.axis, n_planes=len(stack))
+    return _write(folder / "deep.arrow", (found[int(row)] for row in rows))
+
+
+def _write(path: Path, solids: Iterable[Solid]) -> SolidFile:
+    write_solids(path, solids)
+    return SolidFile(path)
+
+
+def _cut_views(found: Sequence[SolidFile], folder: Path) -> list[SolidFile]:
+    """Return what each axis has found without merged objects, in files in `folder`."""
+    return [
+        _write(folder / f"pieces-{number}.arrow", cut_merged(found, number)) for number in range(len(found))
+    ]
 
 
 def _follow(views: Sequence[View], parts: Parts, folder: Path) -> Joined:
     """Return the objects of a series: they share no pixel, and a cell may be seen at one time point."""
     (view,) = views
-    path, n_times = folder / "solids.arrow", len(view.stack)
+    n_times = len(view.stack)
     rows: dict[int, int] = {}  # of the tracks so far
     parents: list[int] = []
 
@@ -83,9 +106,8 @@ def _follow(views: Sequence[View], parts: Parts, folder: Path) -> Joined:
             parents.append(-1 if track.parent is None else rows[track.parent])  # a mother ends first
             yield solid_of(track.sections, axis=view.stack.axis, n_planes=n_times, is_series=True)
 
-    write_solids(path, solids())
-    found = SolidFile(path)
-    return Joined(found, {str(view.stack.axis): len(found)}, np.array(parents, np.int64))
+    found = _write(folder / "solids.arrow", solids())
+    return Joined(found, Agreement({view.stack.axis: len(found)}), np.array(parents, np.int64))
 
 
 def _planes(views: Sequence[View], wanted: View, parts: Parts) -> Iterator[list[Section]]:

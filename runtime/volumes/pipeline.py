@@ -63,7 +63,7 @@ from darcnn.runtime.volumes.joining import join_sections
 from darcnn.runtime.volumes.labels import Numbered, write_label_volume
 from darcnn.runtime.volumes.numbering import number_solids, table_columns
 from darcnn.runtime.volumes.open import open_volume
-from darcnn.runtime.volumes.options import EXTRA_VOLUME_FORMATS, VolumeOptions
+from darcnn.runtime.volumes.options import EXTRA_VOLUME_FORMATS, AxisOption, VolumeOptions
 from darcnn.runtime.volumes.overview import write_overview, write_scroll
 from darcnn.runtime.volumes.particles import write_points, write_star
 from darcnn.runtime.volumes.record import VolumeCounts, describe_views, describe_volume, size_warnings
@@ -138,7 +138,7 @@ def run_volume(
                 _find(segmenter, views, parts, folder, progress, find_blocks)
             described = describe_volume(volume, asked)
             with translated(folder):
-                counts = _finish(claimed, views, parts, row_filter, segmenter, times)
+                counts = _finish(claimed, views, parts, row_filter, chosen.axis, segmenter, times)
                 with times.stage("also"):
                     write_formats(claimed.built, path, described, chosen.also)
             record = {
@@ -297,6 +297,7 @@ def _finish(
     views: Sequence[View],
     parts: Parts,
     row_filter: RowFilter | None,
+    axis: AxisOption,
     segmenter: Segmenter,
     times: StageSeconds,
 ) -> VolumeCounts:
@@ -304,7 +305,7 @@ def _finish(
     volume, built = views[0].stack.volume, claimed.built
     info, model = volume.info, segmenter.manifest.name
     with times.stage("link"):
-        joined = join_sections(views, parts, built)
+        joined = join_sections(views, parts, built, may_be_of_one=axis == "auto")
         numbered, table = number_solids(joined, volume, row_filter)
     with times.stage("table"), atomic_file(built / TABLE_FILE) as file:
         pq.write_table(table, file, compression="zstd")
@@ -334,7 +335,7 @@ def _finish(
             write_scroll(built / SCROLL_FILE, stacks[0], views[0].window, numbered)
     n_planes, n_full = sum(len(view.stack) for view in views), len(parts.marked(len(plan_blocks(views))))
     n_divisions = pc.count_distinct(table["parent"]).as_py() if info.is_series else None
-    return VolumeCounts(len(numbered.rows), len(joined.solids), joined.by_axis, n_planes, n_full, n_divisions)
+    return VolumeCounts(len(numbered.rows), joined.agreement, n_planes, n_full, n_divisions)
 
 
 def _draw_series(built: Path, view: View, numbered: Numbered, objects: pa.Table, model: str) -> None:

@@ -12,6 +12,7 @@ from darcnn.runtime.fit import warn_of_size
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.readers.base import suffix_of
 from darcnn.runtime.record import warn_of_unread
+from darcnn.runtime.volumes.agree import Agreement
 from darcnn.runtime.volumes.find import View
 from darcnn.runtime.volumes.open import VOLUME_SUFFIXES
 from darcnn.runtime.volumes.options import VolumeOptions
@@ -20,7 +21,6 @@ from darcnn.runtime.volumes.volume import Volume
 __all__ = ["VolumeCounts", "describe_views", "describe_volume", "size_warnings"]
 
 _TINY_NM = 2.0
-_FEW_AGREED = 0.8  # of what a single axis finds; 0.93 on the volumes of our tests, 0.66 at twice their noise
 
 
 def describe_volume(volume: Volume, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,15 +61,15 @@ class VolumeCounts:
     """What is counted on the way, and what of it a user is warned of."""
 
     n_objects: int  # reported
-    n_agreed: int  # before a filter: found along the axis, of several along two at least
-    by_axis: Mapping[str, int]  # found along each axis
+    agreement: Agreement  # before a filter
     n_planes: int  # of all axes
     n_full: int = 0  # planes with tiles that hold as many objects as the model can report
     n_divisions: int | None = None  # of objects of a series
 
     def describe(self) -> dict[str, Any]:
         """Return what run.json says of it."""
-        several = {"by_axis": dict(self.by_axis)} if len(self.by_axis) > 1 else {}
+        by_axis = self.agreement.by_axis
+        several = {"by_axis": dict(by_axis)} if len(by_axis) > 1 else {}
         return {
             "objects": self.n_objects,
             "planes": self.n_planes,
@@ -90,12 +90,8 @@ class VolumeCounts:
             )
         if not self.n_objects:
             warnings.append("no objects found")
-        most = max(self.by_axis.values())
-        if len(self.by_axis) > 1 and self.n_agreed < _FEW_AGREED * most:
-            warnings.append(
-                f"two axes agree on {self.n_agreed} objects where one alone finds {most}: "
-                "the volume has much noise, or the model does not fit it"
-            )
+        if self.agreement.is_little:
+            warnings.append(self._warn_of_noise())
         if self.n_full:
             warnings.append(
                 f"planes with tiles that hold as many objects as the model can report: {self.n_full}; "
@@ -116,6 +112,16 @@ class VolumeCounts:
                 "--voxel-size Z,Y,X tells it"
             )
         return tuple(warnings)
+
+    def _warn_of_noise(self) -> str:
+        by_axis = self.agreement.by_axis
+        words = (
+            f"two axes agree on {self.agreement.n_agreed} objects where one alone finds "
+            f"{max(by_axis.values())}: the volume has much noise, or the model does not fit it"
+        )
+        if not self.agreement.is_of_one:
+            return words
+        return f"{words}; these are the objects of planes across {next(iter(by_axis))} alone"
 
 
 def size_warnings(

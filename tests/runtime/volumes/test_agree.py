@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from darcnn.runtime.volumes.agree import agree, shared_voxels
+from darcnn.runtime.volumes.agree import agree, cut_merged, shared_voxels
 from darcnn.runtime.volumes.solid import Solid, SolidFile, write_solids
 
 
@@ -59,6 +59,38 @@ def test_no_object_of_an_axis_is_used_twice(tmp_path: Path) -> None:
     views = [filed(tmp_path, "z", [box(0, 0, 0), box(0, 0, 7)]), filed(tmp_path, "y", [box(0, 0, 3)])]
     found = list(agree(views))  # the one in the middle overlaps both by half
     assert len(found) == 1
+
+
+def long_box(x: int, length: int) -> Solid:
+    return Solid((0, 0, x), np.ones((6, 6, length), bool), 0.9, False, 6)
+
+
+def cut_all(folder: Path, views: list[list[Solid]]) -> list[list[tuple[int, int]]]:
+    """Return (first x, beyond the last) of the solids of each view once they are cut."""
+    files = [filed(folder, f"view-{number}", view) for number, view in enumerate(views)]
+    cut = [list(cut_merged(files, number)) for number in range(len(files))]
+    return [[(one.origin[2], one.stop[2]) for one in view] for view in cut]
+
+
+def test_what_one_axis_has_merged_is_cut_where_another_has_not(tmp_path: Path) -> None:
+    merged, apart = [long_box(0, 12)], [long_box(0, 6), long_box(6, 6)]
+    assert cut_all(tmp_path, [merged, apart, merged]) == [[(0, 6), (6, 12)]] * 3
+    three = [long_box(0, 4), long_box(4, 4), long_box(8, 4)]  # more pieces are more
+    assert cut_all(tmp_path, [merged, apart, three])[0] == [(0, 4), (4, 8), (8, 12)]
+    both = [filed(tmp_path, str(number), view) for number, view in enumerate([merged, apart])]
+    found = list(agree([filed(tmp_path, f"c{n}", list(cut_merged(both, n))) for n in (0, 1)]))
+    assert [(one.origin[2], one.stop[2]) for one in found] == [(0, 6), (6, 12)]
+
+
+def test_what_is_no_piece_cuts_nothing(tmp_path: Path) -> None:
+    whole = [long_box(0, 12)]
+    for others in (
+        [long_box(0, 6)],  # one piece
+        [long_box(0, 10), long_box(10, 2)],  # a scrap: less than a fifth
+        [long_box(0, 6), long_box(9, 8)],  # a neighbour, that lies outside for more than half
+        [],
+    ):
+        assert cut_all(tmp_path, [whole, others])[0] == [(0, 12)]
 
 
 def test_shared_voxels_are_counted_where_boxes_meet() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,7 +26,8 @@ from darcnn.runtime.intensity import IntensityRule, Window
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.slab import Slab
-from darcnn.runtime.volumes import find
+from darcnn.runtime.volumes import find, joining
+from darcnn.runtime.volumes.agree import Agreement
 from darcnn.runtime.volumes.labels import Numbered
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import VolumeOptions
@@ -601,10 +603,31 @@ def test_a_volume_too_large_for_the_memory_is_looked_at_along_z(
 
 def test_axes_that_disagree_are_told(mrc_file: Path, tmp_path: Path) -> None:
     with open_volume(mrc_file, tmp_path) as volume:
-        counts = VolumeCounts(3, 79, {"z": 100, "y": 60, "x": 80}, 9)
-        assert counts.warnings(volume)[0].startswith("two axes agree on 79 objects where one alone finds 100")
-        assert not replace(counts, n_agreed=80).warnings(volume)
-        assert not VolumeCounts(0, 1, {"z": 1}, 9).warnings(volume)[1:]  # no objects, and that is all
+        found = Agreement({"z": 100, "y": 60, "x": 80}, n_agreed=79)
+        (warning,) = VolumeCounts(3, found, 9).warnings(volume)
+        assert warning.startswith("two axes agree on 79 objects where one alone finds 100")
+        assert "alone" not in warning.split("finds 100")[1]
+        (warning,) = VolumeCounts(3, replace(found, is_of_one=True), 9).warnings(volume)
+        assert warning.endswith("; these are the objects of planes across z alone")
+        assert not VolumeCounts(3, replace(found, n_agreed=80), 9).warnings(volume)
+        assert not VolumeCounts(0, Agreement({"z": 1}), 9).warnings(volume)[1:]  # no objects, and that is all
+
+
+@pytest.mark.parametrize("axis", ["auto", "all"])
+def test_where_axes_agree_on_little_one_of_them_decides_unless_all_were_asked_for(
+    axis: Literal["auto", "all"],
+    oracle16: Segmenter,
+    mrc_file: Path,
+    balls: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = replace(oracle16.manifest.input, slab=Slab(0.0), nominal_diameter_px=5.0)
+    segmenter = Segmenter(oracle16.engine, replace(oracle16.manifest, input=sizes))
+    monkeypatch.setattr(joining, "agree", lambda views: [views[0][0]])  # all but one are noise
+    summary = run_volume(segmenter, mrc_file, tmp_path / "out", options=VolumeOptions(axis=axis))
+    assert summary.n_objects == (balls.max() if axis == "auto" else 1)
+    assert any(one.endswith("across z alone") for one in summary.warnings) == (axis == "auto")
 
 
 def test_voxels_that_are_no_cubes_are_looked_at_along_z_only(
