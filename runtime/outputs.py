@@ -82,24 +82,28 @@ def write_outputs(
                 unreadable=tuple(tally.unreadable.values()),
             )
 
-    # the picture is mostly decoding and packing, which leave the interpreter to the others
-    with ThreadPoolExecutor(1, "darcnn-overview") as pool:
-        overview = pool.submit(draw_overview)
+    def write_features() -> None:
+        with tally.stage("geojson"):
+            write_geojson(
+                folder / GEOJSON_FILE,
+                table,
+                slide_name=info.name,
+                class_name=model.name,
+                origin_px0=info.origin_px0,
+                stop=stop,
+            )
+
+    # both are for a good part decoding and packing, which leave the interpreter to the others
+    with ThreadPoolExecutor(2, "darcnn-output") as pool:
+        others = [pool.submit(write_features), pool.submit(draw_overview)]
         try:
-            with tally.stage("geojson"):
-                write_geojson(
-                    folder / GEOJSON_FILE,
-                    table,
-                    slide_name=info.name,
-                    class_name=model.name,
-                    origin_px0=info.origin_px0,
-                )
             with tally.stage("labels"):
                 shape = (info.height_px0, info.width_px0)
                 write_label_pyramid(folder / LABELS_FOLDER, table, shape=shape, mpp=task.mpp, name=info.name)
-            overview.result()
+            for other in others:
+                other.result()
         finally:
-            stop.set()  # an error or Ctrl-C does not wait for the rest of the picture
+            stop.set()  # an error or Ctrl-C does not wait for the rest of them
     with tally.stage("also"):
         for extra in also:
             _write_extra(extra, folder, mpp=task.mpp, name=info.name)

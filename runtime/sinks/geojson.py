@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ def write_geojson(
     class_name: str,
     colour: tuple[int, int, int] = _COLOUR,
     origin_px0: tuple[int, int] = (0, 0),
+    stop: threading.Event | None = None,
 ) -> None:
     """Write the table `objects` (objects.parquet) as detections that QuPath 0.4 and later imports.
 
@@ -59,6 +62,7 @@ def write_geojson(
 
     Raises:
         OSError: the file cannot be written; nothing is left behind.
+        CancelledError: `stop` was set meanwhile; nothing is left behind.
     """
     fixed = {
         "objectType": "detection",
@@ -75,6 +79,8 @@ def write_geojson(
         for _, features in map_ahead(
             lambda rows: _features(rows, slide_name, opening, origin_px0), _slices(objects), name="geojson"
         ):  # compressing one while the next is made
+            if stop is not None and stop.is_set():
+                raise CancelledError
             out.write(separator + features.encode("ascii"))
             separator = b",\n"
         out.write(b"\n]}\n")

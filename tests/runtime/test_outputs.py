@@ -106,7 +106,7 @@ def test_outlines_for_qupath_count_from_where_it_begins(segmenter, reader, tmp_p
     assert table["geometry"] == same_table["geometry"]
 
 
-def test_what_goes_wrong_at_the_outlines_does_not_wait_for_the_picture(
+def test_what_goes_wrong_at_the_labels_does_not_wait_for_the_picture_and_the_outlines(
     segmenter, reader, tmp_path, monkeypatch
 ):
     began, strips = threading.Event(), []
@@ -124,11 +124,21 @@ def test_what_goes_wrong_at_the_outlines_does_not_wait_for_the_picture(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("darcnn.runtime.sinks.overview.read_strips", read_slowly)
-    monkeypatch.setattr("darcnn.runtime.outputs.write_geojson", fail)
+    batches = []
+
+    def make_slowly(rows, *_):
+        batches.append(rows.num_rows)
+        time.sleep(0.5)
+        return "{}"
+
+    monkeypatch.setattr("darcnn.runtime.sinks.geojson._FEATURES", 1)
+    monkeypatch.setattr("darcnn.runtime.sinks.geojson._features", make_slowly)
+    monkeypatch.setattr("darcnn.runtime.outputs.write_label_pyramid", fail)
     with pytest.raises(KeyboardInterrupt):
         run_slide(segmenter, reader, tmp_path)
     assert len(strips) < 90
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("darcnn-overview")]
+    assert len(batches) < 3
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("darcnn-output")]
     monkeypatch.undo()
     assert run_slide(segmenter, reader, tmp_path).n_objects == 3  # goes on
 
