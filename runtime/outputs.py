@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,50 +64,72 @@ def write_outputs(
         InputError: the slide cannot be read.
         OSError: something cannot be written.
     """
-    info, table = reader.info, folder / TABLE_FILE
     with tally.stage("table"):
-        write_parquet(table, rows, object_schema(info.channel_names))
-    stop = threading.Event()
-
-    def draw_overview() -> None:
-        with tally.stage("overview"):
-            write_overview(
-                folder / OVERVIEW_FILE,
-                table,
-                _UntilStopped(reader, stop),
-                window=task.window,
-                channel=task.plan.channel,
-                channels=model.input.channels,
-                model_name=model.name,
-                mpp=task.mpp,
-                unreadable=tuple(tally.unreadable.values()),
-            )
-
-    def write_features() -> None:
-        with tally.stage("geojson"):
-            write_geojson(
-                folder / GEOJSON_FILE,
-                table,
-                slide_name=info.name,
-                class_name=model.name,
-                origin_px0=info.origin_px0,
-                stop=stop,
-            )
-
-    # both are for a good part decoding and packing, which leave the interpreter to the others
+        write_parquet(folder / TABLE_FILE, rows, object_schema(reader.info.channel_names))
+    files = _Files(folder, reader, task, model, tally)
+    # outlines and picture are for a good part decoding and packing, which leave the interpreter to the others
     with ThreadPoolExecutor(2, "darcnn-output") as pool:
-        others = [pool.submit(write_features), pool.submit(draw_overview)]
+        others = [pool.submit(files.write_outlines), pool.submit(files.draw_overview)]
         try:
-            with tally.stage("labels"):
-                shape = (info.height_px0, info.width_px0)
-                write_label_pyramid(folder / LABELS_FOLDER, table, shape=shape, mpp=task.mpp, name=info.name)
+            files.write_labels()
             for other in others:
                 other.result()
         finally:
-            stop.set()  # an error or Ctrl-C does not wait for the rest of them
+            files.stop.set()  # an error or Ctrl-C does not wait for the rest of them
     with tally.stage("also"):
         for extra in also:
-            _write_extra(extra, folder, mpp=task.mpp, name=info.name)
+            _write_extra(extra, folder, mpp=task.mpp, name=reader.info.name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The files of a result that are made of its table; each may be written in a thread of its own."""
+
+    folder: Path
+    reader: Reader
+    task: SlideTask
+    model: Manifest
+    tally: Tally
+    stop: threading.Event = field(
+        default_factory=threading.Event
+    )  # once set, outlines and picture are given up
+
+    def write_labels(self) -> None:
+        info = self.reader.info
+        with self.tally.stage("labels"):
+            write_label_pyramid(
+                self.folder / LABELS_FOLDER,
+                self.folder / TABLE_FILE,
+                shape=(info.height_px0, info.width_px0),
+                mpp=self.task.mpp,
+                name=info.name,
+            )
+
+    def write_outlines(self) -> None:
+        info = self.reader.info
+        with self.tally.stage("geojson"):
+            write_geojson(
+                self.folder / GEOJSON_FILE,
+                self.folder / TABLE_FILE,
+                slide_name=info.name,
+                class_name=self.model.name,
+                origin_px0=info.origin_px0,
+                stop=self.stop,
+            )
+
+    def draw_overview(self) -> None:
+        with self.tally.stage("overview"):
+            write_overview(
+                self.folder / OVERVIEW_FILE,
+                self.folder / TABLE_FILE,
+                _UntilStopped(self.reader, self.stop),
+                window=self.task.window,
+                channel=self.task.plan.channel,
+                channels=self.model.input.channels,
+                model_name=self.model.name,
+                mpp=self.task.mpp,
+                unreadable=tuple(self.tally.unreadable.values()),
+            )
 
 
 class _UntilStopped(Closing):

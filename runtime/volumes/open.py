@@ -88,23 +88,29 @@ def open_volume(
         InputError: the file is damaged, holds no volume or several, or needs a choice of `t` or `channel`.
         OutputError, OSError: there is no room to unpack it.
     """
-    if not isinstance(path, Path) or is_ome_zarr(path):
-        volume = unpack_zarr(path, scratch, t=t, channel=channel, projects=projects)
-    elif projects and (is_mrc(path) or suffix_of(path) in NIFTI):
-        raise UsageError("is for TIFF and OME-Zarr", where="--project", fix="leave it out")
-    elif is_mrc(path):
-        choose_plane("t", t, 1, where=path)
-        volume = _open_mrc(path, scratch, is_packed=is_packed_volume(path))
-    elif suffix_of(path) in NIFTI:
-        volume = _open_nifti(path, scratch, t)
-    else:
-        layout = Layout.of(count_planes(path), path, t=t, projects=projects)
-        volume = _unpack_stack(path, scratch, layout, channel)
+    volume = _open_as_told(path, scratch, t=t, channel=channel, projects=projects)
     if series and not volume.info.is_series:
         volume.info = _as_series(volume.info)
     if voxel_nm is not None:
         volume.info = _with_voxel_size(volume.info, voxel_nm)
     return volume
+
+
+def _open_as_told(
+    path: Location, scratch: Path, *, t: int | None, channel: int | str | None, projects: bool
+) -> Volume:
+    """Return the volume as the file describes it."""
+    if not isinstance(path, Path) or is_ome_zarr(path):
+        return unpack_zarr(path, scratch, t=t, channel=channel, projects=projects)
+    if projects and (is_mrc(path) or suffix_of(path) in NIFTI):
+        raise UsageError("is for TIFF and OME-Zarr", where="--project", fix="leave it out")
+    if is_mrc(path):
+        choose_plane("t", t, 1, where=path)
+        return _open_mrc(path, scratch, is_packed=is_packed_volume(path))
+    if suffix_of(path) in NIFTI:
+        return _open_nifti(path, scratch, t)
+    layout = Layout.of(count_planes(path), path, t=t, projects=projects)
+    return _unpack_stack(path, scratch, layout, channel)
 
 
 def _as_series(info: VolumeInfo) -> VolumeInfo:
