@@ -49,7 +49,11 @@ def write_ctc(path: Path, labels: Path, parents: Mapping[int, int]) -> None:
             for track in starts.get(t, []):
                 label_of[track.number] = track.label
             tifffile.imwrite(
-                folder / f"mask{t:0{n_digits}}.tif", label_of[plane], compression="zlib", metadata=None
+                folder / f"mask{t:0{n_digits}}.tif",
+                label_of[plane],
+                compression="zlib",
+                photometric="minisblack",  # else a picture three pixels wide is one of colours
+                metadata=None,
             )
         rows = (f"{track.label} {track.first} {track.last} {track.parent}\n" for track in tracks)
         (folder / "res_track.txt").write_text("".join(rows), encoding="ascii")
