@@ -37,6 +37,7 @@ __all__ = ["HERE", "BatchOutcome", "Finders", "SlideRunner", "run_batch", "run_p
 _SMALL_PX0 = 4096 * 4096  # pixels of level 0: the rows of a picture of fewer are not worth spreading
 _INSTEAD = {
     "--series": "leave it out",
+    "--project": "leave it out",
     "--roi": "leave it out, or take one plane with --z (one time point of a series with --t)",
     "--mpp": "pass --voxel-size, with its unit: 0.5um or 1,0.5,0.5um (z y x)",
     "--axis": "leave it out",
@@ -215,7 +216,7 @@ def _run_one(
 
 
 def _is_series(path: Location, options: RunOptions, volume_options: VolumeOptions | None) -> bool:
-    is_told = volume_options is not None and volume_options.series
+    is_told = volume_options is not None and (volume_options.series or volume_options.project)
     return is_told or is_series(path, t=options.t)
 
 
@@ -246,5 +247,6 @@ def _find_foreign(
             "--slab": volume_options.n_joined,
             "--voxel-size": volume_options.voxel_nm,
             "--series": volume_options.series or None,
+            "--project": volume_options.project or None,
         }
     return next((option for option, value in given.items() if value is not None), None)

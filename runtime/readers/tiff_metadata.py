@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -154,11 +154,22 @@ def files_of_image(ome: str | None, own: str) -> tuple[str, ...]:
     >>> files_of_image(None, "a.tif")
     ('a.tif',)
     """
-    for image in [] if ome is None else _images(ome):
-        names = {uuid.get("FileName") for uuid in image.iterfind("{*}Pixels/{*}TiffData/{*}UUID")}
+    for names in _files_of_images(ome):
         if own in names:
-            return (own, *sorted(name for name in names if name and name != own))
+            return (own, *sorted(names - {own}))
     return (own,)
+
+
+def has_other_name(ome: str | None, own: str) -> bool:
+    """Tell whether OME-XML names files, and none of them is called `own`: it was given another name."""
+    images = list(_files_of_images(ome))
+    return any(images) and not any(own in names for names in images)
+
+
+def _files_of_images(ome: str | None) -> Iterator[set[str]]:
+    for image in [] if ome is None else _images(ome):
+        names = (uuid.get("FileName") for uuid in image.iterfind("{*}Pixels/{*}TiffData/{*}UUID"))
+        yield {name for name in names if name}
 
 
 def section_um(ome: str | None, imagej: Mapping[str, Any] | None) -> float | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import tifffile
 
 from darcnn.runtime.readers.protocol import Planes
-from darcnn.runtime.readers.tiff_metadata import Axes, files_of_image, locate_channels
+from darcnn.runtime.readers.tiff_metadata import Axes, files_of_image, has_other_name, locate_channels
 
 __all__ = ["count_recorded"]
 
@@ -20,8 +20,9 @@ def count_recorded(
 ) -> Planes:
     """Return how many planes of a stack can be read: all, or those before the first that was never written.
 
-    Of a series of stacks, time points count that are whole. Where a file that the metadata names is not
-    there, its planes are missing for another reason, and all count.
+    Of a series of stacks, time points count that are whole, if there are two. All count (and reading one
+    that is missing fails) where a file that the metadata name is not there, or where later planes were
+    written: such a stack was not stopped, it has holes.
 
     Args:
         tiff: the open file.
@@ -34,17 +35,20 @@ def count_recorded(
     if n_z * n_t == 1 or all(page is not None for page in series.pages):
         return everything
     names = files_of_image(tiff.ome_metadata, path.name)
-    if not all((path.parent / name).exists() for name in names):
+    if has_other_name(tiff.ome_metadata, path.name) or not all(
+        (path.parent / name).exists() for name in names
+    ):
         return everything
     is_there = [page is not None for page in series.pages]
-
-    def is_whole(z: int, t: int) -> bool:
-        return all(is_there[place.page] for place in locate_channels(axes, z=z, t=t))
-
-    if n_t > 1:
-        n_whole = len(list(takewhile(lambda t: all(is_whole(z, t) for z in range(n_z)), range(n_t))))
-        found = Planes(n_z, n_whole, n_lacking=n_t - n_whole)
-    else:
-        n_whole = len(list(takewhile(lambda z: is_whole(z, 0), range(n_z))))
-        found = Planes(n_whole, n_t, n_lacking=n_z - n_whole)
-    return found if n_whole >= _FEWEST else everything
+    pages = [
+        [is_there[place.page] for z in range(n_z) for place in locate_channels(axes, z=z, t=t)]
+        if n_t > 1
+        else [is_there[place.page] for place in locate_channels(axes, z=t, t=0)]
+        for t in range(n_t if n_t > 1 else n_z)
+    ]
+    n_whole = len(list(takewhile(all, pages)))
+    has_holes = any(any(later) for later in pages[n_whole + 1 :])
+    if n_whole < _FEWEST or has_holes:
+        return everything
+    lacking = len(pages) - n_whole
+    return Planes(n_z, n_whole, lacking) if n_t > 1 else Planes(n_whole, n_t, lacking)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 
@@ -16,10 +16,10 @@ __all__ = ["Agreement", "agree", "cut_merged", "shared_voxels"]
 
 _MIN_IOU = 0.3  # two solids that overlap more, voxel by voxel, are one object
 _VOTES = 2  # axes that must hold a voxel
-_FEW = 0.8  # of what one axis has found; 0.94 on the volumes of our tests, 0.7 at twice their noise
+_FEW = 0.8  # of what one axis has found; 0.93 on the volumes of our tests, 0.7 at twice their noise
 _INSIDE = 0.5  # share of its voxels with which an object lies in a merged one ...
 _PIECE = 0.2  # ... of which it is at least so much
-_NEAR = 4096  # objects that are kept while what lies about them is looked at
+_KEPT_BYTES = 64 << 20  # of objects that are kept while what lies about them is looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +93,22 @@ def cut_merged(views: Sequence[SolidFile], number: int) -> Iterator[Solid]:
 
 
 def _find_pieces(whole: SolidFile, other: SolidFile) -> dict[int, list[int]]:
-    """Return which two objects or more of `other` are pieces of an object of `whole`."""
+    """Return which two objects or more of `other` are pieces of an object of `whole`.
+
+    Two that lie in one another for more than half are one object, found twice.
+    """
     found: dict[int, list[int]] = {}
     for row, piece, shared, (n_whole, n_piece) in _sharing(whole, other):
         if shared >= max(_INSIDE * n_piece, _PIECE * n_whole):
-            found.setdefault(row, []).append(piece)
+            parts = found.setdefault(row, [])
+            if not any(_lies_in(other[piece], other[part]) for part in parts):
+                parts.append(piece)
     return {row: parts for row, parts in found.items() if len(parts) > 1}
+
+
+def _lies_in(one: Solid, other: Solid) -> bool:
+    smaller = min(int(np.count_nonzero(solid.mask)) for solid in (one, other))
+    return shared_voxels(one, other) > _INSIDE * smaller
 
 
 def _cut(solid: Solid, pieces: Sequence[Solid]) -> Iterator[Solid]:
@@ -125,15 +135,34 @@ def _overlapping(one: SolidFile, other: SolidFile) -> Iterator[tuple[int, int, f
 
 def _sharing(one: SolidFile, other: SolidFile) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
     """Yield (number, number, shared voxels, voxels of each) of all pairs that share some, in order."""
-    load = lru_cache(maxsize=_NEAR)(other.__getitem__)
+    near = _Recent(other)
     for i, pairs in groupby(sorted(zip(*touching(one, other), strict=True)), key=itemgetter(0)):
         here = one[int(i)]
         for _, j in pairs:
-            there = load(int(j))
+            there = near.get(int(j))
             shared = shared_voxels(here, there)
             if shared:
                 voxels = int(np.count_nonzero(here.mask)), int(np.count_nonzero(there.mask))
                 yield int(i), int(j), shared, voxels
+
+
+class _Recent:
+    """The objects of a file that were asked for last, unpacked."""
+
+    def __init__(self, solids: SolidFile) -> None:
+        self._solids = solids
+        self._kept: OrderedDict[int, Solid] = OrderedDict()
+        self._n_bytes = 0
+
+    def get(self, number: int) -> Solid:
+        if number in self._kept:
+            self._kept.move_to_end(number)
+            return self._kept[number]
+        solid = self._kept[number] = self._solids[number]
+        self._n_bytes += solid.mask.nbytes
+        while self._n_bytes > _KEPT_BYTES and len(self._kept) > 1:
+            self._n_bytes -= self._kept.popitem(last=False)[1].mask.nbytes
+        return solid
 
 
 def shared_voxels(one: Solid, other: Solid) -> int:

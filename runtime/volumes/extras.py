@@ -99,6 +99,8 @@ def _step_um(described: Mapping[str, Any]) -> dict[str, float]:
 
 def _parents(table: Path) -> dict[int, int]:
     """Return the `id` of each object that came of a division to that of its mother."""
+    if "parent" not in pq.read_schema(table).names:  # results from before divisions were told
+        return {}
     rows = pq.read_table(table, columns=["id", "parent"])
     ids, parents = (rows[name].to_pylist() for name in rows.column_names)
     return {number: parent for number, parent in zip(ids, parents, strict=True) if parent is not None}

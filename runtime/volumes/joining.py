@@ -54,8 +54,9 @@ def join_sections(
         pieces = _cut_views(found, folder)
         chosen = _write(folder / "agreed.arrow", agree(pieces))
         agreement = replace(agreement, n_agreed=len(chosen))
-        if may_be_of_one and agreement.is_little:
-            agreement, chosen = replace(agreement, is_of_one=True), pieces[0]
+        if may_be_of_one and agreement.is_little and len(pieces[0]) > len(chosen):
+            agreement = replace(agreement, is_of_one=True)
+            chosen = _without_slivers(pieces[0], views[0].stack, folder)
     else:
         chosen = _without_slivers(found[0], views[0].stack, folder)
     return Joined(_write(folder / "solids.arrow", cut_overlaps(chosen)), agreement)

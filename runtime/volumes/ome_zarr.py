@@ -82,7 +82,8 @@ def _spans(image: Multiscale, layout: Layout, *, plane_bytes: int) -> Iterator[s
     """Yield which planes to read at once: whole chunks, of bounded size where these allow it."""
     is_axis = layout.along in image.axes
     chunk = image.arrays[0].chunks[image.axes.index(layout.along)] if is_axis else 1
-    step = max(1, _BYTES // (plane_bytes * layout.n_projected) // chunk) * chunk
+    deep = image.arrays[0].chunks[image.axes.index("z")] if layout.n_projected > 1 else 1  # at once
+    step = max(1, _BYTES // (plane_bytes * deep) // chunk) * chunk
     for start in range(0, layout.n_planes, step):
         yield slice(start, min(layout.n_planes, start + step))
 
@@ -118,14 +119,24 @@ def _choose_channel(info: SlideInfo, channel: int | str | None) -> int:
 def _read(image: Multiscale, layout: Layout, span: slice, channel: int, path: Location) -> NDArray[Any]:
     """Return planes `span` of one channel, (n, H, W), whatever the order of the axes in the file."""
     where: dict[str, Any] = {"z": 0, "t": layout.t or 0, "c": channel, layout.along: span}
-    if layout.n_projected > 1:
-        where["z"] = slice(None)
+    if layout.n_projected == 1:
+        return _read_at(image, where, path)
+    depth = image.arrays[0].chunks[image.axes.index("z")]
+    brightest: NDArray[Any] | None = None
+    for start in range(0, layout.n_projected, depth):  # a chunk of planes is in memory
+        values = _read_at(image, where | {"z": slice(start, start + depth)}, path)
+        values = np.fmax.reduce(values, axis=0)
+        brightest = values if brightest is None else np.fmax(brightest, values)
+    assert brightest is not None
+    return brightest
+
+
+def _read_at(image: Multiscale, where: dict[str, Any], path: Location) -> NDArray[Any]:
+    """Return the values of level 0 at these places of some axes, in the order z t y x of what is left."""
     try:
         values = np.asarray(image.arrays[0][tuple(where.get(axis, slice(None)) for axis in image.axes)])
     except unreadable_zarr() as err:
         raise InputError(f"cannot be read ({err})", where=path, fix="copy it again") from err
-    left = [axis for axis in image.axes if isinstance(where.get(axis, span), slice)]
+    left = [axis for axis in image.axes if isinstance(where.get(axis, slice(None)), slice)]
     values = values.transpose([left.index(axis) for axis in "ztyx" if axis in left])
-    if layout.n_projected > 1:
-        values = np.fmax.reduce(values, axis=0)
-    return values if values.ndim == 3 else values[None]
+    return values if values.ndim > 2 else values[None]

@@ -29,7 +29,7 @@ from darcnn.runtime.volumes.layout import Layout
 from darcnn.runtime.volumes.ome_zarr import unpack_zarr
 from darcnn.runtime.volumes.volume import NM_PER_UM, Stored, Volume, VolumeInfo, check_room, in_nanometres
 
-__all__ = ["VOLUME_SUFFIXES", "is_mrc", "is_series", "is_volume", "open_volume"]
+__all__ = ["VOLUME_SUFFIXES", "count_lacking", "is_mrc", "is_series", "is_volume", "open_volume"]
 
 VOLUME_SUFFIXES = (*MRC, *PACKED, *NIFTI)  # of formats that hold volumes and nothing else
 
@@ -44,6 +44,17 @@ def is_volume(path: Location, *, t: int | None = None) -> bool:
         return True
     planes = count_planes(path)
     return planes.n_z > 1 or planes.is_series(t)
+
+
+def count_lacking(path: Path) -> int:
+    """Return how many planes a file announces and does not hold (OME-TIFF).
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if is_mrc(path) or suffix_of(path) in NIFTI:
+        return 0
+    return count_planes(path).n_lacking
 
 
 def is_mrc(path: Path) -> bool:

@@ -62,7 +62,7 @@ from darcnn.runtime.volumes.find import (
 from darcnn.runtime.volumes.joining import join_sections
 from darcnn.runtime.volumes.labels import Numbered, write_label_volume
 from darcnn.runtime.volumes.numbering import number_solids, table_columns
-from darcnn.runtime.volumes.open import open_volume
+from darcnn.runtime.volumes.open import count_lacking, open_volume
 from darcnn.runtime.volumes.options import EXTRA_VOLUME_FORMATS, AxisOption, VolumeOptions
 from darcnn.runtime.volumes.overview import write_overview, write_scroll
 from darcnn.runtime.volumes.particles import write_points, write_star
@@ -229,7 +229,8 @@ def _fingerprint(path: Location) -> dict[str, Any]:
         InputError: it cannot be read.
     """
     if isinstance(path, Path) and path.is_file():
-        return fingerprint_file(path)
+        n_lacking = count_lacking(path)  # other files of the same image may come later
+        return fingerprint_file(path) | ({"lacking": n_lacking} if n_lacking else {})
     with open_source(path, z=0, t=0) as reader:
         return fingerprint(reader.info)
 

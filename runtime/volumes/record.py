@@ -83,7 +83,7 @@ class VolumeCounts:
         warnings = list(warn_of_unread(volume.info.n_unread))
         layout = volume.info.layout
         if layout.n_lacking:
-            what = "time points" if layout.is_series else "planes"
+            what = "time points" if volume.info.is_series else "planes"
             n_planned = layout.n_planes + layout.n_lacking
             warnings.append(
                 f"of {n_planned} {what} that the file announces, the last {layout.n_lacking} are missing"

@@ -6,6 +6,7 @@ import types
 from contextlib import contextmanager
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tifffile
 from click.testing import CliRunner
@@ -280,6 +281,27 @@ def test_a_series_takes_the_pixel_size_of_a_picture(loaded, tmp_path):
     assert run(*arguments, "--series").exit_code == 0
     record = json.loads((tmp_path / "out" / "s" / "run.json").read_text())
     assert record["input"]["pixel_um_yx"] == [0.5, 0.5]
+
+
+def test_stacks_at_several_time_points_are_projected_when_asked(loaded, slides, tmp_path):
+    stacks = np.zeros((3, 2, 64, 64), np.uint8)
+    stacks[:, 0, 10:20, 10:20], stacks[:, 1, 40:50, 10:20] = 1, 2  # on planes of their own
+    tifffile.imwrite(tmp_path / "s.ome.tif", stacks, metadata={"axes": "TZYX"})
+    arguments = (tmp_path / "s.ome.tif", "--model", "oracle", "--out", tmp_path / "out")
+    assert "--project" in run(*arguments).stderr
+    assert run(*arguments, "--project", "--mpp", 0.5).exit_code == 0
+    record = json.loads((tmp_path / "out" / "s" / "run.json").read_text())
+    assert record["input"]["pixel_um_yx"] == [0.5, 0.5]
+    tracks = pq.read_table(tmp_path / "out" / "s" / "tracks.parquet")
+    assert tracks["t"].to_pylist() == [0, 0, 1, 1, 2, 2]
+    for chosen in (
+        (slides / "b.png",),
+        (*arguments[:1], "--z", "0", "--t", "0"),
+        (*arguments[:1], "--t", "1"),
+    ):
+        result = run(*chosen, "--model", "oracle", "--out", tmp_path / "other", "--project")
+        assert result.exit_code == 2
+        assert "--project" in result.stderr
 
 
 def test_a_filter_on_what_is_not_known_is_refused(loaded, slides, tmp_path):

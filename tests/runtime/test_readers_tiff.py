@@ -463,6 +463,37 @@ def test_an_acquisition_that_was_stopped_has_the_planes_that_were_written(
         np.testing.assert_array_equal(read(path, z=z, t=t)[:, :, 0], values[at])
 
 
+def test_a_stack_with_holes_was_not_stopped(tmp_path):
+    values = noise(6, 20, 30)
+    whole_file = write(tmp_path / "whole.ome.tif", values, metadata={"axes": "TYX"})
+    with tifffile.TiffFile(whole_file) as tiff:
+        xml = str(tiff.ome_metadata)
+    start, end = xml.index("<TiffData"), xml.index("</Pixels>")
+    there = (0, 1, 2, 4)  # the camera missed one
+    parts = "".join(f'<TiffData IFD="{n}" FirstT="{t}" PlaneCount="1"/>' for n, t in enumerate(there))
+    path = tmp_path / "holes.ome.tif"
+    description = (xml[:start] + parts + xml[end:]).encode()
+    write(path, values[list(there)], description=description, metadata=None, photometric="minisblack")
+    assert count_planes(path) == Planes(1, 6)
+
+
+@pytest.mark.parametrize("name", ["first.ome.tif", "renamed.ome.tif"])
+def test_where_another_file_of_the_image_is_not_there_all_planes_count(tmp_path, name):
+    values = noise(2, 20, 30)
+    whole_file = write(tmp_path / "whole.ome.tif", values, metadata={"axes": "TYX"})
+    with tifffile.TiffFile(whole_file) as tiff:
+        xml = str(tiff.ome_metadata).replace('SizeT="2"', 'SizeT="5"')
+    start, end = xml.index("<TiffData"), xml.index("</Pixels>")
+    parts = "".join(
+        f'<TiffData IFD="{t % 2}" FirstT="{t}" PlaneCount="1">'
+        f'<UUID FileName="{file}.ome.tif">urn:uuid:{t // 2}</UUID></TiffData>'
+        for t, file in enumerate(("first", "first", "second", "second"))
+    )
+    description = (xml[:start] + parts + xml[end:]).encode()
+    write(tmp_path / name, values, description=description, metadata=None, photometric="minisblack")
+    assert count_planes(tmp_path / name).n_lacking == 0
+
+
 def test_further_scenes_are_counted_and_thumbnails_are_not(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
         for side in (100, 90, 20):  # two scenes and a thumbnail

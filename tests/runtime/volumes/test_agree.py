@@ -82,6 +82,11 @@ def test_what_one_axis_has_merged_is_cut_where_another_has_not(tmp_path: Path) -
     assert [(one.origin[2], one.stop[2]) for one in found] == [(0, 6), (6, 12)]
 
 
+def test_what_was_found_twice_is_no_two_pieces(tmp_path: Path) -> None:
+    whole, twice = [long_box(0, 10)], [long_box(0, 10), long_box(2, 10)]
+    assert cut_all(tmp_path, [whole, twice])[0] == [(0, 10)]
+
+
 def test_what_is_no_piece_cuts_nothing(tmp_path: Path) -> None:
     whole = [long_box(0, 12)]
     for others in (

@@ -26,7 +26,7 @@ from darcnn.runtime.intensity import IntensityRule, Window
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.slab import Slab
-from darcnn.runtime.volumes import find, joining
+from darcnn.runtime.volumes import agree, find, joining
 from darcnn.runtime.volumes.agree import Agreement
 from darcnn.runtime.volumes.labels import Numbered
 from darcnn.runtime.volumes.open import open_volume
@@ -628,6 +628,19 @@ def test_where_axes_agree_on_little_one_of_them_decides_unless_all_were_asked_fo
     summary = run_volume(segmenter, mrc_file, tmp_path / "out", options=VolumeOptions(axis=axis))
     assert summary.n_objects == (balls.max() if axis == "auto" else 1)
     assert any(one.endswith("across z alone") for one in summary.warnings) == (axis == "auto")
+
+
+def test_one_axis_decides_only_where_it_has_found_more(
+    oracle16: Segmenter, mrc_file: Path, balls: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = replace(oracle16.manifest.input, slab=Slab(0.0), nominal_diameter_px=5.0)
+    segmenter = Segmenter(oracle16.engine, replace(oracle16.manifest, input=sizes))
+    monkeypatch.setattr(agree, "_FEW", 1.01)
+    summary = run_volume(segmenter, mrc_file, tmp_path / "out")
+    assert summary.n_objects == balls.max()
+    (warning,) = summary.warnings
+    assert warning.startswith("two axes agree on")
+    assert not warning.endswith("alone")
 
 
 def test_voxels_that_are_no_cubes_are_looked_at_along_z_only(

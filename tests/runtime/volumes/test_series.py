@@ -83,6 +83,7 @@ def test_of_a_series_that_was_stopped_what_was_written_is_searched(
     summary = run_volume(oracle16, tmp_path / "s.ome.tif", tmp_path / "out")
     assert "of 5 time points that the file announces, the last 2 are missing" in summary.warnings
     assert pq.read_table(summary.folder / "tracks.parquet")["t"].to_pylist() == [0, 1, 2]
+    assert json.loads((summary.folder / "run.json").read_text())["input"]["file"]["lacking"] == 2
 
 
 def test_daughters_name_their_mother_unless_she_is_left_out(oracle16: Segmenter, tmp_path: Path) -> None:
