@@ -21,7 +21,7 @@ def count_recorded(
     """Return how many planes of a stack can be read: all, or those before the first that was never written.
 
     Of a series of stacks, time points count that are whole, if there are two. All count (and reading one
-    that is missing fails) where a file that the metadata name is not there, or where later planes were
+    that is missing fails) where a file that the metadata names is not there, or where later planes were
     written: such a stack was not stopped, it has holes.
 
     Args:
@@ -35,20 +35,17 @@ def count_recorded(
     if n_z * n_t == 1 or all(page is not None for page in series.pages):
         return everything
     names = files_of_image(tiff.ome_metadata, path.name)
-    if has_other_name(tiff.ome_metadata, path.name) or not all(
-        (path.parent / name).exists() for name in names
-    ):
+    has_files = all((path.parent / name).exists() for name in names)
+    if not has_files or has_other_name(tiff.ome_metadata, path.name):
         return everything
     is_there = [page is not None for page in series.pages]
-    pages = [
-        [is_there[place.page] for z in range(n_z) for place in locate_channels(axes, z=z, t=t)]
-        if n_t > 1
-        else [is_there[place.page] for place in locate_channels(axes, z=t, t=0)]
-        for t in range(n_t if n_t > 1 else n_z)
-    ]
-    n_whole = len(list(takewhile(all, pages)))
-    has_holes = any(any(later) for later in pages[n_whole + 1 :])
+    steps: list[list[bool]] = []  # of each time point, or plane of a stack: which of its pages are there
+    for step in range(n_t if n_t > 1 else n_z):
+        planes = [(z, step) for z in range(n_z)] if n_t > 1 else [(step, 0)]
+        steps.append([is_there[one.page] for z, t in planes for one in locate_channels(axes, z=z, t=t)])
+    n_whole = len(list(takewhile(all, steps)))
+    has_holes = any(any(later) for later in steps[n_whole + 1 :])
     if n_whole < _FEWEST or has_holes:
         return everything
-    lacking = len(pages) - n_whole
-    return Planes(n_z, n_whole, lacking) if n_t > 1 else Planes(n_whole, n_t, lacking)
+    n_lacking = len(steps) - n_whole
+    return Planes(n_z, n_whole, n_lacking) if n_t > 1 else Planes(n_whole, n_t, n_lacking)
