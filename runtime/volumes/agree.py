@@ -10,6 +10,7 @@ from operator import itemgetter
 
 import numpy as np
 
+from darcnn.runtime.volumes.sections import cut_mask
 from darcnn.runtime.volumes.solid import Solid, SolidFile, common_box, cropped, touching
 
 __all__ = ["Agreement", "agree", "cut_merged", "shared_voxels"]
@@ -113,16 +114,10 @@ def _lies_in(one: Solid, other: Solid) -> bool:
 
 def _cut(solid: Solid, pieces: Sequence[Solid]) -> Iterator[Solid]:
     """Yield the parts of a solid that are nearest to the middle of each of the `pieces`."""
-    voxels = np.argwhere(solid.mask)  # (N, 3)
-    middles = [np.argwhere(one.mask).mean(axis=0) + one.origin for one in pieces]
-    away = ((voxels[:, None] + solid.origin - np.array(middles)) ** 2).sum(axis=2)  # (N, pieces)
-    nearest = away.argmin(axis=1)
-    for number in range(len(pieces)):
-        mask = np.zeros_like(solid.mask)
-        mask[tuple(voxels[nearest == number].T)] = True
-        if mask.any():
-            origin, mask = cropped(solid.origin, mask)
-            yield replace(solid, origin=origin, mask=mask, n_planes=min(solid.n_planes, max(mask.shape)))
+    middles = np.array([np.argwhere(one.mask).mean(axis=0) + one.origin for one in pieces])
+    for part in cut_mask(solid.mask, solid.origin, middles):
+        origin, mask = cropped(solid.origin, part)
+        yield replace(solid, origin=origin, mask=mask, n_planes=min(solid.n_planes, max(mask.shape)))
 
 
 def _overlapping(one: SolidFile, other: SolidFile) -> Iterator[tuple[int, int, float]]:
@@ -138,12 +133,12 @@ def _sharing(one: SolidFile, other: SolidFile) -> Iterator[tuple[int, int, int, 
     near = _Recent(other)
     for i, pairs in groupby(sorted(zip(*touching(one, other), strict=True)), key=itemgetter(0)):
         here = one[int(i)]
+        n_here = int(np.count_nonzero(here.mask))
         for _, j in pairs:
             there = near.get(int(j))
             shared = shared_voxels(here, there)
             if shared:
-                voxels = int(np.count_nonzero(here.mask)), int(np.count_nonzero(there.mask))
-                yield int(i), int(j), shared, voxels
+                yield int(i), int(j), shared, (n_here, int(np.count_nonzero(there.mask)))
 
 
 class _Recent:

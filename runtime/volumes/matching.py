@@ -10,7 +10,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from darcnn.runtime.volumes.sections import Section, common_pixels, trimmed
+from darcnn.runtime.volumes.sections import Section, common_pixels, cut_mask, trimmed
 
 __all__ = [
     "BRIDGED",
@@ -84,18 +84,9 @@ def split_merged(ends: list[Section], sections: list[Section], after: list[Secti
 
 def _cut(section: Section, ends: list[Section]) -> list[Section]:
     """Return the parts of a section that are nearest to each of the sections `ends` of the plane before."""
-    ys, xs = np.nonzero(section.mask)
-    points = np.stack([ys + section.y, xs + section.x], axis=1).astype(np.float64)
     centres = np.array([centre_of(end) for end in ends])
-    nearest = ((points[:, None] - centres[None]) ** 2).sum(axis=2).argmin(axis=1)
-    parts = []
-    for number in range(len(ends)):
-        own = nearest == number
-        if own.any():
-            mask = np.zeros_like(section.mask)
-            mask[ys[own], xs[own]] = True
-            parts.append(trimmed(replace(section, mask=mask)))
-    return parts
+    parts = cut_mask(section.mask, (section.y, section.x), centres)
+    return [trimmed(replace(section, mask=part)) for part in parts]
 
 
 def centre_of(section: Section) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ from darcnn.runtime.instances import Instances
 __all__ = [
     "Section",
     "common_pixels",
+    "cut_mask",
     "pack_mask",
     "read_sections",
     "sections_of",
@@ -68,6 +69,28 @@ def sections_of(instances: Instances, plane: int) -> list[Section]:
         is_cut = truncated or x == 0 or y == 0 or x + w == width or y + h == height
         found.append(Section(plane, x, y, mask, score, is_cut))
     return found
+
+
+def cut_mask(
+    mask: NDArray[np.bool_], origin: Sequence[int], middles: NDArray[np.float64]
+) -> list[NDArray[np.bool_]]:
+    """Return the parts of a mask that are nearest to each of some places; a place may have none.
+
+    Args:
+        mask: (h, w) or (d, h, w).
+        origin: the place of its first pixel or voxel.
+        middles: (N, 2) or (N, 3), in the order of the axes.
+    """
+    inside = np.argwhere(mask)  # (P, 2) or (P, 3)
+    nearest = ((inside[:, None] + np.array(origin) - middles) ** 2).sum(axis=2).argmin(axis=1)
+    parts = []
+    for number in range(len(middles)):
+        own = inside[nearest == number]
+        if len(own):
+            part = np.zeros_like(mask)
+            part[tuple(own.T)] = True
+            parts.append(part)
+    return parts
 
 
 def common_pixels(one: Section, other: Section) -> NDArray[np.bool_]:

@@ -401,20 +401,25 @@ def test_samples_by_the_ten_thousand_are_told(tmp_path: Path) -> None:
         read(path)
 
 
-def test_a_part_of_a_split_ome_tiff_that_is_missing_is_told(tmp_path: Path) -> None:
-    values = noise(2, 20, 30)
-    whole_file = write(tmp_path / "whole.ome.tif", values, metadata={"axes": "ZYX"})
+def describe(folder: Path, axes: str, values: np.ndarray, tiff_data: str | None = None) -> bytes:
+    """Return the OME-XML of `values`, which perhaps tells of other places where the planes lie."""
+    whole_file = write(folder / "whole.ome.tif", values, metadata={"axes": axes})
     with tifffile.TiffFile(whole_file) as tiff:
         xml = tiff.ome_metadata
     assert xml is not None
-    start = xml.index("<TiffData")
-    end = xml.index("</Pixels>")
+    if tiff_data is None:
+        return xml.encode()
+    return (xml[: xml.index("<TiffData")] + tiff_data + xml[xml.index("</Pixels>") :]).encode()
+
+
+def test_a_part_of_a_split_ome_tiff_that_is_missing_is_told(tmp_path: Path) -> None:
+    values = noise(2, 20, 30)
     parts = "".join(
         f'<TiffData IFD="0" FirstZ="{z}" PlaneCount="1">'
         f'<UUID FileName="{name}.ome.tif">urn:uuid:00000000-0000-0000-0000-00000000000{z}</UUID></TiffData>'
         for z, name in enumerate(("first", "second"))
     )
-    description = (xml[:start] + parts + xml[end:]).encode()
+    description = describe(tmp_path, "ZYX", values, parts)
     for z, name in enumerate(("first", "second")):
         options: dict[str, Any] = {"description": description, "metadata": None}
         write(tmp_path / f"{name}.ome.tif", values[z], **options)
@@ -431,10 +436,7 @@ def test_a_part_of_a_split_ome_tiff_that_is_missing_is_told(tmp_path: Path) -> N
 def write_stopped(path: Path, axes: str, shape: tuple[int, ...], n_written: int) -> np.ndarray:
     """Write the first pages of an OME-TIFF whose metadata announce all of `shape`; return its values."""
     values = noise(*shape)
-    whole = write(path.with_name("whole.ome.tif"), values, metadata={"axes": axes})
-    with tifffile.TiffFile(whole) as tiff:
-        assert tiff.ome_metadata is not None
-        description = tiff.ome_metadata.encode()
+    description = describe(path.parent, axes, values)
     pages = values.reshape(-1, *shape[-2:])[:n_written]
     write(path, pages, description=description, metadata=None, photometric="minisblack")
     return values
@@ -465,32 +467,24 @@ def test_an_acquisition_that_was_stopped_has_the_planes_that_were_written(
 
 def test_a_stack_with_holes_was_not_stopped(tmp_path):
     values = noise(6, 20, 30)
-    whole_file = write(tmp_path / "whole.ome.tif", values, metadata={"axes": "TYX"})
-    with tifffile.TiffFile(whole_file) as tiff:
-        xml = str(tiff.ome_metadata)
-    start, end = xml.index("<TiffData"), xml.index("</Pixels>")
     there = (0, 1, 2, 4)  # the camera missed one
     parts = "".join(f'<TiffData IFD="{n}" FirstT="{t}" PlaneCount="1"/>' for n, t in enumerate(there))
     path = tmp_path / "holes.ome.tif"
-    description = (xml[:start] + parts + xml[end:]).encode()
+    description = describe(tmp_path, "TYX", values, parts)
     write(path, values[list(there)], description=description, metadata=None, photometric="minisblack")
     assert count_planes(path) == Planes(1, 6)
 
 
 @pytest.mark.parametrize("name", ["first.ome.tif", "renamed.ome.tif"])
 def test_where_another_file_of_the_image_is_not_there_all_planes_count(tmp_path, name):
-    values = noise(2, 20, 30)
-    whole_file = write(tmp_path / "whole.ome.tif", values, metadata={"axes": "TYX"})
-    with tifffile.TiffFile(whole_file) as tiff:
-        xml = str(tiff.ome_metadata).replace('SizeT="2"', 'SizeT="5"')
-    start, end = xml.index("<TiffData"), xml.index("</Pixels>")
+    values = noise(5, 20, 30)
     parts = "".join(
         f'<TiffData IFD="{t % 2}" FirstT="{t}" PlaneCount="1">'
         f'<UUID FileName="{file}.ome.tif">urn:uuid:{t // 2}</UUID></TiffData>'
         for t, file in enumerate(("first", "first", "second", "second"))
     )
-    description = (xml[:start] + parts + xml[end:]).encode()
-    write(tmp_path / name, values, description=description, metadata=None, photometric="minisblack")
+    description = describe(tmp_path, "TYX", values, parts)
+    write(tmp_path / name, values[:2], description=description, metadata=None, photometric="minisblack")
     assert count_planes(tmp_path / name).n_lacking == 0
 
 

@@ -225,18 +225,9 @@ def test_the_interval_of_a_series_in_ome_zarr(tmp_path: Path, unit: str | None, 
 
 def test_a_series_in_ome_zarr_is_a_volume_along_t_too(tmp_path: Path) -> None:
     for name, axes in (("a", "tcyx"), ("b", "czyxt")):
-        kinds = {"t": "time", "c": "channel"}
-        group = zarr.create_group(tmp_path / f"{name}.zarr", zarr_format=2)
         values = VALUES.astype(np.uint16)  # t y x
         placed = values[:, None] if name == "a" else np.moveaxis(values, 0, -1)[None, None]
-        group.create_array("0", data=np.ascontiguousarray(placed))
-        group.attrs["multiscales"] = [
-            {
-                "version": "0.4",
-                "axes": [{"name": axis, "type": kinds.get(axis, "space")} for axis in axes],
-                "datasets": [{"path": "0", "coordinateTransformations": []}],
-            }
-        ]
+        write_stacks(tmp_path / f"{name}.zarr", axes, np.ascontiguousarray(placed))
         with open_volume(tmp_path / f"{name}.zarr", tmp_path) as volume:
             assert volume.info.is_series
             assert volume.info.voxel_nm is None
