@@ -126,6 +126,7 @@ class RefineStage:
     learning_rate: float = 3e-4
     warm_up: int = 20
     augment: bool = True  # the paper's augmentation of pseudo-labelled tiles; False only crops them
+    glass: float = 0.0  # share of the pseudo-labelled tiles with holes of bare glass, which are no objects
     vary_stains: float = 0.0  # the stains of coloured tiles are made stronger or weaker by up to so much
     extra_noise: float = 0.0  # up to so many times a tile's own noise is added to it; 0 none
     min_score: float = 0.5  # z

@@ -96,11 +96,17 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"refine_stage.vary_stains = {refine.vary_stains} is not from 0 to below 1",
             "use 0.2 for stained tissue, or 0",
         )
-    if refine.vary_stains > 0 and target.channels != _COLOURS:
+    if not 0.0 <= refine.glass <= 1.0:
         yield (
-            f"refine_stage.vary_stains is for colours, and target.channels is {target.channels}",
-            "leave it out",
+            f"refine_stage.glass = {refine.glass} is no share",
+            "give a number from 0 to 1: 0.5, say, or 0 for no glass",
         )
+    for name in ("vary_stains", "glass"):
+        if getattr(refine, name) > 0 and target.channels != _COLOURS:
+            yield (
+                f"refine_stage.{name} is for colours, and target.channels is {target.channels}",
+                "leave it out",
+            )
     if refine.extra_noise < 0:
         yield (
             f"refine_stage.extra_noise = {refine.extra_noise} is below 0",

@@ -18,17 +18,14 @@ from darcnn.training.adapt.pseudo_labels import label_images, read_labels
 from darcnn.training.checkpoint import CheckpointInfo, is_complete, load_network, save_checkpoint
 from darcnn.training.config import Recipe
 from darcnn.training.contact_sheet import ContactSheet
-from darcnn.training.data.augment import add_noise, augment_target, vary_stains, vary_synthesized
 from darcnn.training.data.batches import Batch, BatchKey, make_batch
-from darcnn.training.data.crowding import crowd
-from darcnn.training.data.source import LabelledTile
-from darcnn.training.data.synthesis import SynthesizedSource
 from darcnn.training.data.target import TargetImages
 from darcnn.training.decisions import DECISIONS_FILE, Decisions, decide, note_decisions
 from darcnn.training.loop import LoopPlan, saved_progress, train
 from darcnn.training.model.network import Darcnn
 from darcnn.training.model.presets import preset_named
 from darcnn.training.model.pretrained import load_weights, start_of
+from darcnn.training.refine_tiles import RefineTiles
 from darcnn.training.schedule import similarity_weight
 from darcnn.training.source_tiles import SourceTiles
 from darcnn.training.steps import adapt_losses, refine_losses, source_losses
@@ -191,11 +188,7 @@ def run_refine(run: Run, start: Path) -> Darcnn:
     first = run.folder(_rounds(recipe)[0])
     known = start / DIAMETERS_FILE  # what stage 1 measured holds for stage 2
     _match_scales(run, network, targets, known.parent if known.is_file() else first)
-    synthesized = SynthesizedSource(targets)
-    tiles = SourceTiles(recipe, run.data, targets) if stage.source_every else None
-    sheet = ContactSheet(recipe, targets)
-    slab, nominal = recipe.target.slab, recipe.target.nominal_diameter_px
-    grain_px = 0.0 if slab is None else slab.sigma_px(nominal)
+    tiles, sheet = RefineTiles(recipe, run.data, targets), ContactSheet(recipe, targets)
     for name in _rounds(recipe):
         folder = run.folder(name)
         label_folder = folder / "pseudo_labels"
@@ -224,23 +217,7 @@ def run_refine(run: Run, start: Path) -> Darcnn:
         )
 
         def batch_of(number: int, name: str = name, labels: dict[str, NDArray[np.int32]] = labels) -> Batch:
-            if tiles is not None and number % stage.source_every == 0:
-                return tiles.batch(name, number, stage.batch)
-            is_synthetic = stage.synthetic_every and number % stage.synthetic_every == 0
-
-            def draw(rng: np.random.Generator) -> LabelledTile:
-                if is_synthetic:
-                    return vary_synthesized(synthesized.tile(rng, recipe.tile_px), rng)
-                tile = targets.tile(rng, recipe.tile_px, labels)
-                if stage.extra_noise > 0:
-                    tile = add_noise(tile, rng, most=stage.extra_noise, grain_px=grain_px)
-                if stage.crowding > 0 and rng.random() < stage.crowding:
-                    tile = crowd(tile, rng)
-                if stage.vary_stains > 0:
-                    tile = vary_stains(tile, rng, most=stage.vary_stains)
-                return augment_target(tile, rng) if stage.augment else tile
-
-            return make_batch(draw, BatchKey(recipe.seed, name, number), parallel.share_of(stage.batch))
+            return tiles.batch(name, number, labels)
 
         network = train(network, plan, batch_of, _refine_losses_of(network, run.device))
         note_trust(network, recipe, targets, folder)

@@ -163,7 +163,7 @@ def test_pseudo_labelled_tiles_alone_are_crowded(
             make_batch(step)
         return network
 
-    monkeypatch.setattr("darcnn.training.stages.crowd", note)
+    monkeypatch.setattr("darcnn.training.refine_tiles.crowd", note)
     monkeypatch.setattr("darcnn.training.stages.train", take_batches)
     stage = replace(tiny.refine_stage, crowding=share, source_every=2, rounds=1)
     run_refine(Run(replace(tiny, refine_stage=stage), data, tmp_path), tmp_path / "adapt")
@@ -172,20 +172,32 @@ def test_pseudo_labelled_tiles_alone_are_crowded(
 
 
 @pytest.mark.usefixtures("untrusted")
+@pytest.mark.parametrize("share", [0.0, 1.0])
 @pytest.mark.parametrize("most", [0.0, 0.2])
-def test_stains_vary_after_they_were_labelled(
-    tiny: Recipe, data: Path, tmp_path: Path, network: Darcnn, monkeypatch: pytest.MonkeyPatch, most: float
+def test_stains_vary_and_glass_is_laid_after_tissue_was_labelled(
+    tiny: Recipe,
+    data: Path,
+    tmp_path: Path,
+    network: Darcnn,
+    monkeypatch: pytest.MonkeyPatch,
+    most: float,
+    share: float,
 ) -> None:
     target = replace(
         tiny.target, sets=(TargetSet("tissue/*.png"),), channels=3, intensity=IntensityRule("full_range")
     )
-    stage = replace(tiny.refine_stage, vary_stains=most, source_every=0, rounds=1)
+    stage = replace(tiny.refine_stage, vary_stains=most, glass=share, source_every=0, rounds=1)
     recipe = replace(tiny, target=target, refine_stage=stage)
     save_checkpoint(tmp_path / "adapt", network, CheckpointInfo("adapt", 1, True, recipe))
     varied: list[float] = []
+    holed: list[float] = []
 
     def note(tile: LabelledTile, rng: np.random.Generator, *, most: float) -> LabelledTile:
         varied.append(most)
+        return tile
+
+    def note_holes(tile: LabelledTile, rng: np.random.Generator, *, diameter_px: float) -> LabelledTile:
+        holed.append(diameter_px)
         return tile
 
     def take_batches(
@@ -195,10 +207,12 @@ def test_stains_vary_after_they_were_labelled(
         make_batch(0)
         return network
 
-    monkeypatch.setattr("darcnn.training.stages.vary_stains", note)
+    monkeypatch.setattr("darcnn.training.refine_tiles.vary_stains", note)
+    monkeypatch.setattr("darcnn.training.refine_tiles.lay_glass", note_holes)
     monkeypatch.setattr("darcnn.training.stages.train", take_batches)
     run_refine(Run(recipe, data, tmp_path), tmp_path / "adapt")
     assert varied == [most] * (stage.batch if most else 0)
+    assert holed == [target.nominal_diameter_px] * (stage.batch if share else 0)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Nucleus", "NucleusRanges", "Plan", "plan_nuclei"]
+__all__ = ["Nucleus", "NucleusRanges", "Plan", "draw_outline", "plan_nuclei"]
 
 Mask = NDArray[np.bool_]  # (H, W)
 Values = NDArray[np.float32]  # (h, w)
@@ -99,7 +99,7 @@ def plan_nuclei(allowed: Mask, diameter_px: float, ranges: NucleusRanges, rng: n
             continue
         longer = 1.0 + (elongation - 1.0) * rng.uniform(0.5, 1.5)
         angle = direction + rng.normal(0.0, disorder)
-        whole = _outline(size, longer, angle, roughness * rng.uniform(0.5, 1.5), rng)
+        whole = draw_outline(size, longer, angle, roughness * rng.uniform(0.5, 1.5), rng)
         field.put(whole, (x, y), size)
     return Plan(field.nuclei, field.owner)
 
@@ -137,10 +137,18 @@ def _draw_log(rng: np.random.Generator, limits: tuple[float, float]) -> float:
     return math.exp(rng.uniform(math.log(limits[0]), math.log(limits[1])))
 
 
-def _outline(
+def draw_outline(
     diameter_px: float, elongation: float, angle: float, roughness: float, rng: np.random.Generator
 ) -> Values:
-    """Return (h, w), h = w, px: how far each pixel lies inside a smooth random outline around the middle."""
+    """Return (h, w), h = w, px: how far each pixel lies inside a smooth random outline around the middle.
+
+    Args:
+        diameter_px: of the circle of the same area, roughness apart.
+        elongation: length over width of the ellipse that the outline follows.
+        angle: of its long axis, radians.
+        roughness: how far the outline wanders from the ellipse, in radii.
+        rng: decides where it does.
+    """
     long, short = diameter_px / 2.0 * math.sqrt(elongation), diameter_px / 2.0 / math.sqrt(elongation)
     ellipse = long * short / np.hypot(short * np.cos(_ANGLES - angle), long * np.sin(_ANGLES - angle))
     waves = rng.normal(size=len(_WAVES)) @ _WAVES
