@@ -70,6 +70,11 @@ def test_holes_come_as_small_as_debris_and_as_large_as_lumens() -> None:
     assert np.mean(np.array(shares) > 0) > 0.9  # few lie wholly outside
 
 
+def test_holes_may_be_far_larger_than_the_tile() -> None:
+    for seed in range(20):
+        lay_glass(TISSUE, np.random.default_rng(seed), diameter_px=2.0 * SIDE)
+
+
 def test_the_same_seed_lays_the_same_holes() -> None:
     one, other = (lay_glass(TISSUE, np.random.default_rng(5), diameter_px=24).image for _ in range(2))
     assert np.array_equal(one, other)

@@ -63,7 +63,8 @@ def _draw_holes(side: int, diameter_px: float, rng: np.random.Generator) -> Valu
         depth = draw_outline(size, elongation, rng.uniform(0.0, math.pi), rng.uniform(*_ROUGHNESS), rng)
         hole = np.clip(depth / rng.uniform(*_SOFTNESS_PX) + 0.5, 0.0, 1.0)
         reach = len(hole)
-        x, y = (int(at) for at in rng.uniform(-reach / 4.0, side - 3.0 * reach / 4.0, 2))
+        low, high = sorted((-reach / 4.0, side - 3.0 * reach / 4.0))  # it may be far larger than the tile
+        x, y = (int(at) for at in rng.uniform(low, high, 2))
         place = np.s_[max(y, 0) : max(y + reach, 0), max(x, 0) : max(x + reach, 0)]
         inside = hole[max(-y, 0) : max(side - y, 0), max(-x, 0) : max(side - x, 0)]
         holes[place] = np.maximum(holes[place], inside)
