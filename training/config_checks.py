@@ -86,20 +86,16 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "refine_stage.doubt_score is not from 0 to refine_stage.min_score",
             "use 0.2, say, or leave it out",
         )
-    if not 0.0 <= refine.crowding <= 1.0:
-        yield (
-            f"refine_stage.crowding = {refine.crowding} is no share",
-            "give a number from 0 to 1: 0.7, say, or 0 for no crowded tiles",
-        )
+    for name, usual, what in (("crowding", 0.7, "crowded tiles"), ("glass", 0.5, "glass")):
+        if not 0.0 <= (share := getattr(refine, name)) <= 1.0:
+            yield (
+                f"refine_stage.{name} = {share} is no share",
+                f"give a number from 0 to 1: {usual}, say, or 0 for no {what}",
+            )
     if not 0.0 <= refine.vary_stains < 1.0:
         yield (
             f"refine_stage.vary_stains = {refine.vary_stains} is not from 0 to below 1",
             "use 0.2 for stained tissue, or 0",
-        )
-    if not 0.0 <= refine.glass <= 1.0:
-        yield (
-            f"refine_stage.glass = {refine.glass} is no share",
-            "give a number from 0 to 1: 0.5, say, or 0 for no glass",
         )
     for name in ("vary_stains", "glass"):
         if getattr(refine, name) > 0 and target.channels != _COLOURS:

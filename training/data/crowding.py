@@ -13,7 +13,7 @@ from skimage.measure import regionprops
 from darcnn.runtime.geometry import Region
 from darcnn.training.data.source import LabelledTile
 
-__all__ = ["crowd"]
+__all__ = ["clip_window", "crowd"]
 
 Values = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -165,14 +165,14 @@ def _rounded(corner: NDArray[np.float64]) -> tuple[int, int]:
 
 
 def _overlap_px(mask: Mask, owner: Numbers, corner: tuple[int, int]) -> int:
-    window, part = _windows(mask.shape, owner.shape, corner)
+    window, part = clip_window(mask.shape, owner.shape, corner)
     return int((mask[part] & (owner[window] > 0)).sum())
 
 
-def _windows(
+def clip_window(
     shape: tuple[int, ...], within: tuple[int, ...], corner: tuple[int, int]
 ) -> tuple[Window, Window]:
-    """Return where a window of `shape` lies in the tile, and which part of it does."""
+    """Return where a window with its first pixel at `corner` (y, x) lies in a tile, and which part does."""
     (y, x), (height, width) = corner, shape
     inside = Region(x, y, x + width, y + height).clip(within[1], within[0])
     window = slice(inside.y0, inside.y1), slice(inside.x0, inside.x1)
@@ -183,7 +183,7 @@ def _lay(
     canvas: Values, owner: Numbers, blocked: Mask, copy: _Single, corner: tuple[int, int], number: int
 ) -> bool:
     """Lay the copy onto the tile as object `number`; tell whether it could lie there."""
-    window, part = _windows(copy.mask.shape, owner.shape, corner)
+    window, part = clip_window(copy.mask.shape, owner.shape, corner)
     mask, below = copy.mask[part], owner[window]
     if mask.sum() < _MIN_INSIDE * copy.mask.sum() or (blocked[window] & mask).any():
         return False

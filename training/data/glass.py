@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from darcnn.training.data.nuclei import draw_outline
+from darcnn.training.data.crowding import clip_window
+from darcnn.training.data.nuclei import draw_log, draw_outline
 from darcnn.training.data.source import LabelledTile
 
 __all__ = ["lay_glass"]
@@ -54,20 +55,19 @@ def lay_glass(tile: LabelledTile, rng: np.random.Generator, *, diameter_px: floa
 
 def _draw_holes(side: int, diameter_px: float, rng: np.random.Generator) -> Values:
     """Return (side, side), 1 in holes and 0 in tissue."""
-    typical = diameter_px * math.exp(rng.uniform(math.log(_SIZES[0]), math.log(_SIZES[1])))
+    typical = diameter_px * draw_log(rng, _SIZES)
     longest = _TORN if rng.random() < _TEARS else _ROUND
     holes = np.zeros((side, side), np.float32)
     for _ in range(int(rng.integers(_HOLES[0], _HOLES[1] + 1))):
         size = min(typical * math.exp(rng.normal(0.0, _SPREAD)), _MAX_SIZE * diameter_px)
-        elongation = math.exp(rng.uniform(0.0, math.log(longest)))
+        elongation = draw_log(rng, (1.0, longest))
         depth = draw_outline(size, elongation, rng.uniform(0.0, math.pi), rng.uniform(*_ROUGHNESS), rng)
         hole = np.clip(depth / rng.uniform(*_SOFTNESS_PX) + 0.5, 0.0, 1.0)
         reach = len(hole)
         low, high = sorted((-reach / 4.0, side - 3.0 * reach / 4.0))  # it may be far larger than the tile
         x, y = (int(at) for at in rng.uniform(low, high, 2))
-        place = np.s_[max(y, 0) : max(y + reach, 0), max(x, 0) : max(x + reach, 0)]
-        inside = hole[max(-y, 0) : max(side - y, 0), max(-x, 0) : max(side - x, 0)]
-        holes[place] = np.maximum(holes[place], inside)
+        place, part = clip_window(hole.shape, holes.shape, (y, x))
+        holes[place] = np.maximum(holes[place], hole[part])
     return holes
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Nucleus", "NucleusRanges", "Plan", "draw_outline", "plan_nuclei"]
+__all__ = ["Nucleus", "NucleusRanges", "Plan", "draw_log", "draw_outline", "plan_nuclei"]
 
 Mask = NDArray[np.bool_]  # (H, W)
 Values = NDArray[np.float32]  # (h, w)
@@ -78,9 +78,9 @@ def plan_nuclei(allowed: Mask, diameter_px: float, ranges: NucleusRanges, rng: n
         diameter_px: nominal.
     """
     height, width = allowed.shape
-    typical = diameter_px * _draw_log(rng, ranges.size)
+    typical = diameter_px * draw_log(rng, ranges.size)
     spread, roughness = rng.uniform(*ranges.spread), rng.uniform(*ranges.roughness)
-    elongation, crowding = _draw_log(rng, ranges.elongation), rng.uniform(*ranges.crowding)
+    elongation, crowding = draw_log(rng, ranges.elongation), rng.uniform(*ranges.crowding)
     direction, disorder = rng.uniform(0.0, math.pi), rng.uniform(0.0, 1.5)  # nuclei of a tissue may lie alike
     wanted_px = rng.uniform(*ranges.cover) * height * width
     field = _Field(np.zeros(allowed.shape, np.int32), ranges.max_overlap)
@@ -133,7 +133,8 @@ class _Field:
         under[mask] = len(self.nuclei)
 
 
-def _draw_log(rng: np.random.Generator, limits: tuple[float, float]) -> float:
+def draw_log(rng: np.random.Generator, limits: tuple[float, float]) -> float:
+    """Return a number between the limits, all ratios alike likely."""
     return math.exp(rng.uniform(math.log(limits[0]), math.log(limits[1])))
 
 
