@@ -125,6 +125,8 @@ class RefineStage:
     accumulate: int = 1
     learning_rate: float = 3e-4
     warm_up: int = 20
+    # "few": a twentieth of the weights alone, for a finished model that is nearly right
+    learns: Literal["all", "few"] = "all"
     augment: bool = True  # the paper's augmentation of pseudo-labelled tiles; False only crops them
     glass: float = 0.0  # share of the pseudo-labelled tiles with holes of bare glass, which are no objects
     vary_stains: float = 0.0  # the stains of coloured tiles are made stronger or weaker by up to so much
@@ -139,6 +141,9 @@ class RefineStage:
     # whether objects are brighter or darker than what surrounds them; findings of the other polarity are
     # dropped. "one": all are alike, and the findings say which; "any": both occur
     polarity: Literal["any", "one", "bright", "dark"] = "any"
+    # of stained tissue: findings with less than this share of their image's median optical density in red
+    # light are doubtful in every round, those with less than half of it are dropped; 0 asks for none
+    min_stain: float = 0.0
     fit_masks: bool = False  # fit each pseudo-mask to its image by a threshold between inside and outside
     source_every: int = 0  # every n-th step learns from the photographs again; 0 never
     # every n-th step learns from synthesized tiles, but where photographs are due; 0 never

@@ -86,7 +86,8 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "refine_stage.doubt_score is not from 0 to refine_stage.min_score",
             "use 0.2, say, or leave it out",
         )
-    for name, usual, what in (("crowding", 0.7, "crowded tiles"), ("glass", 0.5, "glass")):
+    shares = ("crowding", 0.7, "crowded tiles"), ("glass", 0.5, "glass"), ("min_stain", 0.5, "stain")
+    for name, usual, what in shares:
         if not 0.0 <= (share := getattr(refine, name)) <= 1.0:
             yield (
                 f"refine_stage.{name} = {share} is no share",
@@ -97,7 +98,7 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
             f"refine_stage.vary_stains = {refine.vary_stains} is not from 0 to below 1",
             "use 0.2 for stained tissue, or 0",
         )
-    for name in ("vary_stains", "glass"):
+    for name in ("vary_stains", "glass", "min_stain"):
         if getattr(refine, name) > 0 and target.channels != _COLOURS:
             yield (
                 f"refine_stage.{name} is for colours, and target.channels is {target.channels}",

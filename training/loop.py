@@ -45,6 +45,7 @@ class LoopPlan:
     """What the loop needs to know of a stage."""
 
     stage: str  # "source", "adapt" or "refine": chooses the parts that learn
+    few: bool = field(default=False, kw_only=True)  # of these, only a few small ones
     steps: int
     learning_rate: float
     warm_up: int
@@ -91,7 +92,7 @@ def train(
         first = saved.step
     # depthwise convolutions run backward two to four times as fast on a CPU
     network.train().to(memory_format=torch.channels_last)
-    parameters = list(network.select_trainable(*learning_parts(network, plan.stage)))
+    parameters = list(network.select_trainable(*learning_parts(network, plan.stage, few=plan.few)))
     optimizer = torch.optim.AdamW(
         _groups(parameters, plan), lr=plan.learning_rate, weight_decay=_WEIGHT_DECAY
     )

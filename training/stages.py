@@ -205,6 +205,7 @@ def run_refine(run: Run, start: Path) -> Darcnn:
         labels = read_labels(label_folder)
         plan = LoopPlan(
             stage="refine",
+            few=stage.learns == "few",
             steps=stage.steps,
             learning_rate=stage.learning_rate,
             warm_up=stage.warm_up,

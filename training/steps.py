@@ -39,8 +39,22 @@ class AdaptWeights(Protocol):
     def gamma(self) -> float: ...
 
 
-def learning_parts(network: Darcnn, stage: str) -> Sequence[nn.Module]:
-    """Return the parts that learn in a stage; the trunk never does."""
+def learning_parts(network: Darcnn, stage: str, *, few: bool = False) -> Sequence[nn.Module]:
+    """Return the parts that learn in a stage; the trunk never does.
+
+    Of "refine" they may be `few`: the first stage and the pyramid of E_p^t, R, and what is small of M^t, a
+    twentieth of the weights of `lite`; all others stay as they are.
+    """
+    if few:
+        encoder, heads = network.target_encoder, network.target_heads
+        return (
+            encoder.stages[0],
+            encoder.pyramid,
+            network.proposer,
+            heads.box_head.fc7,
+            heads.box_predictor,
+            heads.mask_predictor,
+        )
     return {
         "source": (network.shared_encoder, network.proposer, network.source_heads),
         "adapt": (

@@ -181,6 +181,8 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(table: dict[str, Any], pat
         ("refine_stage.glass", 1.5, "give a number from 0 to 1"),
         ("refine_stage.glass", -0.1, "no share"),
         ("refine_stage.glass", 0.5, "target.channels is 1"),
+        ("refine_stage.min_stain", 1.5, "give a number from 0 to 1"),
+        ("refine_stage.min_stain", 0.5, "target.channels is 1"),
         ("refine_stage.vary_stains", -0.1, "from 0 to below 1"),
         ("refine_stage.vary_stains", 1.0, "from 0 to below 1"),
         ("refine_stage.vary_stains", float("nan"), "from 0 to below 1"),
@@ -238,7 +240,7 @@ def test_any_valid_recipe_survives_json(
 
 @pytest.fixture(scope="session")
 def examples(root: Path) -> list[Path]:
-    return sorted((root / "examples" / "recipes").glob("*.toml"))
+    return sorted((root / "examples" / "recipes").rglob("*.toml"))
 
 
 def test_recipes_that_ship_are_valid(examples: list[Path]) -> None:

@@ -16,6 +16,7 @@ from darcnn.runtime.errors import InputError
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.training.adapt.pseudo_labels import (
+    drop_unstained,
     keep_one_polarity,
     label_images,
     merge_scales,
@@ -270,6 +271,72 @@ def test_images_without_findings_have_no_polarity(instances_of: InstancesOf) -> 
     none = instances_of(np.zeros_like(labels))
     assert [len(one) for one in keep_one_polarity([image, image], [none, instances_of(labels)])] == [0, 3]
     assert [len(one) for one in keep_one_polarity([image], [none])] == [0]
+
+
+PINK = (225, 140, 180)
+COLOURS = {
+    "haematoxylin": (90, 70, 140),
+    "pale haematoxylin": (176, 120, 180),
+    "DAB": (95, 60, 40),
+    "eosin": (222, 80, 130),  # as dark as nuclei to the eye, but not in red light
+    "glass": (245, 243, 245),
+}
+
+
+def stained(*kinds: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return pink tissue, (96, 96, 3), with a square of each of these colours, and its labels."""
+    corners = [(4 + 18 * (n % 5), 4 + 18 * (n // 5)) for n in range(len(kinds))]
+    labels = squares(*corners)
+    image = np.full((*labels.shape, 3), PINK, np.uint8)
+    for number, kind in enumerate(kinds, start=1):
+        image[labels == number] = COLOURS[kind]
+    return image, labels
+
+
+@pytest.mark.parametrize("nucleus", ["haematoxylin", "DAB"])
+@pytest.mark.parametrize("other", ["eosin", "glass"])
+def test_what_holds_no_stain_is_dropped(instances_of: InstancesOf, nucleus: str, other: str) -> None:
+    image, labels = stained(nucleus, nucleus, nucleus, other)
+    (kept,), (pale,) = drop_unstained([image], [instances_of(labels)], 0.5)
+    assert np.array_equal(kept.labels() > 0, (labels > 0) & (labels < 4))
+    assert not pale.any()
+
+
+def test_what_holds_little_stain_is_pale_and_stays(instances_of: InstancesOf) -> None:
+    image, labels = stained("haematoxylin", "haematoxylin", "haematoxylin", "pale haematoxylin")
+    (kept,), (pale,) = drop_unstained([image], [instances_of(labels)], 0.5)
+    assert len(kept) == len(pale) == 4
+    assert pale.tolist() == [False, False, False, True]
+
+
+def test_stain_is_told_image_by_image_and_of_no_findings(instances_of: InstancesOf) -> None:
+    weak, labels = stained("pale haematoxylin", "pale haematoxylin")
+    nothing = np.zeros_like(labels)
+    kept, pale = drop_unstained([weak, weak], [instances_of(labels), instances_of(nothing)], 0.5)
+    assert [len(one) for one in kept] == [len(one) for one in pale] == [2, 0]
+    assert not pale[0].any()
+
+
+def test_pale_findings_teach_nothing_even_in_the_last_round(
+    network: Darcnn, script: Script, recipe: Recipe, tmp_path: Path
+) -> None:
+    pixels = np.full((SIDE, SIDE, 3), PINK, np.uint8)
+    corners = ("haematoxylin", 10), ("haematoxylin", 45), ("pale haematoxylin", 80)
+    for kind, x in corners:
+        pixels[20:50, x : x + 25] = COLOURS[kind]
+    pixels[0, 0] = 255
+    Image.fromarray(pixels).save(tmp_path / "tissue.png")
+    rule = replace(recipe.target.intensity, kind="full_range")
+    target = replace(recipe.target, sets=(TargetSet("*.png"),), intensity=rule, channels=3)
+    stage = replace(recipe.refine_stage, min_stain=0.5, min_score=0.5, doubt_score=0.2)
+    images = TargetImages(tmp_path, target, recipe.seed)
+    script.boxes = [(x, 20, x + 25, 50, 0.9) for _, x in corners]
+    for keeps_doubt in (True, False):
+        changed = replace(recipe, target=target, refine_stage=stage)
+        folder = tmp_path / f"labels-{keeps_doubt}"
+        label_images(network, changed, images, folder, resume=False, keeps_doubt=keeps_doubt)
+        labels = read_labels(folder)["tissue"]
+        assert [int(np.sign(labels[35, x + 12])) for _, x in corners] == [1, 1, -1]
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -215,6 +215,23 @@ def test_stains_vary_and_glass_is_laid_after_tissue_was_labelled(
     assert holed == [target.nominal_diameter_px] * (stage.batch if share else 0)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("untrusted")
+def test_stage_2_leaves_all_but_a_few_layers_as_they_are(
+    tiny: Recipe, data: Path, tmp_path: Path, network: Darcnn
+) -> None:
+    stage = replace(tiny.refine_stage, learns="few", rounds=1, source_every=1)
+    recipe = replace(tiny, refine_stage=stage)
+    save_checkpoint(tmp_path / "adapt", network, CheckpointInfo("adapt", 1, True, recipe))
+    before = {name: weight.clone() for name, weight in network.state_dict().items()}
+    after = run_refine(Run(recipe, data, tmp_path), tmp_path / "adapt").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[0] for name in changed} == {"target_encoder", "proposer", "target_heads"}
+    assert not any(
+        name.startswith(("target_encoder.stages.1", "target_heads.box_head.fc6")) for name in changed
+    )
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_synthesized_tiles_take_their_share_of_the_source_batches(
     tiny: Recipe, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float

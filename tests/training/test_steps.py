@@ -189,6 +189,15 @@ def test_only_the_parts_that_learn_ask_for_gradients(network: Darcnn, stage: str
     assert len(yielded) == len(asking)
 
 
+def test_a_few_small_parts_of_those_that_stage_2_teaches(network: Darcnn) -> None:
+    yielded = list(network.select_trainable(*learning_parts(network, "refine", few=True)))
+    asking = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert len(yielded) == len(asking)
+    assert parts_of(asking) == {"target_encoder", "proposer", "target_heads"}
+    branch = sum(p.numel() for part in network.target_branch() for p in part.parameters())
+    assert 0.02 < sum(parameter.numel() for parameter in yielded) / branch < 0.06
+
+
 def test_l_target_reaches_the_target_encoder_only(steps: dict[str, Step]) -> None:
     assert steps["adapt"].reached("consistency") == {"target_encoder"}
 

@@ -14,7 +14,7 @@ from skimage.measure import regionprops
 
 from darcnn.runtime.instances import Instances
 
-__all__ = ["contrast_of", "fit_masks"]
+__all__ = ["contrast_of", "fit_masks", "stain_of"]
 
 _MARGIN = 0.25  # surroundings reach this share of the object's diameter beyond its mask
 _MIN_AGREEMENT = 0.6  # IoU with the predicted mask below which the fitted one is not believed
@@ -26,15 +26,28 @@ Box = tuple[int, int, int, int]
 
 def contrast_of(image: NDArray[np.uint8], instances: Instances) -> NDArray[np.float32]:
     """Return how many grey levels each object is brighter than its surroundings, (N,); negative if darker."""
+    return _above_surroundings(image.mean(axis=2), instances)
+
+
+def stain_of(image: NDArray[np.uint8], instances: Instances) -> NDArray[np.float32]:
+    """Return how much denser in red light each object is than its surroundings, (N,), optical density (ln).
+
+    Haematoxylin and DAB absorb red light, eosin hardly does (Ruifrok and Johnston 2001).
+    """
+    return _above_surroundings(-np.log((image[..., 0] + 1.0) / 256.0), instances)
+
+
+def _above_surroundings(values: NDArray[np.floating], instances: Instances) -> NDArray[np.float32]:
+    """Return the median of `values` (H, W) in each object less that near it, (N,)."""
     predicted = instances.labels()
-    contrasts = np.zeros(len(instances), np.float32)
+    differences = np.zeros(len(instances), np.float32)
     for row in range(len(instances)):
         x0, y0, x1, y1 = _window(instances, row)
         own, outside = _own_and_surroundings(predicted[y0:y1, x0:x1], row)
         if own.any() and outside.any():
-            grey = image[y0:y1, x0:x1].mean(axis=2)
-            contrasts[row] = np.median(grey[own]) - np.median(grey[outside])
-    return contrasts
+            near = values[y0:y1, x0:x1]
+            differences[row] = np.median(near[own]) - np.median(near[outside])
+    return differences
 
 
 def fit_masks(image: NDArray[np.uint8], instances: Instances) -> NDArray[np.int32]:

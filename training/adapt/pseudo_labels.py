@@ -16,14 +16,21 @@ from darcnn.runtime.boxes import non_maximum_suppression
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.segmenter import Segmenter
-from darcnn.training.adapt.fit_masks import contrast_of, fit_masks
+from darcnn.training.adapt.fit_masks import contrast_of, fit_masks, stain_of
 from darcnn.training.config import Recipe, RefineStage, relevant_part
 from darcnn.training.data.target import TargetImage, TargetImages
 from darcnn.training.engine import make_segmenter
 from darcnn.training.model.network import Darcnn
 from darcnn.training.writing import disk_errors, new_file
 
-__all__ = ["keep_one_polarity", "label_images", "merge_scales", "read_labels", "share_of_bright"]
+__all__ = [
+    "drop_unstained",
+    "keep_one_polarity",
+    "label_images",
+    "merge_scales",
+    "read_labels",
+    "share_of_bright",
+]
 
 _DOUBTFUL = "doubtful"  # folder of findings that are neither labels nor background
 _FAINT = 0.25  # a finding with less than this share of its image's median contrast is dropped
@@ -45,7 +52,7 @@ def label_images(
     DARCNN, section 3.3: predictions of the stage-1 model on the clean image whose final score is above
     z become labels. Deviation: images without one are left out rather than taught as empty, and
     masks may be fitted to the image, and weaker findings may be kept apart as doubtful (not in the last
-    round: `keeps_doubt`), and what is far too large left out.
+    round: `keeps_doubt`; those that hold little stain in each), and what is far too large left out.
     """
     stage = recipe.refine_stage
     finished = folder / "complete.json"
@@ -66,22 +73,25 @@ def label_images(
         ]
     if stage.polarity != "any":
         found = keep_one_polarity([image.pixels for image in targets.images], found, stage.polarity)
-    n_objects = sum(int((instances.scores >= stage.min_score).sum()) for instances in found)
+    is_pale = [np.zeros(len(instances), bool) for instances in found]
+    if stage.min_stain > 0:
+        found, is_pale = drop_unstained([image.pixels for image in targets.images], found, stage.min_stain)
+    sure = [(one.scores >= stage.min_score) & ~pale for one, pale in zip(found, is_pale, strict=True)]
+    n_objects = sum(int(is_sure.sum()) for is_sure in sure)
     if n_objects == 0:
         raise InputError(
             "the model found no object on any target image",
             where=folder,
             fix="lower refine_stage.min_score, correct target.sets.diameter_px, or train the source longer",
         )
-    for image, instances in zip(targets.images, found, strict=True):
-        is_sure = instances.scores >= stage.min_score
+    for image, instances, is_sure in zip(targets.images, found, sure, strict=True):
         if is_sure.any():
             labels = fit_masks(image.pixels, instances) if stage.fit_masks else instances.labels()
-            sure = np.isin(labels, 1 + np.flatnonzero(is_sure))
-            _write(labels * sure, folder / f"{image.name}.png")
+            taught = np.isin(labels, 1 + np.flatnonzero(is_sure))
+            _write(labels * taught, folder / f"{image.name}.png")
             if not is_sure.all():
                 (folder / _DOUBTFUL).mkdir(exist_ok=True)
-                _write(labels * ~sure, folder / _DOUBTFUL / f"{image.name}.png")
+                _write(labels * ~taught, folder / _DOUBTFUL / f"{image.name}.png")
     scores = np.concatenate([instances.scores for instances in found])
     histogram, _ = np.histogram(scores, bins=_SCORE_BINS, range=(0.0, 1.0))
     summary = {"objects": n_objects, "scores": histogram.tolist(), "recipe": depends_on}
@@ -110,6 +120,25 @@ def keep_one_polarity(
         typical = float(np.median(right[right > 0])) if (right > 0).any() else 0.0
         kept.append(one.select(right > _FAINT * typical))
     return kept
+
+
+def drop_unstained(
+    images: list[NDArray[np.uint8]], found: list[Instances], share: float
+) -> tuple[list[Instances], list[NDArray[np.bool_]]]:
+    """Return the findings without those that hold no stain, and which of the others, (N,), hold little.
+
+    Not in the paper. Fibres, folds and gaps of tissue have outlines as nuclei have, but not their colour. A
+    finding has little stain where it has less than `share` of the median of its image's findings, and none
+    where it has less than half of that.
+    """
+    kept, pale = [], []
+    for image, one in zip(images, found, strict=True):
+        stain = stain_of(image, one)
+        typical = float(np.median(stain[stain > 0])) if (stain > 0).any() else 0.0
+        has_any = stain > 0.5 * share * typical
+        kept.append(one.select(has_any))
+        pale.append(stain[has_any] < share * typical)
+    return kept, pale
 
 
 def share_of_bright(contrasts: list[NDArray[np.float32]], found: list[Instances]) -> float:
