@@ -45,12 +45,12 @@ class LoopPlan:
     """What the loop needs to know of a stage."""
 
     stage: str  # "source", "adapt" or "refine": chooses the parts that learn
-    few: bool = field(default=False, kw_only=True)  # of these, only a few small ones
     steps: int
     learning_rate: float
     warm_up: int
     folder: Path
     info: CheckpointInfo
+    few: bool = False  # of the parts that learn, only small ones
     accumulate: int = 1  # batches whose gradients make one step
     patience: int | None = None  # steps without gain after which the stage ends
     settle_steps: int = 0  # first steps, in which the loss says nothing yet

@@ -71,11 +71,12 @@ def label_images(
             _find(segmenter, image, recipe.target.nominal_diameter_px, stage)
             for image in tqdm(targets.images, desc="pseudo-labels", unit="image")
         ]
+    images = [image.pixels for image in targets.images]
     if stage.polarity != "any":
-        found = keep_one_polarity([image.pixels for image in targets.images], found, stage.polarity)
+        found = keep_one_polarity(images, found, stage.polarity)
     is_pale = [np.zeros(len(instances), bool) for instances in found]
     if stage.min_stain > 0:
-        found, is_pale = drop_unstained([image.pixels for image in targets.images], found, stage.min_stain)
+        found, is_pale = drop_unstained(images, found, stage.min_stain)
     sure = [(one.scores >= stage.min_score) & ~pale for one, pale in zip(found, is_pale, strict=True)]
     n_objects = sum(int(is_sure.sum()) for is_sure in sure)
     if n_objects == 0:
@@ -117,8 +118,7 @@ def keep_one_polarity(
     kept = []
     for contrast, one in zip(contrasts, found, strict=True):
         right = sign * contrast
-        typical = float(np.median(right[right > 0])) if (right > 0).any() else 0.0
-        kept.append(one.select(right > _FAINT * typical))
+        kept.append(one.select(right > _FAINT * _typical(right)))
     return kept
 
 
@@ -134,11 +134,17 @@ def drop_unstained(
     kept, pale = [], []
     for image, one in zip(images, found, strict=True):
         stain = stain_of(image, one)
-        typical = float(np.median(stain[stain > 0])) if (stain > 0).any() else 0.0
+        typical = _typical(stain)
         has_any = stain > 0.5 * share * typical
         kept.append(one.select(has_any))
         pale.append(stain[has_any] < share * typical)
     return kept, pale
+
+
+def _typical(contrasts: NDArray[np.float32]) -> float:
+    """Return the median of the contrasts above 0, and 0 where there is none."""
+    above = contrasts[contrasts > 0]
+    return float(np.median(above)) if len(above) else 0.0
 
 
 def share_of_bright(contrasts: list[NDArray[np.float32]], found: list[Instances]) -> float:
