@@ -12,7 +12,7 @@ NATIVE_BUILD ?= build/native
 NATIVE_OPTIONS ?=
 
 PIP_OPTIONS := --quiet --disable-pip-version-check
-EXTRAS := train,export,volumes,micromanager,openvino,tensorrt-rtx,cluster,remote,native,dev
+EXTRAS := train,export,volumes,microscopes,micromanager,openvino,tensorrt-rtx,cluster,remote,native,dev
 SOURCES := $(shell find runtime training export -name '*.py' -o -name '*.darcnn' -o -name py.typed)
 FOLDERS := $(shell find runtime training export -type d -not -name __pycache__)
 EDITABLE := --config-settings editable_mode=strict --editable

@@ -17,13 +17,13 @@ from darcnn.runtime.engines.choose import open_engine
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import sees_separate_channels
 from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
-from darcnn.runtime.readers.open import is_readable
+from darcnn.runtime.readers.open import is_readable, list_images
 from darcnn.runtime.sampling import spread_evenly
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.find import plan_view, plane_reader
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.training.config import Recipe
-from darcnn.training.data.patterns import find_files
+from darcnn.training.data.patterns import find_images
 
 __all__ = ["TileSource", "images_in", "images_of", "learned_images", "measure_mpp", "read_tiles"]
 
@@ -62,7 +62,7 @@ def _named_in(recipe: Recipe, folder: Path) -> list[TileSource]:
     return [
         TileSource(path, group.diameter_px)
         for group in recipe.target.sets
-        for path in find_files(folder, group.images, key="target.sets.images")
+        for path in find_images(folder, group.images, key="target.sets.images")
     ]
 
 
@@ -108,9 +108,10 @@ def images_in(folder: Path, diameter_px: float | None = None) -> list[TileSource
     """
     _check_folder(folder)
     found = [
-        TileSource(path, diameter_px)
+        TileSource(Path(image), diameter_px)
         for path in sorted(folder.rglob("*"))
         if is_readable(path) and not _is_result(path, folder)
+        for image in list_images(path)
     ]
     if not found:
         raise _no_image(folder)

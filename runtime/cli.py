@@ -206,6 +206,8 @@ def main(
 ) -> None:
     """Find the objects of slides, images and volumes: INPUT is a file, a folder, a pattern or a URL.
 
+    A file of several images stands for all of them; FILE/3 is one, counted from 0.
+
     One line a slide goes to standard output. The exit code is 0 when every slide is done, 1 when some
     failed or have damaged tiles, 2 when nothing usable was made, 130 after Ctrl-C.
     """

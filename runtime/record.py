@@ -16,6 +16,7 @@ from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.manifest import Manifest, manifest_to_json
 from darcnn.runtime.readers.base import without_secrets
+from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.rows import SlideTask
 from darcnn.runtime.sampling import spread_evenly
@@ -94,13 +95,6 @@ def rounded_seconds(seconds: Mapping[str, float]) -> dict[str, float]:
     return {stage: round(value, _DIGITS) for stage, value in seconds.items()}
 
 
-def warn_of_unread(n_unread: int) -> list[str]:
-    """Return the warning that so many further images of a file were not read, if there are any."""
-    if not n_unread:
-        return []
-    return [f"the file holds {n_unread + 1} images, of which the first was read; save each in a file"]
-
-
 def make_record(
     segmenter: Segmenter,
     info: SlideInfo,
@@ -118,6 +112,7 @@ def make_record(
         **describe_run(segmenter, asked),
         "input": {
             "name": info.name,
+            "image_name": info.image_name,
             "file": None if info.path is None else asked["slide"],
             "width_px": info.width_px0,
             "height_px": info.height_px0,
@@ -143,7 +138,7 @@ def make_record(
             for tile, core in tally.unreadable.items()
         ],
         "seconds": rounded_seconds(tally.seconds),
-        "warnings": [*warn_of_unread(info.n_unread), *tally.warnings(has_pixel_size=mpp is not None)],
+        "warnings": tally.warnings(has_pixel_size=mpp is not None),
     }
 
 
@@ -199,13 +194,16 @@ def fingerprint(info: SlideInfo) -> dict[str, Any]:
 def fingerprint_file(path: Path) -> dict[str, Any]:
     """Return name, size and sha256 of a file: of all of it up to 2 MiB, else of both ends and the size.
 
-    A slide that is a folder is known by its name only.
+    A slide that is a folder is known by its name only; one of several images in a file by its number as well.
 
     Raises:
         InputError: the file cannot be read.
     """
     if path.is_dir():
         return {"name": path.name, "size": None, "sha256": None, "of": "nothing"}
+    inside, number = split_image(path)
+    if number is not None:
+        return {**fingerprint_file(inside), "image": number}
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

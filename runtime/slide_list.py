@@ -11,8 +11,7 @@ from urllib.parse import urlsplit
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.readers.base import make_slide_name, without_secrets
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr, is_url
-from darcnn.runtime.readers.ome_zarr_images import list_images
-from darcnn.runtime.readers.open import is_packed_volume, is_readable
+from darcnn.runtime.readers.open import is_packed_volume, is_readable, list_images
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.readers.tiff import read_file_names
 from darcnn.runtime.sinks.result_folder import make_folder_name
@@ -21,7 +20,7 @@ __all__ = ["find_unread", "list_slides", "place_results"]
 
 # Images of other programs, which a folder may hold beside those that are read.
 _UNREAD = (
-    *(".nd2", ".lif", ".lsm", ".vsi", ".oib", ".oif", ".oir", ".ims", ".dv", ".zvi", ".stk"),
+    *(".lsm", ".vsi", ".oib", ".oif", ".oir", ".ims", ".dv", ".zvi", ".stk"),
     *(".h5", ".hdf5", ".npy", ".npz", ".jp2", ".j2k", ".webp", ".gif", ".heic"),
 )
 _NAMED = 3  # files that a message names
@@ -33,7 +32,8 @@ _ONE_OF_MANY = ".dcm"  # the files of a DICOM slide lie side by side: one must b
 def list_slides(inputs: Sequence[str]) -> tuple[Location, ...]:
     """Return the files that `inputs` name, in order, each once.
 
-    A URL is an OME-Zarr image, and a plate in OME-Zarr stands for its fields. A folder stands for the images
+    A URL is an OME-Zarr image; a plate in OME-Zarr stands for its fields, and a microscope's file of several
+    images for these. A folder stands for the images
     directly in it, sorted; a pattern with * or ? for what it matches (some shells leave that to the program).
     A file that does not exist is named all the same: opening it says so.
 
@@ -152,13 +152,10 @@ def _without_parts(files: Sequence[Location]) -> Iterator[Location]:
 
 def _images(places: Sequence[Location]) -> Iterator[Location]:
     for place in places:
-        if isinstance(place, str) or is_ome_zarr(place):
-            images = list(list_images(place))
-            if not images:
-                raise InputError("lists no images", where=place, fix="name an image inside it")
-            yield from images
-        else:
-            yield place
+        images = list_images(place)
+        if not images:
+            raise InputError("lists no images", where=place, fix="name an image inside it")
+        yield from images
 
 
 def _expand(text: str) -> list[Location]:

@@ -19,7 +19,7 @@ from darcnn.runtime.intensity import Window
 from darcnn.runtime.metrics import score_labels
 from darcnn.runtime.readers import Reader, open_source
 from darcnn.runtime.readers.array import ArrayReader
-from darcnn.runtime.readers.open import is_readable
+from darcnn.runtime.readers.open import is_readable, list_images
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.find import find_diameter, plan_view, plane_reader
 from darcnn.runtime.volumes.open import is_volume, open_volume
@@ -61,7 +61,7 @@ def judge_folder(
     diameter_px: float | Literal["auto"] | None = None,
     pixels: bool = False,
 ) -> dict[str, Trust]:
-    """Return the figures of each image of `folder` (or of `folder`/images), by file name.
+    """Return the figures of each image of `folder` (or of `folder`/images), by its place there.
 
     Of a volume the middle plane is judged, as the model sees it.
 
@@ -69,21 +69,23 @@ def judge_folder(
         InputError: there is no image, or one does not serve.
     """
     place = folder / "images" if (folder / "images").is_dir() else folder
-    paths = sorted(path for path in place.glob("*") if is_readable(path))
+    files = sorted(path for path in place.glob("*") if is_readable(path))
+    paths = [Path(image) for file in files for image in list_images(file)]
     if not paths:
         raise InputError("no images", where=place, fix="give a folder with images")
     found = {}
     for path in tqdm(paths, desc=folder.name, unit="image"):
+        name = path.relative_to(place).as_posix()
         if is_volume(path):
             if mpp is not None:
                 raise UsageError(f"means nothing to {path}, a volume", where="--mpp", fix="pass --diameter")
-            found[path.name] = _judge_volume(segmenter, path, diameter_px, pixels=pixels)
+            found[name] = _judge_volume(segmenter, path, diameter_px, pixels=pixels)
             continue
         with open_source(path) as reader:
             size = choose_diameter(segmenter, reader, diameter_px=diameter_px, mpp=mpp, pixels=pixels)
             plan = segmenter.plan(reader.info, mpp=mpp, diameter_px=size, pixels=pixels)
             nominal = segmenter.manifest.input.nominal_diameter_px
-            found[path.name] = judge_image(segmenter, reader, diameter_px=nominal / plan.scale)
+            found[name] = judge_image(segmenter, reader, diameter_px=nominal / plan.scale)
     return found
 
 

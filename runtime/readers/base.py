@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from darcnn.runtime.closing import Closing
 from darcnn.runtime.errors import InputError, ShapeError, UsageError
 from darcnn.runtime.geometry import Level, Region
+from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.protocol import Location, Pixels, Planes, SlideInfo
 
 __all__ = [
@@ -62,6 +63,15 @@ class PlaneReader(Closing):
         self._gate = threading.Condition()
         self._n_reading = 0
         self._is_closed = False
+
+    @classmethod
+    def count_images(cls, path: Path) -> int:
+        """Return how many images the file holds, one unless the format knows several.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
+        return 1
 
     @classmethod
     def count_planes(cls, path: Path) -> Planes:
@@ -207,13 +217,13 @@ def settle_mpp(
     return (given, "--mpp")
 
 
-def needs_package(package: str, path: Path) -> InputError:
-    """Return the error for a volume whose format `package`, of the extra `volumes`, reads.
+def needs_package(package: str, path: Path, *, extra: str = "volumes") -> InputError:
+    """Return the error for a file whose format `package`, of the `extra`, reads.
 
     >>> str(needs_package("mrcfile", Path("a.mrc")))
     "a.mrc: needs the package mrcfile; run pip install 'darcnn[volumes]'"
     """
-    return InputError(f"needs the package {package}", where=path, fix="run pip install 'darcnn[volumes]'")
+    return InputError(f"needs the package {package}", where=path, fix=f"run pip install 'darcnn[{extra}]'")
 
 
 def make_channel_names(given: Sequence[str | None], count: int, *, is_rgb: bool) -> tuple[str, ...]:
@@ -240,15 +250,18 @@ def make_channel_names(given: Sequence[str | None], count: int, *, is_rgb: bool)
 
 
 def make_slide_name(path: Location) -> str:
-    """Return the name of a slide: that of its file without the ending; inside OME-Zarr also its place there.
+    """Return the name of a slide: that of its file without the ending, and its place in one of several.
 
-    >>> [make_slide_name(Path(name)) for name in ("a/b.1.ome.tif", "c.svs", "d.nii.gz")]
-    ['b.1', 'c', 'd']
+    >>> [make_slide_name(Path(name)) for name in ("a/b.1.ome.tif", "c.svs", "d.nii.gz", "e.lif/3")]
+    ['b.1', 'c', 'd', 'e-3']
     >>> make_slide_name("s3://bucket/e.ome.zarr/?version=1"), make_slide_name(Path("p/plate.zarr/A/1/0"))
     ('e', 'plate-A-1-0')
     """
     if isinstance(path, str):
         path = Path(urlsplit(path).path.rstrip("/"))
+    file, number = split_image(path)
+    if number is not None:
+        return f"{make_slide_name(file)}-{number}"
     for folder in path.parents:
         if folder.suffix.lower() == ".zarr" and not path.suffix:  # a file may lie in a folder of that name
             return "-".join([make_slide_name(folder), *path.relative_to(folder).parts])

@@ -10,10 +10,10 @@ import zarr
 from darcnn.runtime.readers.ome_zarr import ome_attributes, unreadable_zarr
 from darcnn.runtime.readers.protocol import Location
 
-__all__ = ["list_images"]
+__all__ = ["list_zarr_images"]
 
 
-def list_images(path: Location) -> list[Location]:
+def list_zarr_images(path: Location) -> list[Location]:
     """Return the images in an OME-Zarr folder or URL, in the order of its metadata; an image is its own.
 
     Plates and wells hold fields (OME-Zarr 0.4 and 0.5), a file converted by bioformats2raw the images of

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.readers.base import suffix_of
+from darcnn.runtime.readers.czi import CziReader
+from darcnn.runtime.readers.image_places import SEVERAL_IMAGES, split_image
+from darcnn.runtime.readers.lif import LifReader
+from darcnn.runtime.readers.microscope import MicroscopeReader
 from darcnn.runtime.readers.mrc import MrcReader
+from darcnn.runtime.readers.nd2 import Nd2Reader
 from darcnn.runtime.readers.nifti import NiftiReader
 from darcnn.runtime.readers.ome_zarr import OmeZarrReader, is_ome_zarr, is_url
+from darcnn.runtime.readers.ome_zarr_images import list_zarr_images
 from darcnn.runtime.readers.picture import PictureReader, is_picture
 from darcnn.runtime.readers.protocol import Location, Planes, Reader
-from darcnn.runtime.readers.slide import SlideReader, detect_vendor
+from darcnn.runtime.readers.slide import SlideReader, detect_vendor, is_slide
 from darcnn.runtime.readers.tiff import TiffReader, is_tiff
 
 __all__ = [
@@ -25,7 +31,9 @@ __all__ = [
     "count_planes",
     "is_packed_volume",
     "is_readable",
+    "list_images",
     "open_source",
+    "read_planes",
 ]
 
 PACKED = (".gz", ".bz2")
@@ -38,6 +46,8 @@ class _Format(Protocol):
 
     def __call__(self, path: Any, *, z: int | None, t: int | None, mpp: float | None) -> Reader: ...
 
+    def count_images(self, path: Any) -> int: ...
+
     def count_planes(self, path: Any) -> Planes: ...
 
 
@@ -48,7 +58,7 @@ def open_source(
 
     Args:
         path: the file; of a slide of several files, the one that opens it (.mrxs, .vms, one .dcm). Of an
-            OME-Zarr image the folder, or a URL.
+            OME-Zarr image the folder, or a URL. One of several images in a file is FILE/NUMBER, from 0.
         z: which plane of a stack, from 0; may be left out where there is one only.
         t: which time point of a series, likewise.
         mpp: micrometres per pixel of level 0, in place of what the file says.
@@ -72,6 +82,39 @@ def count_planes(path: str | Path) -> Planes:
     return _format_of(source).count_planes(source)
 
 
+def read_planes(path: Path, places: Iterable[tuple[int | None, int | None]]) -> Iterator[Reader]:
+    """Yield a reader of each plane (z, t) of `places`, open until the next is asked for.
+
+    Raises:
+        InputError: as `open_source`.
+    """
+    of = _format_of(path)
+    if isinstance(of, type) and issubclass(of, (TiffReader, MicroscopeReader)):  # the file is opened once
+        yield from of.read_planes(path, places)
+        return
+    for z, t in places:
+        with of(path, z=z, t=t, mpp=None) as reader:
+            yield reader
+
+
+def list_images(path: Location) -> list[Location]:
+    """Return the places of the images in a file, folder or URL: its own, where it holds one.
+
+    Of several in TIFF, ND2, LIF and CZI these are FILE/0, FILE/1 and so on; of OME-Zarr see
+    `list_zarr_images`. What cannot be read stands for itself: opening it says why.
+    """
+    if isinstance(path, str) or is_ome_zarr(path):
+        return list_zarr_images(path)
+    if suffix_of(path) not in SEVERAL_IMAGES:
+        return [path]
+    try:
+        of = _format_of(path)
+        count = of.count_images(path)
+    except InputError:
+        return [path]
+    return [path / str(number) for number in range(count)] if count > 1 else [path]
+
+
 def is_readable(path: Path) -> bool:
     """Tell by its ending, or of a folder by what is in it, whether `open_source` opens it; nothing is read.
 
@@ -93,8 +136,11 @@ def is_packed_volume(path: Path) -> bool:
 def _format_of(path: Location) -> _Format:
     if isinstance(path, str) or is_ome_zarr(path):
         return OmeZarrReader
-    head = _read_head(path)
-    return _BY_SUFFIX.get(suffix_of(path), _by_content)(path, head)
+    file, number = split_image(path)
+    head = _read_head(file)
+    if number is not None and suffix_of(file) == ".czi":
+        return CziReader
+    return _BY_SUFFIX.get(suffix_of(file), _by_content)(file, head)
 
 
 def _read_head(path: Path) -> bytes:
@@ -128,6 +174,19 @@ def _mrc(path: Path, head: bytes) -> _Format:
 
 def _nifti(path: Path, head: bytes) -> _Format:
     return NiftiReader
+
+
+def _nd2(path: Path, head: bytes) -> _Format:
+    return Nd2Reader
+
+
+def _lif(path: Path, head: bytes) -> _Format:
+    return LifReader
+
+
+def _czi(path: Path, head: bytes) -> _Format:
+    """OpenSlide reads brightfield, and all scenes of it as one slide."""
+    return SlideReader if is_slide(path) else CziReader
 
 
 def _tiff(path: Path, head: bytes) -> _Format:
@@ -172,7 +231,9 @@ _BY_SUFFIX: dict[str, Callable[[Path, bytes], _Format]] = {
     ".vmu": _slide,
     ".svslide": _slide,  # Sakura
     ".dcm": _slide,  # DICOM
-    ".czi": _slide,  # Zeiss; OpenSlide reads brightfield
+    ".czi": _czi,  # Zeiss
+    ".lif": _lif,  # Leica
+    ".nd2": _nd2,  # Nikon
     ".png": _picture,
     ".jpg": _picture,
     ".jpeg": _picture,

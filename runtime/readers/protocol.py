@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
@@ -39,7 +39,7 @@ class SlideInfo:
     mpp_source: str | None = None
     origin_px0: tuple[int, int] = (0, 0)
     digest: str | None = None  # sha256 of the metadata of a source that is not one file
-    n_unread: int = 0  # further images of the file (scenes), not much smaller than this one
+    image_name: str | None = None  # that one of several images has in its file
 
     @property
     def width_px0(self) -> int:
@@ -59,11 +59,14 @@ class SlideInfo:
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """How many planes a file holds along z and t; a reader reads one of them."""
+    """How many planes a file holds along z and t, and how far apart; a reader reads one of them."""
 
     n_z: int = 1
     n_t: int = 1
     n_lacking: int = 0  # further ones that the file announces, along t or else along z, and does not hold
+    # from plane to plane along z, and from time point to time point; None: the file does not say
+    section_um: float | None = field(default=None, compare=False)
+    frame_interval_s: float | None = field(default=None, compare=False)
 
     def is_series(self, t: int | None) -> bool:
         """Tell whether these are time points of one plane, of which `t` chooses none: a volume along t."""

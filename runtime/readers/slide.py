@@ -27,7 +27,7 @@ from darcnn.runtime.readers.base import (
 from darcnn.runtime.readers.dicom_offsets import check_offsets, is_dicom
 from darcnn.runtime.readers.protocol import Pixels, SlideInfo
 
-__all__ = ["SlideReader", "detect_vendor", "flatten_on_white"]
+__all__ = ["SlideReader", "detect_vendor", "flatten_on_white", "is_slide"]
 
 # Of one tile of a slide, 4 bytes each. Where there is no memory for what a damaged header says OpenSlide
 # ends the process.
@@ -44,6 +44,15 @@ def detect_vendor(path: Path) -> str | None:
     except openslide.OpenSlideError:  # half a header: known by name, but not to be opened
         return None
     return vendor
+
+
+def is_slide(path: Path) -> bool:
+    """Tell whether OpenSlide opens a file: of some formats (CZI) it knows a part only."""
+    try:
+        openslide.OpenSlide(path).close()
+    except (openslide.OpenSlideError, OSError):
+        return False
+    return True
 
 
 def flatten_on_white(rgba: NDArray[np.uint8]) -> Pixels:

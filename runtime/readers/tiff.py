@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import tifffile
@@ -26,19 +25,20 @@ from darcnn.runtime.readers.base import (
     settle_mpp,
     to_pixels,
 )
+from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.protocol import Pixels, Planes, SlideInfo
+from darcnn.runtime.readers.tiff_images import TiffImage, axes_of, choose_image, find_images
 from darcnn.runtime.readers.tiff_metadata import (
     Axes,
     PixelSize,
     files_of_image,
     frame_interval_s,
-    lay_out,
     locate_channels,
     ome_facts,
     section_um,
     tag_pixel_size,
 )
-from darcnn.runtime.readers.tiff_pages import UNREADABLE, PageFiles, PageSource, damaged
+from darcnn.runtime.readers.tiff_pages import UNREADABLE, PageFiles, PageSource
 from darcnn.runtime.readers.tiff_recorded import count_recorded
 from darcnn.runtime.readers.tiff_segments import JPEG, locate_page
 
@@ -46,12 +46,7 @@ __all__ = [
     "TiffReader",
     "is_tiff",
     "read_file_names",
-    "read_frame_interval_s",
-    "read_planes",
-    "read_section_um",
 ]
-
-_LESSER = 0.25  # values of an image by those of the first: labels and thumbnails have fewer
 
 _PHOTOMETRIC = tifffile.PHOTOMETRIC
 _ALPHA = ((1,), (2,))  # ExtraSamples: alpha, associated or not
@@ -69,7 +64,7 @@ class _Stored:
 
 
 class TiffReader(PlaneReader):
-    """One plane of the first image of a TIFF, with the levels of its pyramid.
+    """One plane of one image of a TIFF, with the levels of its pyramid; FILE/NUMBER is one of several.
 
     Axes come from the metadata: C and the samples of a pixel are channels, T is time, all other axes
     (Z, pages without a name) count together as z. Reduced images (SubIFDs, or pages that halve, third
@@ -96,7 +91,7 @@ class TiffReader(PlaneReader):
     ) -> None:
         settle_mpp(None, None, override=mpp)  # a wrong option is told before the file is opened
         try:
-            with tifffile.TiffFile(path) if opened is None else nullcontext(opened) as tiff:
+            with _open(path) if opened is None else nullcontext(opened) as tiff:
                 info, stored = _describe(tiff, path, z=z, t=t, mpp=mpp)
             files = PageFiles({page.path for level in stored.levels for page, _ in level})
         except UNREADABLE as err:
@@ -106,13 +101,45 @@ class TiffReader(PlaneReader):
         self._files = files
 
     @classmethod
-    def count_planes(cls, path: Path) -> Planes:
-        """Return how many planes of the first image were written."""
+    def count_images(cls, path: Path) -> int:
+        """Return how many images the file holds, without labels and thumbnails."""
         try:
             with tifffile.TiffFile(path) as tiff:
-                return count_recorded(tiff, *_first_image(tiff, path), path)
+                return len(find_images(tiff, path))
         except UNREADABLE as err:
             raise _unreadable(path, err) from err
+
+    @classmethod
+    def count_planes(cls, path: Path) -> Planes:
+        """Return how many planes of the image were written, and how far apart they are."""
+        try:
+            with _open(path) as tiff:
+                image = choose_image(tiff, path)
+                planes = count_recorded(tiff, image.series, image.axes, split_image(path)[0])
+                facts = tiff.ome_metadata, tiff.imagej_metadata, image.number
+                return replace(
+                    planes, section_um=section_um(*facts), frame_interval_s=frame_interval_s(*facts)
+                )
+        except UNREADABLE as err:
+            raise _unreadable(path, err) from err
+
+    @classmethod
+    def read_planes(cls, path: Path, places: Iterable[tuple[int | None, int | None]]) -> Iterator[Self]:
+        """Yield a reader of each plane (z, t) of `places`, open until the next is asked for.
+
+        The file's pages are listed once: what a reader for each plane takes grows with their square.
+
+        Raises:
+            InputError: as `TiffReader`.
+        """
+        with ExitStack() as stack:
+            try:
+                tiff = stack.enter_context(_open(path))
+            except UNREADABLE as err:
+                raise _unreadable(path, err) from err
+            for z, t in places:
+                with cls(path, z=z, t=t, opened=tiff) as reader:
+                    yield reader
 
     def _read(self, region: Region, level: Level) -> Pixels:
         parts = [self._files.read(page, region, depth) for page, depth in self._stored.levels[level.index]]
@@ -125,50 +152,18 @@ class TiffReader(PlaneReader):
         self._files.close()
 
 
-def read_planes(path: Path, places: Iterable[tuple[int | None, int | None]]) -> Iterator[TiffReader]:
-    """Yield a reader of each plane (z, t) of `places`, open until the next is asked for.
-
-    The file's pages are listed once: what a reader of its own for each plane takes grows with their square.
-
-    Raises:
-        InputError: as `TiffReader`.
-    """
-    with ExitStack() as stack:
-        try:
-            tiff = stack.enter_context(tifffile.TiffFile(path))
-        except UNREADABLE as err:
-            raise _unreadable(path, err) from err
-        for z, t in places:
-            with TiffReader(path, z=z, t=t, opened=tiff) as reader:
-                yield reader
-
-
 def read_file_names(path: Path) -> tuple[str, ...]:
     """Return the names of the files that the image in `path` lies in, as OME-XML tells, its own first."""
-    return files_of_image(_metadata(path)[0], path.name)
-
-
-def read_section_um(path: Path) -> float | None:
-    """Return the distance of the planes of a stack in micrometres, None where the file does not say."""
-    return section_um(*_metadata(path))
-
-
-def read_frame_interval_s(path: Path) -> float | None:
-    """Return the seconds from one time point of a series to the next, None where the file does not say."""
-    return frame_interval_s(*_metadata(path))
-
-
-def _metadata(path: Path) -> tuple[str | None, dict[str, Any] | None]:
-    """Return what OME and ImageJ have written into a file.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
     try:
         with tifffile.TiffFile(path) as tiff:
-            return tiff.ome_metadata, tiff.imagej_metadata
+            return files_of_image(tiff.ome_metadata, path.name)
     except UNREADABLE as err:
         raise _unreadable(path, err) from err
+
+
+def _open(path: Path) -> tifffile.TiffFile:
+    """Open the file that the image at `path` lies in."""
+    return tifffile.TiffFile(split_image(path)[0])
 
 
 def is_tiff(head: bytes) -> bool:
@@ -180,7 +175,8 @@ def _describe(
     tiff: tifffile.TiffFile, path: Path, *, z: int | None, t: int | None, mpp: float | None
 ) -> tuple[SlideInfo, _Stored]:
     """Return the facts and the pages of one plane of an open file."""
-    series, axes = _first_image(tiff, path)
+    image = choose_image(tiff, path)
+    series, axes = image.series, image.axes
     dtype = pixel_type(series.dtype)
     if dtype is None:
         raise InputError(f"has pixels of type {series.dtype}", where=path, fix="export real numbers")
@@ -188,12 +184,12 @@ def _describe(
     plane_z = choose_plane("z", z, axes.count("Z"), where=path)
     plane_t = choose_plane("t", t, axes.count("T"), where=path)
     # a pyramid may thin out z as well: such levels have other planes and are left out
-    reduced = [s for s in series.levels if _same_planes(axes, _axes_of(s))]
+    reduced = [s for s in series.levels if _same_planes(axes, axes_of(s))]
     pages = tuple(_pages_of(s, path, z=plane_z, t=plane_t) for s in reduced)
     n_values = sum(page.grid.n_samples * page.grid.n_contiguous for page, _ in pages[0])
     first = locate_channels(axes, z=plane_z, t=plane_t)[0].page
     stored = _colours(series, path, pages, n_values, first)
-    size, names = _facts(tiff, series)
+    size, names = _facts(tiff, image)
     found, source = settle_mpp(size.mpp if size else None, size.source if size else None, override=mpp)
     info = SlideInfo(
         path=path,
@@ -204,39 +200,15 @@ def _describe(
         is_rgb=stored.is_rgb,
         mpp=found,
         mpp_source=source,
-        n_unread=sum(one.size > _LESSER * series.size for one in tiff.series) - 1,
+        image_name=series.name or None if split_image(path)[1] is not None else None,
     )
     return info, stored
-
-
-def _first_image(tiff: tifffile.TiffFile, path: Path) -> tuple[tifffile.TiffPageSeries, Axes]:
-    """Return the first series that is an image, and its axes.
-
-    Of images that lie in several files (positions of a stage) each file knows all: its own goes first.
-    """
-    if len(tiff.pages):
-        _check_chain(tiff, path)
-    for series in sorted(tiff.series, key=lambda one: not _lies_in(one, tiff)):
-        axes = _axes_of(series)
-        if axes is not None:
-            return series, axes
-    raise InputError("holds no image", where=path, fix="export it as OME-TIFF")
-
-
-def _lies_in(series: tifffile.TiffPageSeries, tiff: tifffile.TiffFile) -> bool:
-    """Tell whether some of the pages of a series lie in this very file."""
-    return any(page is not None and page.parent.filename == tiff.filename for page in series.pages)
 
 
 def _unreadable(path: Path, err: Exception) -> InputError:
     return InputError(
         f"cannot be read as a TIFF ({err})", where=path, fix="copy it again, or export it as OME-TIFF"
     )
-
-
-def _axes_of(series: tifffile.TiffPageSeries) -> Axes | None:
-    page = series.keyframe
-    return lay_out(series.get_axes(False), series.get_shape(False), page.axes, page.shape)
 
 
 def _same_planes(full: Axes, reduced: Axes | None) -> bool:
@@ -252,7 +224,7 @@ def _pages_of(
     series: tifffile.TiffPageSeries, path: Path, *, z: int, t: int
 ) -> tuple[tuple[PageSource, int], ...]:
     """Return the page and slice of each channel; channels inside one page (samples) share an entry."""
-    axes = _axes_of(series)
+    axes = axes_of(series)
     if axes is None:
         raise InputError("has a level of another shape", where=path, fix="export it as OME-TIFF")
     sources: dict[int, PageSource] = {}
@@ -261,18 +233,6 @@ def _pages_of(
         if place.page not in sources:
             sources[place.page] = locate_page(series, place.page, path)
     return tuple((sources[place.page], place.depth) for place in places)
-
-
-def _check_chain(tiff: tifffile.TiffFile, path: Path) -> None:
-    """Refuse a file that ends before the last of its pages; tifffile would only log that."""
-    layout, stream = tiff.tiff, tiff.filehandle
-    page = tiff.pages[-1]
-    stream.seek(page.offset)
-    (n_tags,) = struct.unpack(layout.tagnoformat, stream.read(layout.tagnosize))
-    stream.seek(page.offset + layout.tagnosize + n_tags * layout.tagsize)
-    (after,) = struct.unpack(layout.offsetformat, stream.read(layout.offsetsize))
-    if after >= stream.size:
-        raise damaged(path, "is truncated")
 
 
 def _colours(
@@ -330,13 +290,11 @@ def _make_palette(keyframe: tifffile.TiffPage) -> Callable[[NDArray[Any]], NDArr
     return lambda indices: table[indices[:, :, 0].astype(np.intp)]  # a bit would be a mask
 
 
-def _facts(
-    tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries
-) -> tuple[PixelSize | None, tuple[str | None, ...]]:
+def _facts(tiff: tifffile.TiffFile, image: TiffImage) -> tuple[PixelSize | None, tuple[str | None, ...]]:
     """Return the pixel size and the channel names, OME before ImageJ before the resolution tags."""
-    size, names = ome_facts(tiff.ome_metadata) if tiff.ome_metadata else (None, ())
+    size, names = ome_facts(tiff.ome_metadata, image.number) if tiff.ome_metadata else (None, ())
     if size is None:
-        tags = series.keyframe.tags
+        tags = image.series.keyframe.tags
         x, y = (_ratio(tags.valueof(name)) for name in ("XResolution", "YResolution"))
         unit = int(tags.valueof("ResolutionUnit", 2))  # 2, inch, is the default of the standard
         size = tag_pixel_size((x, y), unit=unit, imagej=tiff.imagej_metadata)

@@ -132,12 +132,12 @@ def locate_channels(axes: Axes, *, z: int, t: int) -> tuple[Place, ...]:
 
 
 @lru_cache(maxsize=1)  # a stack is asked for it plane by plane, and it is long where planes are many
-def ome_facts(xml: str) -> tuple[PixelSize | None, tuple[str | None, ...]]:
-    """Return the pixel size and the channel names of the first image that OME-XML describes.
+def ome_facts(xml: str, number: int = 0) -> tuple[PixelSize | None, tuple[str | None, ...]]:
+    """Return the pixel size and the channel names of an image that OME-XML describes.
 
     Broken XML says nothing; tifffile has then read the file as a plain TIFF.
     """
-    pixels = _first_pixels(xml)
+    pixels = _pixels_of(xml, number)
     if pixels is None:
         return (None, ())
     names = tuple(channel.get("Name") for channel in pixels.findall("{*}Channel"))
@@ -172,15 +172,17 @@ def _files_of_images(ome: str | None) -> Iterator[set[str]]:
         yield {name for name in names if name}
 
 
-def section_um(ome: str | None, imagej: Mapping[str, Any] | None) -> float | None:
+def section_um(ome: str | None, imagej: Mapping[str, Any] | None, number: int = 0) -> float | None:
     """Return the distance of the planes of a stack: OME's PhysicalSizeZ or ImageJ's spacing, in micrometres.
+
+    `number` is that of the image among those of the file.
 
     >>> section_um(None, {"spacing": 0.3, "unit": "um"}), section_um(None, None)
     (0.3, None)
     """
     found = None
     if ome is not None:
-        pixels = _first_pixels(ome)
+        pixels = _pixels_of(ome, number)
         if pixels is not None:
             found = _um(pixels.get("PhysicalSizeZ"), pixels.get("PhysicalSizeZUnit", "µm"))
     elif imagej is not None and "spacing" in imagej:
@@ -189,7 +191,7 @@ def section_um(ome: str | None, imagej: Mapping[str, Any] | None) -> float | Non
     return None if size is None else size[0]
 
 
-def frame_interval_s(ome: str | None, imagej: Mapping[str, Any] | None) -> float | None:
+def frame_interval_s(ome: str | None, imagej: Mapping[str, Any] | None, number: int = 0) -> float | None:
     """Return the seconds from one time point to the next, None where the file does not say.
 
     OME tells it as TimeIncrement, or by the DeltaT of planes, whose mean step is taken; ImageJ as finterval.
@@ -199,7 +201,7 @@ def frame_interval_s(ome: str | None, imagej: Mapping[str, Any] | None) -> float
     """
     found = None
     if ome is not None:
-        pixels = _first_pixels(ome)
+        pixels = _pixels_of(ome, number)
         if pixels is not None:
             found = _seconds(pixels.get("TimeIncrement"), pixels.get("TimeIncrementUnit", "s"))
             found = found or _mean_step_s(pixels)
@@ -216,10 +218,12 @@ def _images(ome: str) -> list[ElementTree.Element]:
         return []
 
 
-def _first_pixels(ome: str) -> ElementTree.Element | None:
-    """Return what OME-XML says of the pixels of the first image that it says anything of."""
-    described = (image.find("{*}Pixels") for image in _images(ome))
-    return next((pixels for pixels in described if pixels is not None), None)
+def _pixels_of(ome: str, number: int) -> ElementTree.Element | None:
+    """Return what OME-XML says of the pixels of an image, else of the first that it says anything of."""
+    described = [pixels for image in _images(ome) if (pixels := image.find("{*}Pixels")) is not None]
+    if number < len(described):
+        return described[number]
+    return described[0] if described else None
 
 
 def _mean_step_s(pixels: ElementTree.Element) -> float | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr
-from darcnn.runtime.readers.tiff import read_planes
+from darcnn.runtime.readers.open import read_planes
 from darcnn.runtime.volumes.ome_zarr import read_zarr_channels
 from darcnn.runtime.volumes.volume import VolumeInfo
 

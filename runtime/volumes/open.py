@@ -22,9 +22,8 @@ from darcnn.runtime.readers.base import choose_plane, make_slide_name, suffix_of
 from darcnn.runtime.readers.mrc_header import read_mrc_header
 from darcnn.runtime.readers.nifti import open_nifti
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr
-from darcnn.runtime.readers.open import MRC, NIFTI, PACKED, count_planes, is_packed_volume
-from darcnn.runtime.readers.protocol import Location, Reader
-from darcnn.runtime.readers.tiff import read_frame_interval_s, read_planes, read_section_um
+from darcnn.runtime.readers.open import MRC, NIFTI, PACKED, count_planes, is_packed_volume, read_planes
+from darcnn.runtime.readers.protocol import Location, Planes, Reader
 from darcnn.runtime.volumes.layout import Layout
 from darcnn.runtime.volumes.ome_zarr import unpack_zarr
 from darcnn.runtime.volumes.volume import NM_PER_UM, Stored, Volume, VolumeInfo, check_room, in_nanometres
@@ -86,8 +85,8 @@ def open_volume(
     """Open the volume in `path`; a context manager.
 
     Args:
-        path: MRC (.mrc, .rec, .map, .st, also packed as .gz or .bz2), NIfTI, a TIFF stack, or OME-Zarr (a
-            folder or a URL).
+        path: MRC (.mrc, .rec, .map, .st, also packed as .gz or .bz2), NIfTI, a stack in TIFF, ND2, LIF or
+            CZI, or OME-Zarr (a folder or a URL).
         scratch: a folder that may be written to; what must be unpacked lies there until the volume is closed.
         t: which time point of a series of volumes. A series of single planes is a volume along t.
         channel: which of several channels, number or name.
@@ -114,14 +113,15 @@ def _open_as_told(
     if not isinstance(path, Path) or is_ome_zarr(path):
         return unpack_zarr(path, scratch, t=t, channel=channel, projects=projects)
     if projects and (is_mrc(path) or suffix_of(path) in NIFTI):
-        raise UsageError("is for TIFF and OME-Zarr", where="--project", fix="leave it out")
+        raise UsageError("is for light microscopy", where="--project", fix="leave it out")
     if is_mrc(path):
         choose_plane("t", t, 1, where=path)
         return _open_mrc(path, scratch, is_packed=is_packed_volume(path))
     if suffix_of(path) in NIFTI:
         return _open_nifti(path, scratch, t)
-    layout = Layout.of(count_planes(path), path, t=t, projects=projects)
-    return _unpack_stack(path, scratch, layout, channel)
+    planes = count_planes(path)
+    layout = Layout.of(planes, path, t=t, projects=projects)
+    return _unpack_stack(path, scratch, planes, layout, channel)
 
 
 def _as_series(info: VolumeInfo) -> VolumeInfo:
@@ -213,7 +213,9 @@ def _unpack(path: Path, scratch: Path) -> Path:
     return target
 
 
-def _unpack_stack(path: Path, scratch: Path, layout: Layout, channel: int | str | None) -> Volume:
+def _unpack_stack(
+    path: Path, scratch: Path, planes_of_file: Planes, layout: Layout, channel: int | str | None
+) -> Volume:
     """Return a volume of planes that a reader reads one by one: they are decoded once, into a file."""
     target = scratch / f".{make_slide_name(path)}.unpacked"
     readers = read_planes(path, layout.places())
@@ -224,8 +226,8 @@ def _unpack_stack(path: Path, scratch: Path, layout: Layout, channel: int | str 
                 first.info,  # all are alike
                 path=path,
                 layout=layout,
-                section_um=None if layout.is_series else read_section_um(path),
-                frame_interval_s=read_frame_interval_s(path) if layout.is_series else None,
+                section_um=None if layout.is_series else planes_of_file.section_um,
+                frame_interval_s=planes_of_file.frame_interval_s if layout.is_series else None,
                 is_rgb=first.info.is_rgb,
             )
             check_room(path, scratch, facts.shape, facts.dtype)

@@ -18,6 +18,7 @@ from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.parts import Parts
 from darcnn.runtime.pipeline import Progress, RunSummary
 from darcnn.runtime.readers.base import make_slide_name
+from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.open import open_source
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.record import (
@@ -228,7 +229,7 @@ def _fingerprint(path: Location) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read.
     """
-    if isinstance(path, Path) and path.is_file():
+    if isinstance(path, Path) and split_image(path)[0].is_file():
         n_lacking = count_lacking(path)  # other files of the same image may come later
         return fingerprint_file(path) | ({"lacking": n_lacking} if n_lacking else {})
     with open_source(path, z=0, t=0) as reader:

@@ -11,7 +11,6 @@ from darcnn.runtime.diameter import is_size_measured
 from darcnn.runtime.fit import warn_of_size
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.readers.base import suffix_of
-from darcnn.runtime.record import warn_of_unread
 from darcnn.runtime.volumes.agree import Agreement
 from darcnn.runtime.volumes.find import View
 from darcnn.runtime.volumes.open import VOLUME_SUFFIXES
@@ -28,6 +27,7 @@ def describe_volume(volume: Volume, asked: Mapping[str, Any]) -> dict[str, Any]:
     info = volume.info
     return {
         "name": info.name,
+        "image_name": info.image_name,
         "file": asked["slide"],
         "shape_zyx": list(info.shape),
         "dtype": str(info.dtype),
@@ -80,7 +80,7 @@ class VolumeCounts:
 
     def warnings(self, volume: Volume) -> tuple[str, ...]:
         """Return one line for each thing that a user should look at."""
-        warnings = list(warn_of_unread(volume.info.n_unread))
+        warnings = []
         layout = volume.info.layout
         if layout.n_lacking:
             what = "time points" if volume.info.is_series else "planes"

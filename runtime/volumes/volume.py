@@ -55,7 +55,7 @@ class VolumeInfo:
     frame_interval_s: float | None = None  # of a series: from one time point to the next
     channel_names: tuple[str, ...] = ()  # where the file knows channels; `Volume.read` returns one
     is_depth_known: bool = True  # else planes are taken to lie as far apart as pixels
-    n_unread: int = 0  # further images of the file (scenes)
+    image_name: str | None = None  # that one of several images has in its file
 
     @property
     def is_cubic(self) -> bool | None:
@@ -112,7 +112,7 @@ class VolumeInfo:
             frame_interval_s=frame_interval_s,
             channel_names=() if info.is_rgb else info.channel_names,
             is_depth_known=section_um is not None,
-            n_unread=info.n_unread,
+            image_name=info.image_name,
         )
 
     def plane_shape(self, axis: Axis) -> tuple[int, int]:

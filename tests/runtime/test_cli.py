@@ -313,13 +313,25 @@ def test_a_filter_on_what_is_not_known_is_refused(loaded, slides, tmp_path):
     assert run(slides / "b.png", *ask, "--mpp", "0.5").exit_code == 0
 
 
-def test_scenes_that_are_not_read_are_told(loaded, tmp_path):
-    with tifffile.TiffWriter(tmp_path / "two.ome.tif") as file:
-        for _ in range(2):
-            file.write(np.zeros((60, 70, 3), np.uint8), photometric="rgb", metadata={"axes": "YXS"})
-    result = run(tmp_path / "two.ome.tif", "--model", "oracle", "--out", tmp_path / "out")
+def test_each_image_of_a_file_has_results_of_its_own(loaded, tmp_path):
+    path, out = tmp_path / "two.ome.tif", tmp_path / "out"
+    with tifffile.TiffWriter(path) as file:
+        for count in (1, 2):
+            labels = np.zeros((60, 70), np.int32)
+            for number in range(count):
+                labels[10:20, 10 + 20 * number : 20 + 20 * number] = number + 1
+            facts = {"axes": "YXS", "Name": f"well {count}"}
+            file.write(encode_labels(labels), photometric="rgb", metadata=facts)
+    result = run(path, "--model", "oracle", "--out", out)
     assert result.exit_code == 0
-    assert "holds 2 images, of which the first was read" in result.stderr
+    for number, count in ((0, 1), (1, 2)):
+        assert len(pq.read_table(out / f"two-{number}" / "objects.parquet")) == count
+        record = json.loads((out / f"two-{number}" / "run.json").read_text())
+        assert (record["input"]["image_name"], record["input"]["file"]["image"]) == (f"well {count}", number)
+    alone = run(path / "1", "--model", "oracle", "--out", tmp_path / "alone")
+    assert alone.exit_code == 0
+    assert [entry.name for entry in (tmp_path / "alone").iterdir() if entry.is_dir()] == ["two-1"]
+    assert run(path / "2", "--model", "oracle", "--out", tmp_path / "none").exit_code == 2
 
 
 def test_nothing_to_run_is_said(loaded, tmp_path):

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from darcnn.runtime.cli import main
 from darcnn.runtime.readers.base import make_slide_name
-from darcnn.runtime.readers.ome_zarr_images import list_images
+from darcnn.runtime.readers.ome_zarr_images import list_zarr_images
 
 
 def write_image(folder: Path, value: int = 0) -> None:
@@ -53,9 +53,9 @@ def write_plate(folder: Path, wells: list[str], *, version: str) -> Path:
 def test_a_plate_stands_for_the_fields_of_its_wells(tmp_path: Path, version: str) -> None:
     plate = write_plate(tmp_path / "p.ome.zarr", ["A/1", "B/12"], version=version)
     fields = [plate / well / field for well in ("A/1", "B/12") for field in "01"]
-    assert list_images(plate) == [*fields, plate / "Z/9"]
-    assert list_images(plate / "A/1") == fields[:2]
-    assert list_images(plate / "A/1/0") == fields[:1]
+    assert list_zarr_images(plate) == [*fields, plate / "Z/9"]
+    assert list_zarr_images(plate / "A/1") == fields[:2]
+    assert list_zarr_images(plate / "A/1/0") == fields[:1]
     assert [make_slide_name(field) for field in fields[::3]] == ["p-A-1-0", "p-B-12-1"]
 
 
@@ -68,27 +68,27 @@ def test_a_converted_file_stands_for_its_images(tmp_path: Path, is_listed: bool)
         write_image(tmp_path / "c.zarr" / name)
     if is_listed:
         zarr.create_group(tmp_path / "c.zarr" / "OME", zarr_format=2).attrs["series"] = names
-    assert list_images(tmp_path / "c.zarr") == [tmp_path / "c.zarr" / name for name in names]
+    assert list_zarr_images(tmp_path / "c.zarr") == [tmp_path / "c.zarr" / name for name in names]
 
 
 def test_a_converted_file_of_one_image_stays_what_it_is(tmp_path: Path) -> None:
     group = zarr.create_group(tmp_path / "c.zarr", zarr_format=2)
     group.attrs["bioformats2raw.layout"] = 3
     write_image(tmp_path / "c.zarr" / "0")
-    assert list_images(tmp_path / "c.zarr") == [tmp_path / "c.zarr"]
+    assert list_zarr_images(tmp_path / "c.zarr") == [tmp_path / "c.zarr"]
     assert make_slide_name(tmp_path / "c.zarr" / "scan.tif") == "scan"
 
 
 def test_what_is_damaged_stands_for_itself(tmp_path: Path) -> None:
     endless = zarr.create_group(tmp_path / "a.zarr", zarr_format=2)
     endless.attrs["plate"] = {"wells": [{"path": "."}, {"path": "."}]}
-    assert list_images(tmp_path / "a.zarr") == [tmp_path / "a.zarr"] * 2
+    assert list_zarr_images(tmp_path / "a.zarr") == [tmp_path / "a.zarr"] * 2
     (tmp_path / "b.zarr").mkdir()
     (tmp_path / "b.zarr" / ".zattrs").write_text('{"plate": 3}')
     (tmp_path / "b.zarr" / ".zgroup").write_text('{"zarr_format": 2}')
-    assert list_images(tmp_path / "b.zarr") == [tmp_path / "b.zarr"]
-    assert list_images(tmp_path / "nowhere.zarr") == [tmp_path / "nowhere.zarr"]
-    assert list_images("nowhere://a/b.zarr") == ["nowhere://a/b.zarr"]
+    assert list_zarr_images(tmp_path / "b.zarr") == [tmp_path / "b.zarr"]
+    assert list_zarr_images(tmp_path / "nowhere.zarr") == [tmp_path / "nowhere.zarr"]
+    assert list_zarr_images("nowhere://a/b.zarr") == ["nowhere://a/b.zarr"]
 
 
 @pytest.mark.slow

@@ -16,8 +16,10 @@ from PIL import Image
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.readers import Planes, count_planes, open_source, tiff_pages
-from darcnn.runtime.readers.tiff import TiffReader, read_planes
+from darcnn.runtime.readers.open import list_images
+from darcnn.runtime.readers.tiff import TiffReader
 from darcnn.runtime.readers.tiff_metadata import lay_out, ome_facts, tag_pixel_size
+from darcnn.runtime.volumes.open import open_volume
 
 
 def noise(*shape: int, dtype: Any = np.uint16) -> np.ndarray:
@@ -79,12 +81,12 @@ def test_planes_one_after_another_are_those_of_readers_of_their_own(
     opened: list[Path] = []
     file = tifffile.TiffFile
     monkeypatch.setattr(tifffile, "TiffFile", lambda path: opened.append(path) or file(path))
-    together = [whole(reader) for reader in read_planes(path, places)]
+    together = [whole(reader) for reader in TiffReader.read_planes(path, places)]
     assert opened == [path]
     assert np.array_equal(together, alone)
     assert np.array_equal(together[3][:, :, 0], values[1, 0])
     with pytest.raises(InputError, match=r"a\.ome\.tif"):
-        next(read_planes(path, [(4, 0)]))
+        next(TiffReader.read_planes(path, [(4, 0)]))
 
 
 def test_a_volume_inside_one_page_is_a_stack(tmp_path: Path) -> None:
@@ -488,15 +490,45 @@ def test_where_another_file_of_the_image_is_not_there_all_planes_count(tmp_path,
     assert count_planes(tmp_path / name).n_lacking == 0
 
 
-def test_further_scenes_are_counted_and_thumbnails_are_not(tmp_path):
-    with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
-        for side in (100, 90, 20):  # two scenes and a thumbnail
-            file.write(np.full((side, 120), side, np.uint8), metadata={"axes": "YX"})
-    with TiffReader(tmp_path / "a.ome.tif") as reader:
-        assert (reader.info.n_unread, reader.info.height_px0) == (1, 100)
-    tifffile.imwrite(tmp_path / "b.tif", np.zeros((40, 50), np.uint8))
-    with TiffReader(tmp_path / "b.tif") as reader:
-        assert reader.info.n_unread == 0
+def scenes(path: Path) -> Path:
+    """Write two scenes and a thumbnail, each of its own size and with its own facts."""
+    with tifffile.TiffWriter(path) as file:
+        for side, um in ((100, 0.5), (90, 0.25), (20, 2.0)):
+            facts = {
+                "axes": "ZYX", "Name": f"well {side}", "PhysicalSizeX": um, "PhysicalSizeY": um,
+                "PhysicalSizeZ": 2 * um, "Channel": {"Name": f"dye {side}"},
+            }  # fmt: skip
+            file.write(np.full((3, side, 120), side, np.uint8), metadata=facts, photometric="minisblack")
+    return path
+
+
+def test_each_scene_has_a_place_and_its_own_facts_and_thumbnails_have_none(tmp_path):
+    path = scenes(tmp_path / "a.ome.tif")
+    assert list_images(path) == [path / "0", path / "1"]
+    for number, side, um in ((0, 100, 0.5), (1, 90, 0.25)):
+        place = path / str(number)
+        assert count_planes(place) == Planes(3)
+        assert count_planes(place).section_um == 2 * um
+        with TiffReader(place, z=1) as reader:
+            assert (reader.info.name, reader.info.image_name) == (f"a-{number}", f"well {side}")
+            assert (reader.info.mpp, reader.info.channel_names) == ((um, um), (f"dye {side}",))
+            assert reader.info.height_px0 == side
+            assert (reader.read(reader.info.whole, level=0) == side).all()
+        with open_volume(place, tmp_path) as volume:
+            assert (volume.info.shape, volume.info.image_name) == ((3, side, 120), f"well {side}")
+            assert (volume.read("z", 2) == side).all()
+    with pytest.raises(InputError, match=r"holds 2 images; name one: .*a\.ome\.tif/0 to .*a\.ome\.tif/1"):
+        open_source(path)
+
+
+def test_a_single_image_is_its_own_place(tmp_path):
+    path = tmp_path / "b.tif"
+    tifffile.imwrite(path, np.zeros((40, 50), np.uint8))
+    assert list_images(path) == [path]
+    with TiffReader(path) as reader:
+        assert (reader.info.name, reader.info.image_name) == ("b", None)
+    with pytest.raises(InputError, match=r"b\.tif: has no image 1; name .*b\.tif$"):
+        open_source(path / "1")
 
 
 def test_channels_last_are_no_stack_of_rows(tmp_path):

@@ -67,6 +67,17 @@ def test_intensity_rule_is_applied_to_the_whole_image(tmp_path: Path) -> None:
     assert max(int(tile.image.max()) for tile in dark) < 10  # not stretched for being alone in its tile
 
 
+def test_every_image_of_a_file_is_learned_from(tmp_path: Path) -> None:
+    pages = [noise(80, 90, seed=seed) for seed in range(2)]
+    with tifffile.TiffWriter(tmp_path / "plate.ome.tif") as file:
+        for page in pages:
+            file.write(page, metadata={"axes": "YX"})
+    images = TargetImages(tmp_path, target_of("*.tif", jitter=1.0), seed=0).images
+    assert [image.name for image in images] == ["plate-0", "plate-1"]
+    for image, page in zip(images, pages, strict=True):
+        assert np.array_equal(image.pixels[:, :, 0], page)
+
+
 def test_one_channel_of_colour_is_the_mean_and_is_shown_thrice(data: Path) -> None:
     (image, *_) = TargetImages(data, target_of("tissue/*.png"), seed=0).images
     with Image.open(data / "tissue" / f"{image.name}.png") as picture:

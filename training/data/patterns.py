@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from darcnn.runtime.errors import InputError
+from darcnn.runtime.readers.open import list_images
 
-__all__ = ["find_files"]
+__all__ = ["find_files", "find_images"]
 
 
 def find_files(folder: Path, pattern: str, *, key: str) -> list[Path]:
@@ -25,3 +26,13 @@ def find_files(folder: Path, pattern: str, *, key: str) -> list[Path]:
         raise InputError(
             f"{pattern!r} is no pattern ({err})", where=key, fix='correct the recipe: "images/*.png", say'
         ) from err
+
+
+def find_images(folder: Path, pattern: str, *, key: str) -> list[Path]:
+    """Return the places of the images in the files that a glob matches: of several in a file, each.
+
+    Raises:
+        InputError: it is no pattern.
+    """
+    files = find_files(folder, pattern, key=key)
+    return [Path(image) for file in files for image in list_images(file)]

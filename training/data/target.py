@@ -32,7 +32,7 @@ from darcnn.runtime.volumes.find import plane_reader
 from darcnn.runtime.volumes.open import is_volume, open_volume
 from darcnn.runtime.volumes.stack import SAMPLED_PLANES, Stack, measure_stack
 from darcnn.training.config import Target, TargetSet
-from darcnn.training.data.patterns import find_files
+from darcnn.training.data.patterns import find_images
 from darcnn.training.data.source import LabelledTile
 from darcnn.training.model.backbone import to_three_channels
 
@@ -86,7 +86,7 @@ class TargetImages:
         self.target = target
         self.images: list[TargetImage] = []
         for group in target.sets:
-            paths = find_files(data, group.images, key="target.sets.images")
+            paths = find_images(data, group.images, key="target.sets.images")
             if not paths:
                 raise InputError(
                     "no target images",

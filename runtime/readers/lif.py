@@ -1,0 +1,110 @@
+"""LIF, the files of Leica's LAS: the images of an experiment, and the tiles of a scan that was not merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.readers.base import needs_package
+from darcnn.runtime.readers.microscope import EXTRA, MicroscopeReader, StoredImage, WholePlane
+from darcnn.runtime.readers.protocol import Planes
+
+__all__ = ["LifReader"]
+
+_PLANE_AXES = {"Y", "X", "S"}  # liffile's letters; S is red, green and blue
+_OUTER_AXES = {"T", "Z", "C", "M"}  # M is the tiles of a scan
+_UM_PER_M = 1e6
+_DIGITS = 9
+
+
+class LifReader(MicroscopeReader):
+    """One plane of one image of a LIF file. Lines over time, spectra and lifetimes are left out."""
+
+    format_name = "LIF"
+    mpp_source = "LIF dimensions"
+
+    @staticmethod
+    def _open_file(path: Path) -> _LifFile:
+        return _LifFile(path)
+
+
+class _LifFile:
+    def __init__(self, path: Path) -> None:
+        try:
+            import liffile
+        except ModuleNotFoundError as err:
+            raise needs_package("liffile", path, extra=EXTRA) from err
+        self._file = liffile.LifFile(path)
+        try:
+            self.images = tuple(
+                image
+                for stored in self._file.images
+                if isinstance(stored, liffile.LifImage)
+                for image in _describe(stored)
+            )
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _describe(image: Any) -> Iterator[StoredImage]:
+    """Yield the image, or each of its tiles; nothing where its planes are not pictures."""
+    sizes: dict[str, int] = dict(image.sizes)
+    in_frame = set(image.frames.frame_sizes)
+    if not {"Y", "X"} <= in_frame <= _PLANE_AXES or not set(sizes) - in_frame <= _OUTER_AXES:
+        return
+    n_samples = sizes.get("S", 1)
+    n_channels = sizes.get("C", 1) * n_samples
+    is_rgb = n_samples == 3 and n_channels == 3
+    tints = [one.get("LUTName") for one in image.xml_element.iterfind(".//Channels/ChannelDescription")]
+    x_um, y_um, z_um = (_step(image, axis, _UM_PER_M) for axis in "XYZ")
+    planes = Planes(
+        sizes.get("Z", 1), sizes.get("T", 1), section_um=z_um, frame_interval_s=_step(image, "T", 1.0)
+    )
+    n_tiles = sizes.get("M", 1)
+    for tile in range(n_tiles):
+        yield StoredImage(
+            width_px=sizes["X"],
+            height_px=sizes["Y"],
+            planes=planes,
+            dtype=np.dtype(image.dtype),
+            channel_names=tuple(tints) if len(tints) == n_channels else (None,) * n_channels,
+            is_rgb=is_rgb,
+            step_um=None if x_um is None or y_um is None else (x_um, y_um),
+            open_plane=partial(_open_plane, image, tile),
+            name=image.path if n_tiles == 1 else f"{image.path}, tile {tile}",
+        )
+
+
+def _open_plane(image: Any, tile: int, z: int, t: int) -> WholePlane:
+    chosen = {axis: at for axis, at in (("Z", z), ("T", t), ("M", tile)) if axis in image.sizes}
+    channels = range(image.sizes["C"]) if "C" in image.sizes else (None,)
+
+    def load() -> NDArray[Any]:
+        frames = [
+            image.frame(**chosen) if channel is None else image.frame(**chosen, C=channel)
+            for channel in channels
+        ]
+        return np.concatenate([np.atleast_3d(frame) for frame in frames], axis=2)  # (H, W, C)
+
+    return WholePlane(load)
+
+
+def _step(image: Any, axis: str, unit: float) -> float | None:
+    """Return the distance of two neighbours along an axis, None where the file does not say.
+
+    The length of an axis in LIF is that from the middle of the first to the middle of the last.
+    """
+    at = image.coords.get(axis)
+    if at is None or len(at) < 2:
+        return None
+    step = abs(float(at[-1] - at[0])) / (len(at) - 1) * unit
+    return round(step, _DIGITS) or None

@@ -1,0 +1,255 @@
+"""ND2, LIF and CZI: each image of a file at a place of its own, planes and channels as the file has them."""
+
+from __future__ import annotations
+
+import lzma
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from darcnn.runtime.errors import InputError, UsageError
+from darcnn.runtime.geometry import Region
+from darcnn.runtime.readers import count_planes, open_source
+from darcnn.runtime.readers.open import list_images
+from darcnn.runtime.record import fingerprint_file
+from darcnn.runtime.slide_list import list_slides, place_results
+from darcnn.runtime.volumes.open import open_volume
+from tests.runtime.lif_files import Image, write_lif
+
+nd2 = pytest.importorskip("nd2", reason="the extra `microscopes` is not installed")
+czi = pytest.importorskip("pylibCZIrw.czi", reason="the extra `microscopes` is not installed")
+pytest.importorskip("liffile", reason="the extra `microscopes` is not installed")
+
+NIKON = Path(__file__).parents[1] / "data/nikon/cluster.nd2.xz"
+SEED = np.random.default_rng(7)
+STACKS = SEED.integers(0, 4000, (2, 3, 4, 50, 70), dtype=np.uint16)  # T, C, Z, Y, X
+COLOURS = SEED.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+TILES = SEED.integers(0, 256, (3, 40, 60), dtype=np.uint8)
+SCENES = SEED.integers(0, 4000, (2, 2, 3, 70, 90), dtype=np.uint16)  # scene, C, Z, Y, X
+
+
+def write_nd2(path: Path) -> Path:
+    path.write_bytes(lzma.decompress(NIKON.read_bytes()))
+    return path
+
+
+def write_leica(path: Path) -> Path:
+    lengths = {"X": 69 * 0.2e-6, "Y": 49 * 0.2e-6, "Z": -3e-6, "T": 60.0}
+    images = [
+        Image("dish/Series001", "TCZYX", STACKS, lengths, ("Green", "Red", "Blue")),
+        Image("colours", "YXS", COLOURS, {"X": 59e-6, "Y": 39e-6}),
+        Image("scan", "MYX", TILES),
+    ]
+    return write_lif(path, images)
+
+
+def write_czi(path: Path) -> Path:
+    with czi.create_czi(str(path)) as file:
+        for scene, corner in enumerate([(0, 0), (1000, 40)]):
+            for c, z in np.ndindex(2, 3):
+                values = SCENES[scene, c, z]
+                file.write(values, plane={"C": int(c), "Z": int(z)}, scene=scene, location=corner)
+        names = {0: "DAPI", 1: "GFP"}
+        file.write_metadata(path.stem, channel_names=names, scale_x=2e-7, scale_y=2e-7, scale_z=1e-6)
+    return path
+
+
+def pixels_of(path: Path, **options: Any) -> np.ndarray:
+    with open_source(path, **options) as reader:
+        return reader.read(reader.info.whole, level=0)
+
+
+def test_a_plane_of_nikon_is_what_its_library_reads(tmp_path: Path) -> None:
+    path = write_nd2(tmp_path / "cluster.nd2")
+    expected = nd2.imread(path)  # T, Z, C, Y, X
+    assert expected.any()
+    planes = count_planes(path)
+    assert (planes.n_z, planes.n_t, planes.section_um, planes.frame_interval_s) == (10, 3, 0.5, None)
+    for z, t in [(0, 0), (9, 0), (4, 2)]:
+        np.testing.assert_array_equal(pixels_of(path, z=z, t=t), expected[t, z].transpose(1, 2, 0))
+    with open_source(path, z=1, t=1) as reader:
+        assert reader.info.channel_names == ("5-FAM/pH 9.0", "FM 4-64/2% CHAPS")
+        assert reader.info.mpp == pytest.approx((0.16781, 0.16781), abs=1e-5)
+        part = reader.read(Region(5, 7, 20, 30), level=0)
+    np.testing.assert_array_equal(part, expected[1, 1, :, 7:30, 5:20].transpose(1, 2, 0))
+
+
+def test_every_image_of_leica_has_a_place(tmp_path: Path) -> None:
+    path = write_leica(tmp_path / "dish.lif")
+    places = list_images(path)
+    assert places == [path / str(number) for number in range(5)]
+    with open_source(places[0], z=2, t=1) as reader:
+        assert (reader.info.name, reader.info.image_name) == ("dish-0", "dish/Series001")
+        assert reader.info.channel_names == ("Green", "Red", "Blue")
+        assert reader.info.mpp == (0.2, 0.2)
+        assert not reader.info.is_rgb
+        values = reader.read(reader.info.whole, level=0)
+    np.testing.assert_array_equal(values, STACKS[1, :, 2].transpose(1, 2, 0))
+    planes = count_planes(places[0])
+    assert (planes.n_z, planes.n_t, planes.section_um, planes.frame_interval_s) == (4, 2, 1.0, 60.0)
+    with open_source(places[1]) as reader:
+        assert reader.info.is_rgb
+        assert reader.info.mpp == (1.0, 1.0)
+        np.testing.assert_array_equal(reader.read(reader.info.whole, level=0), COLOURS)
+    for tile in range(3):
+        with open_source(places[2 + tile]) as reader:
+            assert (reader.info.image_name, reader.info.mpp) == (f"scan, tile {tile}", None)
+        np.testing.assert_array_equal(pixels_of(places[2 + tile])[:, :, 0], TILES[tile])
+
+
+def test_what_is_no_picture_has_no_place_among_the_images_of_leica(tmp_path: Path) -> None:
+    lines = Image("lines over time", "TX", TILES[0])
+    spectrum = Image("spectrum", "\N{GREEK SMALL LETTER LAMDA}YX", TILES)
+    path = write_lif(tmp_path / "a.lif", [lines, spectrum, Image("picture", "YX", TILES[1])])
+    assert list_images(path) == [path]
+    np.testing.assert_array_equal(pixels_of(path)[:, :, 0], TILES[1])
+    with pytest.raises(InputError, match="holds no image"):
+        open_source(write_lif(tmp_path / "b.lif", [lines, spectrum]))
+
+
+def test_every_scene_of_zeiss_has_a_place_wherever_it_lies_on_the_stage(tmp_path: Path) -> None:
+    path = write_czi(tmp_path / "a.czi")
+    assert list_images(path) == [path / "0", path / "1"]
+    for scene in range(2):
+        place = path / str(scene)
+        planes = count_planes(place)
+        assert (planes.n_z, planes.n_t, planes.section_um) == (3, 1, 1.0)
+        with open_source(place, z=2) as reader:
+            assert (reader.info.channel_names, reader.info.mpp) == (("DAPI", "GFP"), (0.2, 0.2))
+            np.testing.assert_array_equal(
+                reader.read(reader.info.whole, level=0), SCENES[scene, :, 2].transpose(1, 2, 0)
+            )
+            part = reader.read(Region(10, 20, 40, 60), level=0)
+        np.testing.assert_array_equal(part, SCENES[scene, :, 2, 20:60, 10:40].transpose(1, 2, 0))
+
+
+def test_levels_of_zeiss_are_halved_and_lie_over_one_another(tmp_path: Path) -> None:
+    ramp = np.add.outer(np.arange(2100), np.arange(4200)).astype(np.uint16)
+    with czi.create_czi(str(tmp_path / "a.czi")) as file:
+        file.write(ramp)
+        file.write_metadata("a")
+    with open_source(tmp_path / "a.czi") as reader:
+        levels = [(one.width_px, one.height_px, one.downsample) for one in reader.info.levels]
+        assert levels == [(4200, 2100, 1.0), (2100, 1050, 2.0), (1050, 525, 4.0)]
+        assert reader.info.mpp is None
+        part = reader.read(Region(100, 200, 400, 300), level=2)[:, :, 0].astype(int)
+    assert part.shape == (100, 300)
+    assert np.abs(part - ramp[800:1200:4, 400:1600:4]).max() <= 2 * 3  # within a pixel of level 2
+
+
+def test_colours_of_zeiss_are_red_green_and_blue_on_white(tmp_path: Path) -> None:
+    with czi.create_czi(str(tmp_path / "a.czi")) as file:
+        file.write(COLOURS[:, :, ::-1].copy(), location=(0, 0))  # the library takes blue first
+        file.write(COLOURS[:, :, ::-1].copy(), location=(100, 0))
+        file.write_metadata("a", scale_x=2e-7, scale_y=2e-7)
+    with open_source(tmp_path / "a.czi") as reader:
+        assert reader.info.is_rgb
+        values = reader.read(reader.info.whole, level=0)
+    np.testing.assert_array_equal(values[:, :60], COLOURS)
+    np.testing.assert_array_equal(values[:, 100:], COLOURS)
+    assert (values[:, 60:100] == 255).all()
+
+
+@pytest.mark.parametrize(("write", "place"), [(write_nd2, ""), (write_leica, "0"), (write_czi, "1")])
+def test_threads_read_the_same_as_one(tmp_path: Path, write: Callable[[Path], Path], place: str) -> None:
+    path = write(tmp_path / f"a.{ {write_nd2: 'nd2', write_leica: 'lif', write_czi: 'czi'}[write] }") / place
+    planes = count_planes(path)
+    with open_source(path, z=1, t=0 if planes.n_t > 1 else None) as reader:
+        whole = reader.read(reader.info.whole, level=0)
+        corners = [(x, y) for x in range(0, 24, 3) for y in range(0, 18, 3)] * 4
+        regions = [Region(x, y, x + 9, y + 11) for x, y in corners]
+        with ThreadPoolExecutor(8) as pool:
+            parts = list(pool.map(lambda region: reader.read(region, level=0), regions))
+    for region, part in zip(regions, parts, strict=True):
+        np.testing.assert_array_equal(part, whole[region.y0 : region.y1, region.x0 : region.x1])
+    with pytest.raises(InputError, match="is closed"):
+        reader.read(regions[0], level=0)
+
+
+def test_a_stack_is_a_volume_and_a_series_one_along_time(tmp_path: Path) -> None:
+    leica, zeiss = write_leica(tmp_path / "a.lif"), write_czi(tmp_path / "b.czi")
+    with open_volume(zeiss / "1", tmp_path, channel="GFP") as volume:
+        assert (volume.info.shape, volume.info.voxel_nm) == ((3, 70, 90), (1000.0, 200.0, 200.0))
+        np.testing.assert_array_equal(volume.read("z", 2), SCENES[1, 1, 2])
+    with open_volume(leica / "0", tmp_path, t=1, channel=2) as volume:
+        assert (volume.info.name, volume.info.image_name) == ("a-0", "dish/Series001")
+        np.testing.assert_array_equal(volume.read("z", 3), STACKS[1, 2, 3])
+    with open_volume(leica / "0", tmp_path, channel=2, projects=True) as volume:
+        assert (volume.info.is_series, volume.info.frame_interval_s) == (True, 60.0)
+        np.testing.assert_array_equal(volume.read("z", 1), STACKS[1, 2].max(axis=0))
+
+
+def test_results_of_images_of_one_file_lie_side_by_side(tmp_path: Path) -> None:
+    for folder in ("day1", "day2"):
+        (tmp_path / folder).mkdir()
+        write_czi(tmp_path / folder / "a.czi")
+    write_nd2(tmp_path / "day1" / "b.nd2")
+    slides = list_slides([str(tmp_path / "day1")])
+    assert slides == (tmp_path / "day1/a.czi/0", tmp_path / "day1/a.czi/1", tmp_path / "day1/b.nd2")
+    assert place_results(slides) == (Path(), Path(), Path())
+    both = list_slides([str(tmp_path / "day1/a.czi/1"), str(tmp_path / "day2/a.czi/1")])
+    assert place_results(both) == (Path("day1/a.czi"), Path("day2/a.czi"))
+    first, second = (fingerprint_file(tmp_path / "day1/a.czi" / number) for number in "01")
+    assert first != second
+    assert {**first, "image": 1} == second
+
+
+def test_messages_name_the_places(tmp_path: Path) -> None:
+    path = write_czi(tmp_path / "a.czi")
+    with pytest.raises(InputError, match=r"a\.czi: holds 2 images; name one: .*a\.czi/0 to .*a\.czi/1"):
+        open_source(path)
+    with pytest.raises(InputError, match=r"a\.czi: has no image 2; name one: .*a\.czi/0 to"):
+        open_source(path / "2")
+    with pytest.raises(InputError, match=r"a\.czi/1: holds 3 planes along z; pass --z N"):
+        open_source(path / "1")
+    with pytest.raises(UsageError, match="--mpp"):
+        open_source(path / "1", z=0, mpp=-1.0)
+    with pytest.raises(InputError, match=r"c\.nd2: no such file"):
+        open_source(tmp_path / "c.nd2" / "1")
+
+
+@pytest.mark.parametrize("suffix", [".nd2", ".lif", ".czi"])
+@pytest.mark.parametrize("content", [b"\0", b"II*\0 something else " * 40])
+def test_another_file_under_the_name_is_refused_in_a_line(
+    tmp_path: Path, suffix: str, content: bytes
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content)
+    assert list_images(path) == [path]
+    for attempt in (open_source, count_planes):
+        with pytest.raises(InputError) as caught:
+            attempt(path)
+        assert "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"{path}: cannot be read as {suffix[1:].upper()}")
+
+
+def test_a_file_that_was_cut_is_refused(tmp_path: Path) -> None:
+    for path in (
+        write_leica(tmp_path / "a.lif"),
+        write_czi(tmp_path / "b.czi"),
+        write_nd2(tmp_path / "c.nd2"),
+    ):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) * 2 // 3])
+        with pytest.raises(InputError, match=f"cannot be read as {path.suffix[1:].upper()}"):
+            count_planes(path)
+
+
+@pytest.mark.parametrize(
+    ("package", "suffix"), [("nd2", ".nd2"), ("liffile", ".lif"), ("pylibCZIrw", ".czi")]
+)
+def test_without_its_package_the_message_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, suffix: str
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(b"anything")
+    monkeypatch.setitem(sys.modules, package, None)
+    expected = f"{path}: needs the package {package}; run pip install 'darcnn[microscopes]'"
+    with pytest.raises(InputError) as caught:
+        open_source(path)
+    assert str(caught.value) == expected
