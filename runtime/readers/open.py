@@ -10,6 +10,7 @@ from darcnn.runtime.errors import InputError
 from darcnn.runtime.readers.base import suffix_of
 from darcnn.runtime.readers.czi import CziReader
 from darcnn.runtime.readers.image_places import SEVERAL_IMAGES, split_image
+from darcnn.runtime.readers.ims import ImsReader
 from darcnn.runtime.readers.lif import LifReader
 from darcnn.runtime.readers.microscope import MicroscopeReader
 from darcnn.runtime.readers.mrc import MrcReader
@@ -180,6 +181,10 @@ def _nd2(path: Path, head: bytes) -> _Format:
     return Nd2Reader
 
 
+def _ims(path: Path, head: bytes) -> _Format:
+    return ImsReader
+
+
 def _lif(path: Path, head: bytes) -> _Format:
     return LifReader
 
@@ -232,6 +237,7 @@ _BY_SUFFIX: dict[str, Callable[[Path, bytes], _Format]] = {
     ".svslide": _slide,  # Sakura
     ".dcm": _slide,  # DICOM
     ".czi": _czi,  # Zeiss
+    ".ims": _ims,  # Imaris
     ".lif": _lif,  # Leica
     ".nd2": _nd2,  # Nikon
     ".png": _picture,

@@ -1,4 +1,4 @@
-"""ND2, LIF and CZI: each image of a file at a place of its own, planes and channels as the file has them."""
+"""ND2, LIF, CZI and IMS: each image at a place of its own, planes and channels as the file has them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from darcnn.runtime.volumes.open import open_volume
 from tests.runtime.lif_files import Image, write_lif
 
 nd2 = pytest.importorskip("nd2", reason="the extra `microscopes` is not installed")
+h5py = pytest.importorskip("h5py", reason="the extra `microscopes` is not installed")
 czi = pytest.importorskip("pylibCZIrw.czi", reason="the extra `microscopes` is not installed")
 pytest.importorskip("liffile", reason="the extra `microscopes` is not installed")
 
@@ -56,6 +57,31 @@ def write_czi(path: Path) -> Path:
                 file.write(values, plane={"C": int(c), "Z": int(z)}, scene=scene, location=corner)
         names = {0: "DAPI", 1: "GFP"}
         file.write_metadata(path.stem, channel_names=names, scale_x=2e-7, scale_y=2e-7, scale_z=1e-6)
+    return path
+
+
+def write_ims(path: Path) -> Path:
+    """Write what Imaris writes: padded chunks, a pyramid, text as arrays of characters."""
+
+    def note(group: Any, **facts: object) -> None:
+        for name, value in facts.items():
+            group.attrs[name] = np.array(list(str(value)), "S1")
+
+    with h5py.File(path, "w") as file:
+        extent = {"ExtMin0": -5, "ExtMax0": 9, "ExtMin1": 0, "ExtMax1": 10, "ExtMin2": 0, "ExtMax2": 4}
+        note(file.create_group("DataSetInfo/Image"), Unit="um", X=70, Y=50, Z=4, **extent)
+        moments = {"TimePoint1": "2026-11-30 10:00:00.000", "TimePoint2": "2026-11-30 10:00:30.500"}
+        note(file.create_group("DataSetInfo/TimeInfo"), DatasetTimePoints=2, **moments)
+        for c in range(3):
+            note(
+                file.create_group(f"DataSetInfo/Channel {c}"), Name=("DAPI", "(name not specified)", "GFP")[c]
+            )
+        for level, t, c in np.ndindex(2, 2, 3):
+            values = STACKS[t, c, :, :: level + 1, :: level + 1]
+            group = file.create_group(f"DataSet/ResolutionLevel {level}/TimePoint {t}/Channel {c}")
+            note(group, **dict(zip(("ImageSizeZ", "ImageSizeY", "ImageSizeX"), values.shape, strict=True)))
+            padded = np.pad(values, [(0, -n % 32) for n in values.shape])
+            group.create_dataset("Data", data=padded, chunks=(8, 32, 32), compression="gzip")
     return path
 
 
@@ -128,6 +154,21 @@ def test_every_scene_of_zeiss_has_a_place_wherever_it_lies_on_the_stage(tmp_path
         np.testing.assert_array_equal(part, SCENES[scene, :, 2, 20:60, 10:40].transpose(1, 2, 0))
 
 
+def test_imaris_has_levels_steps_and_moments(tmp_path: Path) -> None:
+    path = write_ims(tmp_path / "a.ims")
+    planes = count_planes(path)
+    assert (planes.n_z, planes.n_t, planes.section_um, planes.frame_interval_s) == (4, 2, 1.0, 30.5)
+    with open_source(path, z=3, t=1) as reader:
+        assert (reader.info.mpp, reader.info.name) == ((0.2, 0.2), "a")
+        assert reader.info.channel_names == ("DAPI", "channel_1", "GFP")
+        assert [one.downsample for one in reader.info.levels] == [1.0, 2.0]
+        whole, half = (reader.read(Region(0, 0, 70 // by, 50 // by), level=by - 1) for by in (1, 2))
+    np.testing.assert_array_equal(whole, STACKS[1, :, 3].transpose(1, 2, 0))
+    np.testing.assert_array_equal(half, STACKS[1, :, 3, ::2, ::2].transpose(1, 2, 0))
+    with open_volume(path, tmp_path, t=0, channel="GFP") as volume:
+        np.testing.assert_array_equal(volume.read("z", 2), STACKS[0, 2, 2])
+
+
 def test_levels_of_zeiss_are_halved_and_lie_over_one_another(tmp_path: Path) -> None:
     ramp = np.add.outer(np.arange(2100), np.arange(4200)).astype(np.uint16)
     with czi.create_czi(str(tmp_path / "a.czi")) as file:
@@ -155,9 +196,12 @@ def test_colours_of_zeiss_are_red_green_and_blue_on_white(tmp_path: Path) -> Non
     assert (values[:, 60:100] == 255).all()
 
 
-@pytest.mark.parametrize(("write", "place"), [(write_nd2, ""), (write_leica, "0"), (write_czi, "1")])
+@pytest.mark.parametrize(
+    ("write", "place"), [(write_nd2, ""), (write_leica, "0"), (write_czi, "1"), (write_ims, "")]
+)
 def test_threads_read_the_same_as_one(tmp_path: Path, write: Callable[[Path], Path], place: str) -> None:
-    path = write(tmp_path / f"a.{ {write_nd2: 'nd2', write_leica: 'lif', write_czi: 'czi'}[write] }") / place
+    suffix = {write_nd2: "nd2", write_leica: "lif", write_czi: "czi", write_ims: "ims"}[write]
+    path = write(tmp_path / f"a.{suffix}") / place
     planes = count_planes(path)
     with open_source(path, z=1, t=0 if planes.n_t > 1 else None) as reader:
         whole = reader.read(reader.info.whole, level=0)
@@ -213,7 +257,7 @@ def test_messages_name_the_places(tmp_path: Path) -> None:
         open_source(tmp_path / "c.nd2" / "1")
 
 
-@pytest.mark.parametrize("suffix", [".nd2", ".lif", ".czi"])
+@pytest.mark.parametrize("suffix", [".nd2", ".lif", ".czi", ".ims"])
 @pytest.mark.parametrize("content", [b"\0", b"II*\0 something else " * 40])
 def test_another_file_under_the_name_is_refused_in_a_line(
     tmp_path: Path, suffix: str, content: bytes
@@ -241,7 +285,7 @@ def test_a_file_that_was_cut_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "suffix"), [("nd2", ".nd2"), ("liffile", ".lif"), ("pylibCZIrw", ".czi")]
+    ("package", "suffix"), [("nd2", ".nd2"), ("liffile", ".lif"), ("pylibCZIrw", ".czi"), ("h5py", ".ims")]
 )
 def test_without_its_package_the_message_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, suffix: str

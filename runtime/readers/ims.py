@@ -1,0 +1,157 @@
+"""IMS, the files of Imaris: HDF5 with a pyramid, of stacks and series from light sheets and confocals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darcnn.runtime.geometry import Level, Region
+from darcnn.runtime.readers.base import needs_package
+from darcnn.runtime.readers.microscope import EXTRA, MicroscopeReader, StoredImage
+from darcnn.runtime.readers.protocol import Planes
+
+__all__ = ["ImsReader"]
+
+_UM = {"m": 1e6, "mm": 1e3, "um": 1.0, "µm": 1.0, "nm": 1e-3}
+# HDF5 keeps unpacked chunks of a dataset: planes share them, and without these each plane unpacks all.
+_CACHE = {"rdcc_nbytes": 128 << 20, "rdcc_nslots": 100_003, "rdcc_w0": 1.0}
+_DIGITS = 9
+
+
+class ImsReader(MicroscopeReader):
+    """One plane of an IMS file (Imaris 5.5 and later), with the levels of its pyramid that keep all planes.
+
+    Layout: https://imaris.oxinst.com/support/imaris-file-format.
+    """
+
+    format_name = "IMS"
+    mpp_source = "IMS extent"
+
+    @staticmethod
+    def _open_file(path: Path) -> _ImsFile:
+        return _ImsFile(path)
+
+
+class _ImsFile:
+    def __init__(self, path: Path) -> None:
+        try:
+            import h5py
+        except ModuleNotFoundError as err:
+            raise needs_package("h5py", path, extra=EXTRA) from err
+        self._file = h5py.File(path, "r", **_CACHE)
+        self._last: tuple[tuple[int, int], list[Any]] | None = None
+        try:
+            self.images = (self._describe(),)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _describe(self) -> StoredImage:
+        facts = self._file["DataSetInfo/Image"].attrs
+        times = self._file["DataSetInfo/TimeInfo"].attrs
+        channels = self.channels(0, 0)
+        size = _size_of(channels[0])
+        x_um, y_um, z_um = (_step_um(facts, axis, size[kind]) for axis, kind in enumerate(("x", "y", "z")))
+        names = (self._file[f"DataSetInfo/Channel {number}"].attrs for number in range(len(channels)))
+        return StoredImage(
+            width_px=size["x"],
+            height_px=size["y"],
+            planes=Planes(
+                size["z"],
+                len(self._file["DataSet/ResolutionLevel 0"]),
+                section_um=z_um,
+                frame_interval_s=_interval_s(times),
+            ),
+            dtype=channels[0]["Data"].dtype,
+            channel_names=tuple(_name_of(one) for one in names),
+            is_rgb=False,  # its channels may be those of a colour picture, but the file does not say so
+            step_um=None if x_um is None or y_um is None else (x_um, y_um),
+            open_plane=partial(_Plane, self),
+            downsamples=self._downsamples(size),
+        )
+
+    def channels(self, level: int, t: int) -> list[Any]:
+        """Return the HDF5 groups of the channels of a time point."""
+        point = self._file[f"DataSet/ResolutionLevel {level}/TimePoint {t}"]
+        return [point[f"Channel {number}"] for number in range(len(point))]
+
+    def datasets(self, level: int, t: int) -> list[Any]:
+        """Return the values of the channels; the last ones stay open, since HDF5's cache goes with them."""
+        last = self._last
+        if last is None or last[0] != (level, t):
+            last = self._last = (level, t), [group["Data"] for group in self.channels(level, t)]
+        return last[1]
+
+    def _downsamples(self, size: dict[str, int]) -> tuple[int, ...]:
+        """Return by how much levels are reduced, up to the first that thins out z or is of another size."""
+        found = [1]
+        for level in range(1, len(self._file["DataSet"])):
+            reduced, by = _size_of(self.channels(level, 0)[0]), 2 * found[-1]
+            if reduced != {"x": size["x"] // by, "y": size["y"] // by, "z": size["z"]}:
+                break
+            found.append(by)
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plane:
+    """Reads regions of all channels of a plane: a `RegionSource`."""
+
+    file: _ImsFile
+    z: int
+    t: int
+
+    def __call__(self, region: Region, level: Level) -> NDArray[Any]:
+        place = (self.z, slice(region.y0, region.y1), slice(region.x0, region.x1))
+        return np.stack([data[place] for data in self.file.datasets(level.index, self.t)], axis=2)
+
+
+def _text(value: Any) -> str:
+    """Return an attribute: Imaris writes text as an array of single characters."""
+    return bytes(np.asarray(value).tobytes()).decode("utf-8", "replace").strip("\0 ")
+
+
+def _size_of(group: Any) -> dict[str, int]:
+    """Return the size of a channel; its dataset is padded to whole chunks."""
+    return {axis: int(_text(group.attrs[f"ImageSize{axis.upper()}"])) for axis in "xyz"}
+
+
+def _step_um(facts: Any, axis: int, count: int) -> float | None:
+    """Return micrometres from pixel to pixel along axis 0 x, 1 y, 2 z, None where the file does not say.
+
+    The extent reaches from the outer side of the first to that of the last.
+    """
+    try:
+        extent = float(_text(facts[f"ExtMax{axis}"])) - float(_text(facts[f"ExtMin{axis}"]))
+        return round(abs(extent) / count * _UM[_text(facts["Unit"])], _DIGITS) or None
+    except (KeyError, ValueError):
+        return None
+
+
+def _interval_s(times: Any) -> float | None:
+    """Return the mean of the seconds from time point to time point, None where the file does not say."""
+    try:
+        moments = [
+            datetime.fromisoformat(_text(times[f"TimePoint{number}"]))
+            for number in range(1, int(_text(times["DatasetTimePoints"])) + 1)
+        ]
+    except (KeyError, ValueError):
+        return None
+    if len(moments) < 2:
+        return None
+    return (moments[-1] - moments[0]).total_seconds() / (len(moments) - 1) or None
+
+
+def _name_of(facts: Any) -> str | None:
+    """Return the name of a channel, None where nobody gave it one."""
+    name = _text(facts["Name"]) if "Name" in facts else ""
+    return None if name.startswith("(") else name or None
