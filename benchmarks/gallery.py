@@ -20,6 +20,7 @@ from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.masks import label_instances
 from darcnn.runtime.metrics import score_labels
 from darcnn.runtime.readers import open_source
+from darcnn.runtime.readers.image_places import stem_of
 from darcnn.training.contact_sheet import draw_outlines
 from darcnn.training.evaluate import labelled_images, read_label_image
 
@@ -45,7 +46,7 @@ def main(model: str, folder: Path, diameter: float | None, out: Path) -> None:
                 found = segmenter(reader, diameter_px=diameter)
                 info = reader.info
                 pixels = reader.read(info.whole, level=0)
-            seen.append((score_labels(truth, found.labels()).aji, image.stem, pixels, found, truth))
+            seen.append((score_labels(truth, found.labels()).aji, stem_of(image), pixels, found, truth))
     seen.sort(key=lambda one: -one[0])
     middle = (len(seen) - _COLUMNS) // 2
     rows = [seen[:_COLUMNS], seen[middle : middle + _COLUMNS], seen[-_COLUMNS:]]

@@ -165,7 +165,7 @@ class ClusterRunner:
         path = reader.info.path
         if path is None:
             raise UsageError("an image in memory has no workers", where="--workers", fix="leave it out")
-        source = SlideSource(path if isinstance(path, str) else path.resolve(), self._z, self._t)
+        source = SlideSource(path if isinstance(path, str) else path.absolute(), self._z, self._t)
         # the tiles of all other rows need not travel
         common = replace(task, plan=replace(task.plan, tiles=()))
         n_tiles = {row.number: len(row.tiles) for row in rows}

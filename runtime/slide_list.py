@@ -10,10 +10,11 @@ from urllib.parse import urlsplit
 
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.readers.base import make_slide_name, without_secrets
+from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr, is_url
 from darcnn.runtime.readers.open import is_packed_volume, is_readable, list_images
 from darcnn.runtime.readers.protocol import Location
-from darcnn.runtime.readers.tiff import read_file_names
+from darcnn.runtime.readers.tiff import read_first_files
 from darcnn.runtime.sinks.result_folder import make_folder_name
 
 __all__ = ["find_unread", "list_slides", "place_results"]
@@ -139,14 +140,15 @@ def _refuse_nested(slides: Sequence[Location], folders: Sequence[Path]) -> None:
 
 
 def _without_parts(files: Sequence[Location]) -> Iterator[Location]:
-    """Yield files, but of an image that lies in several (OME-TIFF) the first alone: it stands for all."""
-    covered: set[str] = set()
+    """Yield files without those that only go on with images that begin in another of them (OME-TIFF)."""
+    names = {file.name for file in files if isinstance(file, Path)}
     for file in files:
         if isinstance(file, Path) and file.name.lower().endswith(_OME_TIFF):
-            if file.name in covered:
-                continue
+            begun: set[str] = set()
             with suppress(InputError):  # running it says why
-                covered.update(read_file_names(file))
+                begun = read_first_files(file)
+            if begun and file.name not in begun and begun <= names:
+                continue
         yield file
 
 
@@ -181,9 +183,11 @@ def _expand_path(path: Path, text: str) -> list[Location]:
         if not files:
             raise InputError("holds no images", where=path, fix="name the files themselves")
         return list(_without_parts(files))
-    if not path.exists() and glob.has_magic(text):
-        found = glob.glob(text, recursive=True)  # noqa: PTH207  # the text may be absolute
-        matches: list[Location] = sorted(Path(match) for match in found)
+    file, number = split_image(path)
+    if not file.exists() and glob.has_magic(text):
+        found = glob.glob(str(file), recursive=True)  # noqa: PTH207  # the text may be absolute
+        inside = "" if number is None else str(number)
+        matches: list[Location] = sorted(Path(match) / inside for match in found)
         if not matches:
             raise InputError("matches no file", where=text, fix="check the pattern")
         return matches

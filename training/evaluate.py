@@ -15,7 +15,8 @@ from darcnn.runtime.errors import InputError
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.metrics import Scores, aggregate_scores, mean_scores, score_labels
 from darcnn.runtime.readers import Reader, open_source
-from darcnn.runtime.readers.open import is_readable
+from darcnn.runtime.readers.image_places import stem_of
+from darcnn.runtime.readers.open import is_readable, list_images
 
 __all__ = [
     "Evaluation",
@@ -56,12 +57,15 @@ class Evaluation:
 def labelled_images(folder: Path) -> list[tuple[Path, Path]]:
     """Return the pairs of `folder`/images and `folder`/labels, same stem, labels as 16-bit PNG.
 
+    Of several images in a file `plate.tif` the labels are `plate-0.png` and so on.
+
     Raises:
         InputError: there is none, or an image has no labels.
     """
     pairs = []
-    for image in sorted(p for p in (folder / "images").glob("*") if is_readable(p)):
-        label = folder / "labels" / f"{image.stem}.png"
+    files = sorted(path for path in (folder / "images").glob("*") if is_readable(path))
+    for image in [Path(image) for file in files for image in list_images(file)]:
+        label = folder / "labels" / f"{stem_of(image)}.png"
         if not label.is_file():
             raise InputError(
                 "no label image", where=label, fix="give each image a 16-bit PNG of the same name"
@@ -89,7 +93,7 @@ def evaluate_folder(folder: Path, segment: Callable[[Reader], Instances], *, eve
             raise InputError(
                 f"is {truth.shape}, its image {prediction.shape}", where=label, fix="match the sizes"
             )
-        names.append(image.stem)
+        names.append(stem_of(image))
         scores.append(score_labels(truth, prediction))
     return Evaluation(tuple(names), tuple(scores))
 

@@ -73,8 +73,10 @@ class _CziFile:
             )
         kinds = [self._file.get_channel_pixel_type(channel) for channel in range(counts["C"])]
         unknown = sorted(set(kinds) - set(_TYPES))
-        if unknown:
-            raise InputError(f"has pixels of type {unknown[0]}", where=path, fix="export it as OME-TIFF")
+        if unknown:  # "Invalid" where channels are numbered as in the file that this one was cut from
+            raise InputError(f"has pixels of type {unknown[0]}", where=path, fix="save it anew in ZEN")
+        if len(kinds) > 1 and any(kind.startswith("Bgr") for kind in kinds):
+            raise InputError("has colours beside other channels", where=path, fix="split its channels in ZEN")
         is_rgb = len(kinds) == 1 and kinds[0].startswith("Bgr")
         facts = ElementTree.fromstring(self._file.raw_metadata)
         x_um, y_um, z_um = (_scaling_um(facts, axis) for axis in "XYZ")

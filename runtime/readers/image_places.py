@@ -6,20 +6,36 @@ from pathlib import Path
 
 from darcnn.runtime.errors import InputError
 
-__all__ = ["SEVERAL_IMAGES", "check_image_number", "split_image"]
+__all__ = ["SEVERAL_IMAGES", "check_image_number", "split_image", "stem_of"]
 
-SEVERAL_IMAGES = (".czi", ".lif", ".nd2", ".tif", ".tiff", ".btf", ".tf8", ".tf2")  # may hold several
+# Endings of files that may hold several.
+SEVERAL_IMAGES = (
+    *(".czi", ".ims", ".lif", ".nd2", ".lsm"),
+    *(".tif", ".tiff", ".btf", ".tf8", ".tf2", ".qptiff", ".svs", ".ndpi", ".scn", ".bif"),
+)
 
 
 def split_image(path: Path) -> tuple[Path, int | None]:
     """Return the file that an image lies in, and its number there; None where the path is that of a file.
 
-    >>> split_image(Path("a/b.lif/3")), split_image(Path("a/b.lif")), split_image(Path("a/3"))
-    ((PosixPath('a/b.lif'), 3), (PosixPath('a/b.lif'), None), (PosixPath('a/3'), None))
+    >>> [(place.name, number) for place, number in map(split_image, map(Path, ("a.lif/3", "a.lif", "a/3")))]
+    [('a.lif', 3), ('a.lif', None), ('3', None)]
     """
-    if path.name.isdecimal() and path.parent.suffix.lower() in SEVERAL_IMAGES:
-        return path.parent, int(path.name)
+    file, name = path.parent, path.name
+    is_number = name.isascii() and name.isdecimal()
+    if is_number and file.suffix.lower() in SEVERAL_IMAGES and not file.is_dir():
+        return file, int(name)
     return path, None
+
+
+def stem_of(path: Path) -> str:
+    """Return the name that the labels of an image have before their ending.
+
+    >>> stem_of(Path("images/plate.tif/2")), stem_of(Path("images/b.1.png"))
+    ('plate-2', 'b.1')
+    """
+    file, number = split_image(path)
+    return file.stem if number is None else f"{file.stem}-{number}"
 
 
 def check_image_number(number: int | None, count: int, *, where: Path) -> None:

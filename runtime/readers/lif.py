@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from darcnn.runtime.errors import InputError
 from darcnn.runtime.readers.base import needs_package
 from darcnn.runtime.readers.microscope import EXTRA, MicroscopeReader, StoredImage, WholePlane
 from darcnn.runtime.readers.protocol import Planes
@@ -18,12 +19,16 @@ __all__ = ["LifReader"]
 
 _PLANE_AXES = {"Y", "X", "S"}  # liffile's letters; S is red, green and blue
 _OUTER_AXES = {"T", "Z", "C", "M"}  # M is the tiles of a scan
+_EXPORT = "export that image as OME-TIFF"
 _UM_PER_M = 1e6
 _DIGITS = 9
 
 
 class LifReader(MicroscopeReader):
-    """One plane of one image of a LIF file. Lines over time, spectra and lifetimes are left out."""
+    """One plane of one image of a LIF file.
+
+    What is no picture is not counted: lines over time, spectra, lifetimes, rotations.
+    """
 
     format_name = "LIF"
     mpp_source = "LIF dimensions"
@@ -45,7 +50,7 @@ class _LifFile:
                 image
                 for stored in self._file.images
                 if isinstance(stored, liffile.LifImage)
-                for image in _describe(stored)
+                for image in _describe(stored, path)
             )
         except BaseException:
             self._file.close()
@@ -55,16 +60,24 @@ class _LifFile:
         self._file.close()
 
 
-def _describe(image: Any) -> Iterator[StoredImage]:
-    """Yield the image, or each of its tiles; nothing where its planes are not pictures."""
-    sizes: dict[str, int] = dict(image.sizes)
-    in_frame = set(image.frames.frame_sizes)
-    if not {"Y", "X"} <= in_frame <= _PLANE_AXES or not set(sizes) - in_frame <= _OUTER_AXES:
+def _describe(image: Any, path: Path) -> Iterator[StoredImage | InputError]:
+    """Yield the image, or each of its tiles, or why it is not read; nothing where it is no picture."""
+    axes = {str(axis) for axis in image.dims}
+    if not {"Y", "X"} <= axes <= _PLANE_AXES | _OUTER_AXES:
         return
+    try:
+        in_frame = set(image.frames.frame_sizes)
+    except ValueError:  # in several lines
+        yield InputError(f"has channels of several types in {image.path}", where=path, fix=_EXPORT)
+        return
+    if not {"Y", "X"} <= in_frame <= _PLANE_AXES:
+        yield InputError(f"was scanned across y in {image.path}", where=path, fix=_EXPORT)
+        return
+    sizes: dict[str, int] = dict(image.sizes)
     n_samples = sizes.get("S", 1)
     n_channels = sizes.get("C", 1) * n_samples
     is_rgb = n_samples == 3 and n_channels == 3
-    tints = [one.get("LUTName") for one in image.xml_element.iterfind(".//Channels/ChannelDescription")]
+    tints = _tints(image)
     x_um, y_um, z_um = (_step(image, axis, _UM_PER_M) for axis in "XYZ")
     planes = Planes(
         sizes.get("Z", 1), sizes.get("T", 1), section_um=z_um, frame_interval_s=_step(image, "T", 1.0)
@@ -82,6 +95,12 @@ def _describe(image: Any) -> Iterator[StoredImage]:
             open_plane=partial(_open_plane, image, tile),
             name=image.path if n_tiles == 1 else f"{image.path}, tile {tile}",
         )
+
+
+def _tints(image: Any) -> list[str | None]:
+    """Return the names of the channels' colours, in the order of their values."""
+    channels = image.xml_element.findall("./Data/Image/ImageDescription/Channels/ChannelDescription")
+    return [one.get("LUTName") for one in sorted(channels, key=lambda one: int(one.get("BytesInc", "0")))]
 
 
 def _open_plane(image: Any, tile: int, z: int, t: int) -> WholePlane:

@@ -65,8 +65,8 @@ class MicroscopeFile(Protocol):
     """An open file."""
 
     @property
-    def images(self) -> tuple[StoredImage, ...]:
-        """Its images, in the order of the file."""
+    def images(self) -> tuple[StoredImage | InputError, ...]:
+        """Its images, in the order of the file; of one that cannot be read, what to say to whoever asks."""
         ...
 
     def close(self) -> None:
@@ -208,10 +208,14 @@ class MicroscopeReader(PlaneReader):
 
     def _read(self, region: Region, level: Level) -> Pixels:
         assert self._source is not None
+        where = self._info.path or self._info.name
         try:
             return to_pixels(self._source(region, level))
+        except (OSError, MemoryError) as err:  # not the file but what it lies on, or the machine
+            raise InputError(
+                f"cannot be read any more ({_reason(err)})", where=where, fix="check the disk"
+            ) from err
         except _UNREADABLE as err:
-            where = self._info.path or self._info.name
             problem = f"cannot be read near x {region.x0}, y {region.y0} ({_reason(err)})"
             raise DamagedPixelsError(problem, where=where, fix="copy the file again") from err
 
@@ -226,7 +230,10 @@ def _choose(file: MicroscopeFile, path: Path) -> StoredImage:
     place, number = split_image(path)
     images = file.images
     check_image_number(number, len(images), where=place)
-    return images[number or 0]
+    image = images[number or 0]
+    if isinstance(image, InputError):
+        raise image
+    return image
 
 
 def _reason(err: BaseException) -> str:

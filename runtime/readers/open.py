@@ -39,6 +39,7 @@ __all__ = [
 
 PACKED = (".gz", ".bz2")
 
+_OF_SEVERAL = (TiffReader, MicroscopeReader)  # readers of files with several images, and with several planes
 _HEAD_BYTES = 16  # enough for the magic bytes of every format
 
 
@@ -90,7 +91,7 @@ def read_planes(path: Path, places: Iterable[tuple[int | None, int | None]]) -> 
         InputError: as `open_source`.
     """
     of = _format_of(path)
-    if isinstance(of, type) and issubclass(of, (TiffReader, MicroscopeReader)):  # the file is opened once
+    if isinstance(of, type) and issubclass(of, _OF_SEVERAL):  # the file is opened once
         yield from of.read_planes(path, places)
         return
     for z, t in places:
@@ -139,9 +140,12 @@ def _format_of(path: Location) -> _Format:
         return OmeZarrReader
     file, number = split_image(path)
     head = _read_head(file)
-    if number is not None and suffix_of(file) == ".czi":
-        return CziReader
-    return _BY_SUFFIX.get(suffix_of(file), _by_content)(file, head)
+    if number is None:
+        return _BY_SUFFIX.get(suffix_of(file), _by_content)(file, head)
+    of = CziReader if suffix_of(file) == ".czi" else _BY_SUFFIX.get(suffix_of(file), _by_content)(file, head)
+    if not (isinstance(of, type) and issubclass(of, _OF_SEVERAL)):
+        raise InputError("holds one image", where=file, fix=f"name {file}")
+    return of
 
 
 def _read_head(path: Path) -> bytes:

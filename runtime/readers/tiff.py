@@ -27,11 +27,11 @@ from darcnn.runtime.readers.base import (
 )
 from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.protocol import Pixels, Planes, SlideInfo
-from darcnn.runtime.readers.tiff_images import TiffImage, axes_of, choose_image, find_images
+from darcnn.runtime.readers.tiff_files import first_files
+from darcnn.runtime.readers.tiff_images import TiffImage, axes_of, choose_image, count_images
 from darcnn.runtime.readers.tiff_metadata import (
     Axes,
     PixelSize,
-    files_of_image,
     frame_interval_s,
     locate_channels,
     ome_facts,
@@ -45,7 +45,7 @@ from darcnn.runtime.readers.tiff_segments import JPEG, locate_page
 __all__ = [
     "TiffReader",
     "is_tiff",
-    "read_file_names",
+    "read_first_files",
 ]
 
 _PHOTOMETRIC = tifffile.PHOTOMETRIC
@@ -105,7 +105,7 @@ class TiffReader(PlaneReader):
         """Return how many images the file holds, without labels and thumbnails."""
         try:
             with tifffile.TiffFile(path) as tiff:
-                return len(find_images(tiff, path))
+                return count_images(tiff, path)
         except UNREADABLE as err:
             raise _unreadable(path, err) from err
 
@@ -115,7 +115,7 @@ class TiffReader(PlaneReader):
         try:
             with _open(path) as tiff:
                 image = choose_image(tiff, path)
-                planes = count_recorded(tiff, image.series, image.axes, split_image(path)[0])
+                planes = count_recorded(tiff, image, split_image(path)[0])
                 facts = tiff.ome_metadata, tiff.imagej_metadata, image.number
                 return replace(
                     planes, section_um=section_um(*facts), frame_interval_s=frame_interval_s(*facts)
@@ -152,11 +152,15 @@ class TiffReader(PlaneReader):
         self._files.close()
 
 
-def read_file_names(path: Path) -> tuple[str, ...]:
-    """Return the names of the files that the image in `path` lies in, as OME-XML tells, its own first."""
+def read_first_files(path: Path) -> set[str]:
+    """Return the names of the files in which the images begin that `path` holds a part of, as OME-XML tells.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
     try:
         with tifffile.TiffFile(path) as tiff:
-            return files_of_image(tiff.ome_metadata, path.name)
+            return first_files(tiff.ome_metadata, path.name)
     except UNREADABLE as err:
         raise _unreadable(path, err) from err
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import tifffile
 
-from darcnn.runtime.readers.image_places import check_image_number, split_image
+from darcnn.runtime.readers.image_places import SEVERAL_IMAGES, check_image_number, split_image
+from darcnn.runtime.readers.tiff_files import count_own_images, number_images
 from darcnn.runtime.readers.tiff_metadata import Axes, lay_out
 from darcnn.runtime.readers.tiff_pages import damaged
 
-__all__ = ["TiffImage", "axes_of", "choose_image", "find_images"]
+__all__ = ["TiffImage", "axes_of", "choose_image", "count_images"]
 
+_SIDE_KINDS = 0b101  # NewSubfileType: a reduced image, a mask
 _LESSER = 0.25  # values of an image by those of the first: labels and thumbnails have fewer
 
 
@@ -27,29 +29,54 @@ class TiffImage:
 
 
 def choose_image(tiff: tifffile.TiffFile, path: Path) -> TiffImage:
-    """Return the image that `path` names."""
+    """Return the image that `path` names.
+
+    Raises:
+        InputError: there is none, or no such one, or several of which none is named. Of a file whose ending
+            is not that of such files it is the first.
+    """
     file, number = split_image(path)
     images = find_images(tiff, file)
-    check_image_number(number, len(images), where=file)
+    if number is not None or file.suffix.lower() in SEVERAL_IMAGES or not images:
+        check_image_number(number, len(images), where=file)
     return images[number or 0]
 
 
-def find_images(tiff: tifffile.TiffFile, path: Path) -> list[TiffImage]:
-    """Return the images of a file, without labels and thumbnails.
+def count_images(tiff: tifffile.TiffFile, path: Path) -> int:
+    """Return how many images a file holds.
 
-    Of images that lie in several files (positions of a stage) each file knows all: its own count.
+    Of positions that lie in a file each, one is found in the metadata: looking at the series opens all files.
+    """
+    if tiff.ome_metadata and count_own_images(tiff.ome_metadata, path.name) == 1:
+        return 1
+    return len(find_images(tiff, path))
+
+
+def find_images(tiff: tifffile.TiffFile, path: Path) -> list[TiffImage]:
+    """Return the images of a file, without labels, thumbnails and masks.
+
+    Of images that lie in several files (positions of a stage) each file knows all: those count whose first
+    page it holds.
     """
     if len(tiff.pages):
         _check_chain(tiff, path)
-    described = [(number, one, axes_of(one)) for number, one in enumerate(tiff.series)]
-    found = [TiffImage(one, axes, number) for number, one, axes in described if axes is not None]
-    own = [image for image in found if _lies_in(image.series, tiff)] or found
-    return [image for image in own if image.series.size > _LESSER * own[0].series.size]
+    series = list(tiff.series)
+    numbers = number_images(tiff.ome_metadata, tuple((one.name, one.get_shape(False)) for one in series))
+    described = [(one, axes_of(one), number) for one, number in zip(series, numbers, strict=True)]
+    found = [TiffImage(one, axes, number) for one, axes, number in described if axes is not None]
+    own = [image for image in found if _begins_in(image.series, tiff)] or found
+    return [image for image in own if image is own[0] or _is_main(image.series, own[0].series)]
 
 
-def _lies_in(series: tifffile.TiffPageSeries, tiff: tifffile.TiffFile) -> bool:
-    """Tell whether some of the pages of a series lie in this very file."""
-    return any(page is not None and page.parent.filename == tiff.filename for page in series.pages)
+def _begins_in(series: tifffile.TiffPageSeries, tiff: tifffile.TiffFile) -> bool:
+    """Tell whether the first of the pages of a series lies in this very file."""
+    first = next((page for page in series.pages if page is not None), None)
+    return first is not None and bool(first.parent.filename == tiff.filename)
+
+
+def _is_main(series: tifffile.TiffPageSeries, first: tifffile.TiffPageSeries) -> bool:
+    """Tell whether a series shows something of its own, beside the first."""
+    return not series.keyframe.subfiletype & _SIDE_KINDS and bool(series.size > _LESSER * first.size)
 
 
 def axes_of(series: tifffile.TiffPageSeries) -> Axes | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,11 +15,11 @@ __all__ = [
     "Axes",
     "PixelSize",
     "Place",
-    "files_of_image",
     "frame_interval_s",
     "lay_out",
     "locate_channels",
     "ome_facts",
+    "ome_images",
     "section_um",
     "tag_pixel_size",
 ]
@@ -148,30 +148,6 @@ def ome_facts(xml: str, number: int = 0) -> tuple[PixelSize | None, tuple[str | 
     return (PixelSize(mpp, "OME PhysicalSizeX") if mpp else None, names)
 
 
-def files_of_image(ome: str | None, own: str) -> tuple[str, ...]:
-    """Return the names of all files that hold a part of the image that the file called `own` holds a part of.
-
-    >>> files_of_image(None, "a.tif")
-    ('a.tif',)
-    """
-    for names in _files_of_images(ome):
-        if own in names:
-            return (own, *sorted(names - {own}))
-    return (own,)
-
-
-def has_other_name(ome: str | None, own: str) -> bool:
-    """Tell whether OME-XML names files, and none of them is called `own`: it was given another name."""
-    images = list(_files_of_images(ome))
-    return any(images) and not any(own in names for names in images)
-
-
-def _files_of_images(ome: str | None) -> Iterator[set[str]]:
-    for image in [] if ome is None else _images(ome):
-        names = (uuid.get("FileName") for uuid in image.iterfind("{*}Pixels/{*}TiffData/{*}UUID"))
-        yield {name for name in names if name}
-
-
 def section_um(ome: str | None, imagej: Mapping[str, Any] | None, number: int = 0) -> float | None:
     """Return the distance of the planes of a stack: OME's PhysicalSizeZ or ImageJ's spacing, in micrometres.
 
@@ -210,7 +186,7 @@ def frame_interval_s(ome: str | None, imagej: Mapping[str, Any] | None, number: 
     return found if found is not None and 0 < found < math.inf else None
 
 
-def _images(ome: str) -> list[ElementTree.Element]:
+def ome_images(ome: str) -> list[ElementTree.Element]:
     """Return the images that OME-XML describes; broken XML describes none."""
     try:
         return ElementTree.fromstring(ome).findall("{*}Image")
@@ -220,10 +196,10 @@ def _images(ome: str) -> list[ElementTree.Element]:
 
 def _pixels_of(ome: str, number: int) -> ElementTree.Element | None:
     """Return what OME-XML says of the pixels of an image, else of the first that it says anything of."""
-    described = [pixels for image in _images(ome) if (pixels := image.find("{*}Pixels")) is not None]
-    if number < len(described):
+    described = [image.find("{*}Pixels") for image in ome_images(ome)]
+    if number < len(described) and described[number] is not None:
         return described[number]
-    return described[0] if described else None
+    return next((pixels for pixels in described if pixels is not None), None)
 
 
 def _mean_step_s(pixels: ElementTree.Element) -> float | None:

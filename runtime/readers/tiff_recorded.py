@@ -8,16 +8,16 @@ from pathlib import Path
 import tifffile
 
 from darcnn.runtime.readers.protocol import Planes
-from darcnn.runtime.readers.tiff_metadata import Axes, files_of_image, has_other_name, locate_channels
+from darcnn.runtime.readers.tiff_files import files_of_images, has_other_name
+from darcnn.runtime.readers.tiff_images import TiffImage
+from darcnn.runtime.readers.tiff_metadata import locate_channels
 
 __all__ = ["count_recorded"]
 
 _FEWEST = 2  # planes that are a stack
 
 
-def count_recorded(
-    tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, axes: Axes, path: Path
-) -> Planes:
+def count_recorded(tiff: tifffile.TiffFile, image: TiffImage, path: Path) -> Planes:
     """Return how many planes of a stack can be read: all, or those before the first that was never written.
 
     Of a series of stacks, time points count that are whole, if there are two. All count (and reading one
@@ -26,16 +26,16 @@ def count_recorded(
 
     Args:
         tiff: the open file.
-        series: its first image.
-        axes: of the image.
+        image: one of its images.
         path: of the file.
     """
+    series, axes = image.series, image.axes
     n_z, n_t = axes.count("Z"), axes.count("T")
     everything = Planes(n_z, n_t)
     if n_z * n_t == 1 or all(page is not None for page in series.pages):
         return everything
-    names = files_of_image(tiff.ome_metadata, path.name)
-    has_files = all((path.parent / name).exists() for name in names)
+    files = files_of_images(tiff.ome_metadata)[image.number : image.number + 1]
+    has_files = all((path.parent / name).exists() for names in files for name in names)
     if not has_files or has_other_name(tiff.ome_metadata, path.name):
         return everything
     is_there = [page is not None for page in series.pages]

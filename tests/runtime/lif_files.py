@@ -22,6 +22,7 @@ class Image:
     values: np.ndarray
     lengths: Mapping[str, float] | None = None  # metres (seconds for T) from the first to the last
     tints: Sequence[str] = ()
+    is_reversed: bool = False  # the last channel is described first
 
 
 def write_lif(path: Path, images: Sequence[Image]) -> Path:
@@ -54,7 +55,8 @@ def _describe(parent: ElementTree.Element, image: Image) -> None:
     sizes = dict(zip(image.axes, image.values.shape, strict=True))
     channels = ElementTree.SubElement(parent, "Channels")
     along = "S" if "S" in sizes else "C"
-    for number in range(sizes.get(along, 1)):
+    numbers = range(sizes.get(along, 1))
+    for number in reversed(numbers) if image.is_reversed else numbers:
         tint = image.tints[number] if number < len(image.tints) else ""
         ElementTree.SubElement(
             channels,

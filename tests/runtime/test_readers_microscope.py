@@ -7,14 +7,16 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from darcnn.runtime.errors import InputError, UsageError
+from darcnn.runtime.errors import DamagedPixelsError, InputError, UsageError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.readers import count_planes, open_source
+from darcnn.runtime.readers.nd2 import _Nd2File as Nd2File
 from darcnn.runtime.readers.open import list_images
 from darcnn.runtime.record import fingerprint_file
 from darcnn.runtime.slide_list import list_slides, place_results
@@ -253,6 +255,9 @@ def test_messages_name_the_places(tmp_path: Path) -> None:
         open_source(path / "1")
     with pytest.raises(UsageError, match="--mpp"):
         open_source(path / "1", z=0, mpp=-1.0)
+    assert list_slides([str(tmp_path / "*.czi/1")]) == (path / "1",)
+    (tmp_path / "b[1].czi").write_bytes(path.read_bytes())
+    assert list_slides([str(tmp_path / "b[1].czi/1")]) == (tmp_path / "b[1].czi/1",)
     with pytest.raises(InputError, match=r"c\.nd2: no such file"):
         open_source(tmp_path / "c.nd2" / "1")
 
@@ -270,6 +275,95 @@ def test_another_file_under_the_name_is_refused_in_a_line(
             attempt(path)
         assert "\n" not in str(caught.value)
         assert str(caught.value).startswith(f"{path}: cannot be read as {suffix[1:].upper()}")
+
+
+def test_channels_of_leica_are_named_in_the_order_of_their_values(tmp_path: Path) -> None:
+    path = write_lif(
+        tmp_path / "a.lif", [Image("a", "CYX", TILES, tints=("Blue", "Green", "Red"), is_reversed=True)]
+    )
+    with open_source(path) as reader:
+        assert reader.info.channel_names == ("Blue", "Green", "Red")
+        values = reader.read(reader.info.whole, level=0)
+    np.testing.assert_array_equal(values, TILES.transpose(1, 2, 0))
+
+
+def test_an_image_of_leica_that_is_not_read_leaves_the_others(tmp_path: Path) -> None:
+    across = Image("scanned along z", "YZX", STACKS[0, 0])
+    path = write_lif(tmp_path / "a.lif", [across, Image("picture", "YX", TILES[0])])
+    assert list_images(path) == [path / "0", path / "1"]
+    np.testing.assert_array_equal(pixels_of(path / "1")[:, :, 0], TILES[0])
+    with pytest.raises(InputError, match=r"a\.lif: was scanned across y in scanned along z; export that"):
+        open_source(path / "0")
+
+
+def change_nd2(path: Path, pattern: bytes, value: bytes) -> Path:
+    """Put `value` behind the one name `pattern` (UTF-16 with its end) of the metadata."""
+    content = path.read_bytes()
+    name = pattern.decode().encode("utf-16-le") + b"\0\0"
+    places = [at + len(name) for at in find_all(content, name)]
+    assert places
+    for at in places:
+        content = content[:at] + value + content[at + len(value) :]
+    path.write_bytes(content)
+    return path
+
+
+def find_all(content: bytes, part: bytes) -> list[int]:
+    found, at = [], content.find(part)
+    while at >= 0:
+        found.append(at)
+        at = content.find(part, at + 1)
+    return found
+
+
+def test_an_acquisition_of_nikon_that_was_stopped_has_whole_time_points(tmp_path: Path) -> None:
+    path = write_nd2(tmp_path / "a.nd2")
+    expected = nd2.imread(path)
+    change_nd2(path, b"uiSequenceCount", (24).to_bytes(4, "little"))  # of 30 frames
+    planes = count_planes(path)
+    assert (planes.n_z, planes.n_t, planes.n_lacking) == (10, 2, 1)
+    np.testing.assert_array_equal(pixels_of(path, z=9, t=1), expected[1, 9].transpose(1, 2, 0))
+    change_nd2(path, b"uiSequenceCount", (40).to_bytes(4, "little"))
+    with pytest.raises(InputError, match="holds 40 frames, of which its loops explain 30"):
+        count_planes(path)
+
+
+def test_colours_of_nikon_are_red_green_and_blue() -> None:
+    """No file with colours could be had: nd2's object is stood in for, blue first as Bio-Formats found."""
+    facts = SimpleNamespace(channelCount=1, componentCount=3)
+    stand_in = Nd2File.__new__(Nd2File)
+    stand_in._file = SimpleNamespace(  # type: ignore[assignment]
+        attributes=facts,
+        components_per_channel=3,
+        sizes={"Y": 40, "X": 60, "S": 3},
+        read_frame=lambda frame: COLOURS[:, :, ::-1],
+    )
+    np.testing.assert_array_equal(stand_in._load(0), COLOURS)
+
+
+def test_colours_beside_other_channels_of_zeiss_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.czi"
+    with czi.create_czi(str(path)) as file:
+        file.write(COLOURS, plane={"C": 0})
+        file.write(TILES[0], plane={"C": 1})
+        file.write_metadata("a")
+    with pytest.raises(InputError, match=r"a\.czi: has colours beside other channels; split its channels"):
+        open_source(path)
+
+
+def test_what_gives_way_under_a_file_is_no_damage(tmp_path: Path) -> None:
+    path = write_leica(tmp_path / "a.lif")
+    with open_source(path / "2") as reader:
+        path.write_bytes(path.read_bytes()[:2000])
+        with pytest.raises(InputError, match="cannot be read any more") as caught:
+            reader.read(reader.info.whole, level=0)
+    assert not isinstance(caught.value, DamagedPixelsError)
+
+
+def test_a_microscope_of_nikon_that_was_not_calibrated_tells_no_size(tmp_path: Path) -> None:
+    path = change_nd2(write_nd2(tmp_path / "a.nd2"), b"bCalibrated", b"\0")
+    with open_source(path, z=0, t=0) as reader:
+        assert (reader.info.mpp, reader.info.mpp_source) == (None, None)
 
 
 def test_a_file_that_was_cut_is_refused(tmp_path: Path) -> None:

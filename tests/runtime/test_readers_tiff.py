@@ -19,6 +19,7 @@ from darcnn.runtime.readers import Planes, count_planes, open_source, tiff_pages
 from darcnn.runtime.readers.open import list_images
 from darcnn.runtime.readers.tiff import TiffReader
 from darcnn.runtime.readers.tiff_metadata import lay_out, ome_facts, tag_pixel_size
+from darcnn.runtime.slide_list import list_slides
 from darcnn.runtime.volumes.open import open_volume
 
 
@@ -519,6 +520,100 @@ def test_each_scene_has_a_place_and_its_own_facts_and_thumbnails_have_none(tmp_p
             assert (volume.read("z", 2) == side).all()
     with pytest.raises(InputError, match=r"holds 2 images; name one: .*a\.ome\.tif/0 to .*a\.ome\.tif/1"):
         open_source(path)
+
+
+OME = 'xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"'
+
+
+def write_files(folder: Path, images: dict[str, list[tuple[str, int, int]]]) -> None:
+    """Write OME-TIFFs of series; of each image: the file, page there and value of each time point."""
+    described = []
+    for number, (name, planes) in enumerate(images.items()):
+        places = "".join(
+            f'<TiffData IFD="{page}" FirstT="{t}" PlaneCount="1">'
+            f'<UUID FileName="{file}">urn:uuid:{file}</UUID></TiffData>'
+            for t, (file, page, _) in enumerate(planes)
+        )
+        described.append(
+            f'<Image ID="Image:{number}" Name="{name}"><Pixels ID="Pixels:{number}" DimensionOrder="XYZCT" '
+            f'Type="uint16" SizeX="64" SizeY="48" SizeZ="1" SizeC="1" SizeT="{max(1, len(planes))}" '
+            f'PhysicalSizeX="0.{number + 1}" PhysicalSizeY="0.{number + 1}">'
+            f'<Channel ID="Channel:{number}:0" Name="dye {name}" SamplesPerPixel="1"/>'
+            f"{places or '<MetadataOnly/>'}</Pixels></Image>"
+        )
+    pages = sorted(plane for planes in images.values() for plane in planes)
+    for file in {file for file, _, _ in pages if not file.startswith("gone")}:
+        with tifffile.TiffWriter(folder / file) as tiff:
+            for name, page, value in pages:
+                if name == file:
+                    xml = (
+                        f'<OME {OME} UUID="urn:uuid:{file}">{"".join(described)}</OME>' if page == 0 else None
+                    )
+                    options: dict[str, Any] = {"metadata": None, "contiguous": False}
+                    tiff.write(np.full((48, 64), value, np.uint16), description=xml, **options)
+
+
+@pytest.mark.parametrize("lacking", ["metadata only", "in a missing file"])
+def test_an_image_that_is_not_there_gives_its_facts_to_no_other(tmp_path: Path, lacking: str) -> None:
+    nowhere = [] if lacking == "metadata only" else [("gone.ome.tif", 0, 0)]
+    images = {"a": [("x.ome.tif", 0, 7)], "b": nowhere, "c": [("x.ome.tif", 1, 9)]}
+    write_files(tmp_path, images)
+    places = list_images(tmp_path / "x.ome.tif")
+    assert len(places) == 2
+    for place, name, um, value in zip(places, "ac", (0.1, 0.3), (7, 9), strict=True):
+        with TiffReader(place) as reader:
+            assert (reader.info.image_name, reader.info.channel_names) == (name, (f"dye {name}",))
+            assert reader.info.mpp == (um, um)
+            assert (reader.read(reader.info.whole, level=0) == value).all()
+
+
+def test_an_image_in_two_files_belongs_to_the_one_that_it_begins_in(tmp_path: Path) -> None:
+    first, second = "m.ome.tif", "m_1.ome.tif"
+    images = {
+        "a": [(first, 0, 1), (first, 1, 2)],
+        "b": [(first, 2, 3), (second, 0, 4)],
+        "c": [(second, 1, 5), (second, 2, 6)],
+    }
+    write_files(tmp_path, images)
+    slides = list_slides([str(tmp_path)])
+    assert slides == (tmp_path / first / "0", tmp_path / first / "1", tmp_path / second)
+    for slide, (name, planes) in zip(slides, images.items(), strict=True):
+        assert count_planes(slide).n_t == 2
+        for t, (_, _, value) in enumerate(planes):
+            with open_source(slide, t=t) as reader:
+                assert reader.info.channel_names == (f"dye {name}",)
+                assert (reader.read(reader.info.whole, level=0) == value).all()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(1, np.uint8), (4, bool)])
+def test_reduced_images_and_masks_are_no_images(tmp_path: Path, kind: int, dtype: Any) -> None:
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as file:
+        file.write(np.zeros((800, 800), np.uint8), metadata=None)
+        file.write(np.ones((700, 600), dtype), metadata=None, subfiletype=kind)
+    assert list_images(path) == [path]
+    with TiffReader(path) as reader:
+        assert reader.info.height_px0 == 800
+
+
+@pytest.mark.parametrize("name", ["a.svs", "a.qptiff", "a.lsm", "a.scn"])
+def test_other_endings_of_tiff_hold_several_images_too(tmp_path: Path, name: str) -> None:
+    path = scenes(tmp_path / name)
+    assert list_images(path) == [path / "0", path / "1"]
+    with open_source(path / "1", z=0) as reader:
+        assert reader.info.height_px0 == 90
+
+
+def test_of_a_file_without_ending_the_first_image_is_read(tmp_path: Path) -> None:
+    with open_source(scenes(tmp_path / "a"), z=0) as reader:
+        assert reader.info.height_px0 == 100
+
+
+def test_a_file_in_a_folder_that_is_called_like_an_image_is_read(tmp_path: Path) -> None:
+    (tmp_path / "dir.tif").mkdir()
+    path = write(tmp_path / "dir.tif" / "3", noise(20, 30), photometric="minisblack")
+    with open_source(path) as reader:
+        assert (reader.info.name, reader.info.height_px0) == ("3", 20)
 
 
 def test_a_single_image_is_its_own_place(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from darcnn.runtime.errors import InputError
@@ -45,6 +46,20 @@ def test_a_perfect_segmenter_scores_one(data: Path, perfect: Segment) -> None:
     assert result.names == ("dim_1f00080601", "u2os_212b858a66")
     for scores in (*result.scores, result.mean, result.pooled):
         assert (scores.aji, scores.pixel_f1, scores.object_f1, scores.max_iou) == (1.0, 1.0, 1.0, 1.0)
+
+
+def test_images_of_one_file_have_labels_each(folder: Path, tmp_path: Path) -> None:
+    several = tmp_path / "several"
+    for name in ("images", "labels"):
+        (several / name).mkdir(parents=True)
+    with tifffile.TiffWriter(several / "images" / "plate.tif", ome=True) as file:
+        for number, image in enumerate(sorted((folder / "images").iterdir())):
+            with Image.open(image) as picture:
+                file.write(np.asarray(picture.convert("L")), metadata={"axes": "YX"})
+            shutil.copy(folder / "labels" / image.name, several / "labels" / f"plate-{number}.png")
+    pairs = [(image.name, label.name) for image, label in labelled_images(several)]
+    assert pairs == [("0", "plate-0.png"), ("1", "plate-1.png")]
+    assert evaluate_folder(several, nothing).names == ("plate-0", "plate-1")
 
 
 def test_a_segmenter_that_finds_nothing_scores_zero(data: Path) -> None:

@@ -16,7 +16,8 @@ from scipy import ndimage
 from darcnn.runtime.errors import InputError, ShapeError
 from darcnn.runtime.intensity import Window, apply_window, measure_window, select_channels
 from darcnn.runtime.readers import open_source
-from darcnn.runtime.readers.open import SUFFIXES
+from darcnn.runtime.readers.image_places import stem_of
+from darcnn.runtime.readers.open import SUFFIXES, list_images
 from darcnn.training.config import Source
 from darcnn.training.data.patterns import find_files
 from darcnn.training.data.source import (
@@ -62,7 +63,7 @@ class LabelMapSource(LabelledSource):
         self.min_side_px = min_side_px
         labels = data / (source.labels or "")
         self._all = [
-            self._examine(path, labels / f"{path.stem}.png") for path in _image_paths(data, source.images)
+            self._examine(path, labels / f"{stem_of(path)}.png") for path in _image_paths(data, source.images)
         ]
         self.images = [number for number, one in enumerate(self._all) if one.objects]
         if not self.images:
@@ -122,7 +123,8 @@ def read_label_map(path: Path) -> NDArray[np.int32]:
 def _image_paths(data: Path, images: str) -> list[Path]:
     folder = data / images
     found = folder.iterdir() if folder.is_dir() else find_files(data, images, key="source.images")
-    paths = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in found if path.suffix.lower() in SUFFIXES)
+    paths = [Path(image) for file in files for image in list_images(file)]
     if not paths:
         raise InputError("no labelled images", where=folder, fix="correct source.images in the recipe")
     return paths

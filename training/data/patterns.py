@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from darcnn.runtime.errors import InputError
+from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.open import list_images
 
 __all__ = ["find_files", "find_images"]
@@ -34,5 +35,8 @@ def find_images(folder: Path, pattern: str, *, key: str) -> list[Path]:
     Raises:
         InputError: it is no pattern.
     """
+    file, number = split_image(Path(pattern))
+    if number is not None:
+        return [found / str(number) for found in find_files(folder, str(file), key=key)]
     files = find_files(folder, pattern, key=key)
-    return [Path(image) for file in files for image in list_images(file)]
+    return [Path(image) for found in files for image in list_images(found)]

@@ -1,0 +1,65 @@
+"""Which images OME-XML describes, and which files they lie in: one in several, or several in one."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from xml.etree import ElementTree
+
+from darcnn.runtime.readers.tiff_metadata import ome_images
+
+__all__ = ["count_own_images", "files_of_images", "first_files", "has_other_name", "number_images"]
+
+
+def files_of_images(ome: str | None) -> tuple[tuple[str, ...], ...]:
+    """Return for each image the names of the files that hold its planes, the first one's first.
+
+    Names are missing where the image lies in the file that says so alone.
+    """
+    found = []
+    for image in [] if ome is None else ome_images(ome):
+        names = (one.get("FileName") for one in image.iterfind("{*}Pixels/{*}TiffData/{*}UUID"))
+        found.append(tuple(dict.fromkeys(name for name in names if name)))
+    return tuple(found)
+
+
+def has_other_name(ome: str | None, own: str) -> bool:
+    """Tell whether OME-XML names files, and none of them is called `own`: it was given another name."""
+    files = files_of_images(ome)
+    return any(files) and not any(own in names for names in files)
+
+
+def count_own_images(ome: str | None, own: str) -> int | None:
+    """Return how many images the file called `own` holds a part of; None where the metadata name no files."""
+    files = files_of_images(ome)
+    return sum(own in names for names in files) if any(files) else None
+
+
+def first_files(ome: str | None, own: str) -> set[str]:
+    """Return the names of the files in which the images begin that the file called `own` holds a part of."""
+    return {names[0] for names in files_of_images(ome) if own in names}
+
+
+@lru_cache(maxsize=1)  # a stack is asked for it plane by plane, and it is long where planes are many
+def number_images(ome: str | None, series: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int, ...]:
+    """Return which image of OME-XML each series (its name and shape) is: tifffile leaves some images out.
+
+    Both have the same order. Where names and sizes do not tell, the place in the order does.
+    """
+    images = [] if ome is None else ome_images(ome)
+    numbers: list[int] = []
+    after = 0
+    for place, (name, shape) in enumerate(series):
+        alike = (
+            number
+            for number in range(after, len(images))
+            if images[number].get("Name", "") == name and _has_size(images[number], shape)
+        )
+        found = next(alike, None)
+        numbers.append(place if found is None else found)
+        after = after if found is None else found + 1
+    return tuple(numbers)
+
+
+def _has_size(image: ElementTree.Element, shape: tuple[int, ...]) -> bool:
+    pixels = image.find("{*}Pixels")
+    return pixels is not None and all(pixels.get(f"Size{axis}", "") in map(str, shape) for axis in "XY")
