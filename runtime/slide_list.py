@@ -33,10 +33,9 @@ _ONE_OF_MANY = ".dcm"  # the files of a DICOM slide lie side by side: one must b
 def list_slides(inputs: Sequence[str]) -> tuple[Location, ...]:
     """Return the files that `inputs` name, in order, each once.
 
-    A URL is an OME-Zarr image; a plate in OME-Zarr stands for its fields, and a microscope's file of several
-    images for these. A folder stands for the images
-    directly in it, sorted; a pattern with * or ? for what it matches (some shells leave that to the program).
-    A file that does not exist is named all the same: opening it says so.
+    A URL is an OME-Zarr image; a plate in OME-Zarr stands for its fields, a file of several images for these.
+    A folder stands for the images directly in it, sorted; a pattern with * or ? for what it matches (some
+    shells leave that to the program). A file that does not exist is named all the same: opening it says so.
 
     Raises:
         InputError: a folder without images, or a pattern without matches.

@@ -1,4 +1,4 @@
-"""Files that microscopes write (ND2, LIF, CZI): one or more images, whose planes a library reads."""
+"""Files that microscopes write (ND2, LIF, CZI, IMS): one or more images, whose planes a library reads."""
 
 from __future__ import annotations
 
