@@ -28,7 +28,7 @@ from darcnn.runtime.readers.base import (
 from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.protocol import Pixels, Planes, SlideInfo
 from darcnn.runtime.readers.tiff_files import first_files
-from darcnn.runtime.readers.tiff_images import TiffImage, axes_of, choose_image, count_images
+from darcnn.runtime.readers.tiff_images import TiffImage, axes_of, choose_image, find_images, open_tiff
 from darcnn.runtime.readers.tiff_metadata import (
     Axes,
     PixelSize,
@@ -91,7 +91,7 @@ class TiffReader(PlaneReader):
     ) -> None:
         settle_mpp(None, None, override=mpp)  # a wrong option is told before the file is opened
         try:
-            with _open(path) if opened is None else nullcontext(opened) as tiff:
+            with open_tiff(path) if opened is None else nullcontext(opened) as tiff:
                 info, stored = _describe(tiff, path, z=z, t=t, mpp=mpp)
             files = PageFiles({page.path for level in stored.levels for page, _ in level})
         except UNREADABLE as err:
@@ -104,8 +104,8 @@ class TiffReader(PlaneReader):
     def count_images(cls, path: Path) -> int:
         """Return how many images the file holds, without labels and thumbnails."""
         try:
-            with tifffile.TiffFile(path) as tiff:
-                return count_images(tiff, path)
+            with open_tiff(path) as tiff:
+                return len(find_images(tiff, path))
         except UNREADABLE as err:
             raise _unreadable(path, err) from err
 
@@ -113,7 +113,7 @@ class TiffReader(PlaneReader):
     def count_planes(cls, path: Path) -> Planes:
         """Return how many planes of the image were written, and how far apart they are."""
         try:
-            with _open(path) as tiff:
+            with open_tiff(path) as tiff:
                 image = choose_image(tiff, path)
                 planes = count_recorded(tiff, image, split_image(path)[0])
                 facts = tiff.ome_metadata, tiff.imagej_metadata, image.number
@@ -134,7 +134,7 @@ class TiffReader(PlaneReader):
         """
         with ExitStack() as stack:
             try:
-                tiff = stack.enter_context(_open(path))
+                tiff = stack.enter_context(open_tiff(path))
             except UNREADABLE as err:
                 raise _unreadable(path, err) from err
             for z, t in places:
@@ -163,11 +163,6 @@ def read_first_files(path: Path) -> set[str]:
             return first_files(tiff.ome_metadata, path.name)
     except UNREADABLE as err:
         raise _unreadable(path, err) from err
-
-
-def _open(path: Path) -> tifffile.TiffFile:
-    """Open the file that the image at `path` lies in."""
-    return tifffile.TiffFile(split_image(path)[0])
 
 
 def is_tiff(head: bytes) -> bool:

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from darcnn.runtime.readers.tiff_metadata import ome_images
 
-__all__ = ["count_own_images", "files_of_images", "first_files", "has_other_name", "number_images"]
+__all__ = ["files_of_images", "first_files", "has_other_name", "keep_own_images", "number_images"]
 
 
 def files_of_images(ome: str | None) -> tuple[tuple[str, ...], ...]:
@@ -28,10 +28,19 @@ def has_other_name(ome: str | None, own: str) -> bool:
     return any(files) and not any(own in names for names in files)
 
 
-def count_own_images(ome: str | None, own: str) -> int | None:
-    """Return how many images the file called `own` holds a part of; None where the metadata name no files."""
-    files = files_of_images(ome)
-    return sum(own in names for names in files) if any(files) else None
+def keep_own_images(ome: str, own: str) -> str | None:
+    """Return OME-XML without images that the file called `own` holds no part of; None where there are none.
+
+    All files of a plate describe all its images, and whoever looks at one image need not open them all.
+    """
+    is_own = [own in names for names in files_of_images(ome)]
+    if all(is_own) or not any(is_own):
+        return None
+    root = ElementTree.fromstring(ome)
+    for image, keep in zip(root.findall("{*}Image"), is_own, strict=True):
+        if not keep:
+            root.remove(image)
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def first_files(ome: str | None, own: str) -> set[str]:

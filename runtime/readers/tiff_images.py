@@ -9,11 +9,11 @@ from pathlib import Path
 import tifffile
 
 from darcnn.runtime.readers.image_places import SEVERAL_IMAGES, check_image_number, split_image
-from darcnn.runtime.readers.tiff_files import count_own_images, number_images
+from darcnn.runtime.readers.tiff_files import keep_own_images, number_images
 from darcnn.runtime.readers.tiff_metadata import Axes, lay_out
 from darcnn.runtime.readers.tiff_pages import damaged
 
-__all__ = ["TiffImage", "axes_of", "choose_image", "count_images"]
+__all__ = ["TiffImage", "axes_of", "choose_image", "find_images", "open_tiff"]
 
 _SIDE_KINDS = 0b101  # NewSubfileType: a reduced image, a mask
 _LESSER = 0.25  # values of an image by those of the first: labels and thumbnails have fewer
@@ -28,6 +28,17 @@ class TiffImage:
     number: int
 
 
+def open_tiff(path: Path) -> tifffile.TiffFile:
+    """Open the file that the image at `path` lies in, and of its metadata what is about it."""
+    file = split_image(path)[0]
+    tiff = tifffile.TiffFile(file)
+    own = keep_own_images(tiff.ome_metadata, file.name) if tiff.ome_metadata else None
+    if own is None:
+        return tiff
+    tiff.close()
+    return tifffile.TiffFile(file, omexml=own)
+
+
 def choose_image(tiff: tifffile.TiffFile, path: Path) -> TiffImage:
     """Return the image that `path` names.
 
@@ -40,16 +51,6 @@ def choose_image(tiff: tifffile.TiffFile, path: Path) -> TiffImage:
     if number is not None or file.suffix.lower() in SEVERAL_IMAGES or not images:
         check_image_number(number, len(images), where=file)
     return images[number or 0]
-
-
-def count_images(tiff: tifffile.TiffFile, path: Path) -> int:
-    """Return how many images a file holds.
-
-    Of positions that lie in a file each, one is found in the metadata: looking at the series opens all files.
-    """
-    if tiff.ome_metadata and count_own_images(tiff.ome_metadata, path.name) == 1:
-        return 1
-    return len(find_images(tiff, path))
 
 
 def find_images(tiff: tifffile.TiffFile, path: Path) -> list[TiffImage]:

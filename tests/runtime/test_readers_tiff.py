@@ -585,6 +585,20 @@ def test_an_image_in_two_files_belongs_to_the_one_that_it_begins_in(tmp_path: Pa
                 assert (reader.read(reader.info.whole, level=0) == value).all()
 
 
+def test_files_of_other_images_are_not_opened(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"p{number}.ome.tif" for number in range(4)]
+    write_files(tmp_path, {name: [(name, 0, number)] for number, name in enumerate(names)})
+    for name in names[:2] + names[3:]:
+        (tmp_path / name).unlink()
+    path = tmp_path / names[2]
+    assert list_images(path) == [path]
+    with TiffReader(path) as reader:
+        assert (reader.info.channel_names, reader.info.mpp) == ((f"dye {names[2]}",), (0.3, 0.3))
+        assert (reader.read(reader.info.whole, level=0) == 2).all()
+    assert count_planes(path) == Planes()
+    assert not caplog.records  # tifffile tells what it could not open
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [(1, np.uint8), (4, bool)])
 def test_reduced_images_and_masks_are_no_images(tmp_path: Path, kind: int, dtype: Any) -> None:
     path = tmp_path / "a.tif"
