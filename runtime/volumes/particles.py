@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from darcnn.runtime.readers.base import needs_package
 from darcnn.runtime.sinks.atomic import atomic_file
 
-__all__ = ["write_points", "write_star"]
+__all__ = ["can_write_star", "write_points", "write_star"]
 
 _ANGSTROM_PER_NM = 10.0
+
+
+def can_write_star() -> bool:
+    """Tell whether the packages that write STAR files are installed; nothing is imported."""
+    return all(find_spec(package) is not None for package in ("pandas", "starfile"))
 
 
 def write_star(
@@ -28,6 +33,7 @@ def write_star(
     Coordinates are voxels of the tomogram, of which the first has its centre at 0. Where the voxel size is
     known they are given in Angstrom from the tomogram's centre (size / 2) as well, as RELION 5 has them: so
     they hold for other binnings. The score is the figure of merit. Angles are not known: 0.
+    Nothing is written where `can_write_star` says no: stacks of microscopes are searched all the same.
 
     Args:
         path: file to write.
@@ -36,14 +42,13 @@ def write_star(
         shape: of the tomogram, z y x.
         voxel_nm: nanometres per voxel z, y, x; None: unknown, columns that need it are left out.
     Raises:
-        InputError: the package starfile is not installed.
         OSError: it cannot be written; nothing is left behind.
     """
-    try:
-        import pandas as pd
-        import starfile
-    except ModuleNotFoundError as err:
-        raise needs_package("starfile", path) from err
+    if not can_write_star():
+        return
+    import pandas as pd
+    import starfile
+
     optics: dict[str, list[object]] = {"rlnOpticsGroup": [1], "rlnOpticsGroupName": ["opticsGroup1"]}
     n, centred = table.num_rows, {}
     indices = {axis: table[axis].to_numpy() - 0.5 for axis in "xyz"}

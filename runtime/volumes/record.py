@@ -15,6 +15,7 @@ from darcnn.runtime.volumes.agree import Agreement
 from darcnn.runtime.volumes.find import View
 from darcnn.runtime.volumes.open import VOLUME_SUFFIXES
 from darcnn.runtime.volumes.options import VolumeOptions
+from darcnn.runtime.volumes.particles import can_write_star
 from darcnn.runtime.volumes.volume import Volume
 
 __all__ = ["VolumeCounts", "describe_views", "describe_volume", "size_warnings"]
@@ -88,6 +89,8 @@ class VolumeCounts:
             warnings.append(
                 f"of {n_planned} {what} that the file announces, the last {layout.n_lacking} are missing"
             )
+        if not (volume.info.is_series or can_write_star()):
+            warnings.append("particles.star is left out; pip install 'darcnn[volumes]' brings what writes it")
         if not self.n_objects:
             warnings.append("no objects found")
         if self.agreement.is_little:

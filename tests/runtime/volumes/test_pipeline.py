@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -666,6 +667,18 @@ def test_an_empty_volume_has_a_complete_result(oracle16: Segmenter, tmp_path: Pa
     assert "no objects found" in summary.warnings
     assert pq.read_table(summary.folder / "objects.parquet").num_rows == 0
     assert starfile.read(summary.folder / "particles.star") is not None
+
+
+def test_without_starfile_a_stack_is_searched_and_the_run_says_what_lacks(
+    oracle16: Segmenter, mrc_file: Path, balls: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "starfile", None)
+    summary = run_volume(oracle16, mrc_file, tmp_path / "out")
+    assert summary.n_objects == balls.max()
+    assert not (summary.folder / "particles.star").exists()
+    assert (summary.folder / "particles.txt").exists()
+    (warning,) = (line for line in summary.warnings if "star" in line)
+    assert warning == "particles.star is left out; pip install 'darcnn[volumes]' brings what writes it"
 
 
 def test_a_disk_that_fills_at_the_labels_is_one_line_and_loses_nothing(
