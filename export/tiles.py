@@ -17,6 +17,7 @@ from darcnn.runtime.engines.choose import open_engine
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import sees_separate_channels
 from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
+from darcnn.runtime.readers.ome_zarr import is_ome_zarr
 from darcnn.runtime.readers.open import is_readable, list_images
 from darcnn.runtime.sampling import spread_evenly
 from darcnn.runtime.segmenter import Segmenter
@@ -110,12 +111,18 @@ def images_in(folder: Path, diameter_px: float | None = None) -> list[TileSource
     found = [
         TileSource(Path(image), diameter_px)
         for path in sorted(folder.rglob("*"))
-        if is_readable(path) and not _is_result(path, folder)
+        if is_readable(path) and not _is_result(path, folder) and not _is_in_zarr(path, folder)
         for image in list_images(path)
     ]
     if not found:
         raise _no_image(folder)
     return found
+
+
+def _is_in_zarr(path: Path, folder: Path) -> bool:
+    """Tell whether a path lies inside an OME-Zarr below `folder`, which stands for all that is in it."""
+    above = path.parents[: len(path.relative_to(folder).parts) - 1]
+    return any(is_ome_zarr(place) for place in above)
 
 
 def _is_result(path: Path, folder: Path) -> bool:

@@ -14,7 +14,7 @@ from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr, is_url
 from darcnn.runtime.readers.open import is_packed_volume, is_readable, list_images
 from darcnn.runtime.readers.protocol import Location
-from darcnn.runtime.readers.tiff import read_first_files
+from darcnn.runtime.readers.tiff import read_own_files
 from darcnn.runtime.sinks.result_folder import make_folder_name
 
 __all__ = ["find_unread", "list_slides", "place_results"]
@@ -139,16 +139,22 @@ def _refuse_nested(slides: Sequence[Location], folders: Sequence[Path]) -> None:
 
 
 def _without_parts(files: Sequence[Location]) -> Iterator[Location]:
-    """Yield files without those that only go on with images that begin in another of them (OME-TIFF)."""
+    """Yield files without those that only go on with images that begin in another of them (OME-TIFF).
+
+    The file that an image begins in tells so: the others may hold no metadata of their own.
+    """
     names = {file.name for file in files if isinstance(file, Path)}
+    begun: set[str] = set()
+    parts: set[str] = set()
     for file in files:
         if isinstance(file, Path) and file.name.lower().endswith(_OME_TIFF):
-            begun: set[str] = set()
             with suppress(InputError):  # running it says why
-                begun = read_first_files(file)
-            if begun and file.name not in begun and begun <= names:
-                continue
-        yield file
+                for first, *later in read_own_files(file):
+                    begun.update([first] if first in names else [first, *later])
+                    parts.update(later)
+    for file in files:
+        if not (isinstance(file, Path) and file.name in parts - begun):
+            yield file
 
 
 def _images(places: Sequence[Location]) -> Iterator[Location]:

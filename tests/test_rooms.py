@@ -43,7 +43,7 @@ EXTRAS_OF_RUNTIME: dict[str, set[str]] = {
     "runtime/engines/openvino.py": {"openvino"},
     "runtime/live/micromanager.py": {"pymmcore_plus", "useq"},
     "runtime/readers/czi.py": {"pylibCZIrw"},
-    "runtime/readers/ims.py": {"h5py"},
+    "runtime/readers/ims.py": {"h5py", "hdf5plugin"},
     "runtime/readers/lif.py": {"liffile"},
     "runtime/readers/mrc_header.py": {"mrcfile"},
     "runtime/readers/nd2.py": {"nd2"},

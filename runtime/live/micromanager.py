@@ -55,7 +55,8 @@ class LiveAcquisition:
         pixel_size_um: float | None = None,
         axes: CameraAxes | None = None,
     ) -> None:
-        """Join a core and a segmenter; both stay the caller's. Its policy should be one that drops.
+        """Join a core and a segmenter; both stay the caller's. Its policy should be one that drops,
+        unless the queue holds the whole survey.
 
         Args:
             core: whose acquisition engine (`core.mda`) runs.

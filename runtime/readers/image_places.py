@@ -10,7 +10,7 @@ __all__ = ["SEVERAL_IMAGES", "check_image_number", "split_image", "stem_of"]
 
 # Endings of files that may hold several.
 SEVERAL_IMAGES = (
-    *(".czi", ".ims", ".lif", ".nd2", ".lsm"),
+    *(".czi", ".ims", ".lif", ".nd2"),
     *(".tif", ".tiff", ".btf", ".tf8", ".tf2", ".qptiff", ".svs", ".ndpi", ".scn", ".bif"),
 )
 
@@ -31,11 +31,16 @@ def split_image(path: Path) -> tuple[Path, int | None]:
 def stem_of(path: Path) -> str:
     """Return the name that the labels of an image have before their ending.
 
-    >>> stem_of(Path("images/plate.tif/2")), stem_of(Path("images/b.1.png"))
-    ('plate-2', 'b.1')
+    >>> [stem_of(Path(name)) for name in ("plate.tif/2", "b.1.png", "p.zarr/A/1/0", "p.zarr")]
+    ['plate-2', 'b.1', 'p-A-1-0', 'p']
     """
     file, number = split_image(path)
-    return file.stem if number is None else f"{file.stem}-{number}"
+    if number is not None:
+        return f"{file.stem}-{number}"
+    for folder in path.parents:
+        if folder.suffix.lower() == ".zarr" and not path.suffix:
+            return "-".join([folder.stem, *path.relative_to(folder).parts])
+    return path.stem
 
 
 def check_image_number(number: int | None, count: int, *, where: Path) -> None:

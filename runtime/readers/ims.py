@@ -19,8 +19,7 @@ from darcnn.runtime.readers.protocol import Planes
 __all__ = ["ImsReader"]
 
 _UM = {"m": 1e6, "mm": 1e3, "um": 1.0, "µm": 1.0, "nm": 1e-3}
-# HDF5 keeps unpacked chunks of a dataset: planes share them, and without these each plane unpacks all.
-_CACHE = {"rdcc_nbytes": 128 << 20, "rdcc_nslots": 100_003, "rdcc_w0": 1.0}
+_MOST_CACHED = 1 << 30  # bytes of unpacked chunks, of all channels
 _DIGITS = 9
 
 
@@ -42,9 +41,12 @@ class _ImsFile:
     def __init__(self, path: Path) -> None:
         try:
             import h5py
+            import hdf5plugin  # noqa: F401  # unpacks LZ4, which microscopes write
         except ModuleNotFoundError as err:
-            raise needs_package("h5py", path, extra=EXTRA) from err
-        self._file = h5py.File(path, "r", **_CACHE)
+            raise needs_package(err.name or "h5py", path, extra=EXTRA) from err
+        with h5py.File(path, "r") as file:
+            cache = _cache_of(file)
+        self._file = h5py.File(path, "r", **cache)
         self._last: tuple[tuple[int, int], list[Any]] | None = None
         try:
             self.images = (self._describe(),)
@@ -60,7 +62,7 @@ class _ImsFile:
         times = self._file["DataSetInfo/TimeInfo"].attrs
         channels = self.channels(0, 0)
         size = _size_of(channels[0])
-        x_um, y_um, z_um = (_step_um(facts, axis, size[kind]) for axis, kind in enumerate(("x", "y", "z")))
+        x_um, y_um, z_um = _steps_um(facts, size)
         names = (self._file[f"DataSetInfo/Channel {number}"].attrs for number in range(len(channels)))
         return StoredImage(
             width_px=size["x"],
@@ -112,11 +114,30 @@ class _Plane:
 
     def __call__(self, region: Region, level: Level) -> NDArray[Any]:
         place = (self.z, slice(region.y0, region.y1), slice(region.x0, region.x1))
-        return np.stack([data[place] for data in self.file.datasets(level.index, self.t)], axis=2)
+        try:
+            return np.stack([data[place] for data in self.file.datasets(level.index, self.t)], axis=2)
+        except OSError as err:
+            if err.errno is not None:  # of the system
+                raise
+            raise ValueError(str(err)) from err  # HDF5 says so of a damaged chunk
+
+
+def _cache_of(file: Any) -> dict[str, Any]:
+    """Return how HDF5 is to keep unpacked chunks: planes share them, and each would unpack them anew."""
+    channels = file["DataSet/ResolutionLevel 0/TimePoint 0"]
+    data = channels["Channel 0/Data"]
+    layer = data.chunks[0] * data.shape[1] * data.shape[2] * data.dtype.itemsize if data.chunks else 0
+    return {
+        "rdcc_nbytes": max(1 << 20, min(2 * layer, _MOST_CACHED // len(channels))),
+        "rdcc_nslots": 100_003,
+        "rdcc_w0": 1.0,
+    }
 
 
 def _text(value: Any) -> str:
     """Return an attribute: Imaris writes text as an array of single characters."""
+    if isinstance(value, str):
+        return value.strip("\0 ")
     return bytes(np.asarray(value).tobytes()).decode("utf-8", "replace").strip("\0 ")
 
 
@@ -125,16 +146,22 @@ def _size_of(group: Any) -> dict[str, int]:
     return {axis: int(_text(group.attrs[f"ImageSize{axis.upper()}"])) for axis in "xyz"}
 
 
-def _step_um(facts: Any, axis: int, count: int) -> float | None:
-    """Return micrometres from pixel to pixel along axis 0 x, 1 y, 2 z, None where the file does not say.
+def _steps_um(facts: Any, size: dict[str, int]) -> tuple[float | None, float | None, float | None]:
+    """Return micrometres from pixel to pixel along x, y, z, None where the file does not say.
 
-    The extent reaches from the outer side of the first to that of the last.
+    The extent reaches from the outer side of the first to that of the last. One of a pixel each, from 0 on,
+    is what is written where nobody told the size.
     """
     try:
-        extent = float(_text(facts[f"ExtMax{axis}"])) - float(_text(facts[f"ExtMin{axis}"]))
-        return round(abs(extent) / count * _UM[_text(facts["Unit"])], _DIGITS) or None
+        unit = _UM[_text(facts["Unit"])]
+        low, high = ([float(_text(facts[f"Ext{end}{axis}"])) for axis in range(3)] for end in ("Min", "Max"))
     except (KeyError, ValueError):
-        return None
+        return None, None, None
+    steps = [abs(b - a) / size[kind] for a, b, kind in zip(low, high, "xyz", strict=True)]
+    if steps == [1.0, 1.0, 1.0] and low == [0.0, 0.0, 0.0]:
+        return None, None, None
+    x, y, z = (round(step * unit, _DIGITS) or None for step in steps)
+    return x, y, z
 
 
 def _interval_s(times: Any) -> float | None:
@@ -148,7 +175,8 @@ def _interval_s(times: Any) -> float | None:
         return None
     if len(moments) < 2:
         return None
-    return (moments[-1] - moments[0]).total_seconds() / (len(moments) - 1) or None
+    seconds = (moments[-1] - moments[0]).total_seconds() / (len(moments) - 1)
+    return seconds if seconds > 0 else None
 
 
 def _name_of(facts: Any) -> str | None:

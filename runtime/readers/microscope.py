@@ -6,7 +6,7 @@ import threading
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 from xml.etree.ElementTree import ParseError
@@ -149,7 +149,9 @@ class MicroscopeReader(PlaneReader):
         """Return how many planes the image holds, and how far apart they are."""
         file = cls._open(path)
         try:
-            return _choose(file, path).planes
+            planes = _choose(file, path).planes
+            section = plausible_mpp(planes.section_um, planes.section_um)
+            return replace(planes, section_um=None if section is None else section[0])
         finally:
             file.close()
 
@@ -210,7 +212,10 @@ class MicroscopeReader(PlaneReader):
         assert self._source is not None
         where = self._info.path or self._info.name
         try:
-            return to_pixels(self._source(region, level))
+            values = self._source(region, level)
+            if values.shape[:2] != (region.height, region.width):
+                raise ValueError("holds fewer pixels than it announces")
+            return to_pixels(values)
         except (OSError, MemoryError) as err:  # not the file but what it lies on, or the machine
             raise InputError(
                 f"cannot be read any more ({_reason(err)})", where=where, fix="check the disk"

@@ -102,7 +102,7 @@ def read_planes(path: Path, places: Iterable[tuple[int | None, int | None]]) -> 
 def list_images(path: Location) -> list[Location]:
     """Return the places of the images in a file, folder or URL: its own, where it holds one.
 
-    Of several in TIFF, ND2, LIF and CZI these are FILE/0, FILE/1 and so on; of OME-Zarr see
+    Of several in TIFF, ND2, LIF and CZI (IMS holds one) these are FILE/0, FILE/1 and so on; of OME-Zarr see
     `list_zarr_images`. What cannot be read stands for itself: opening it says why.
     """
     if isinstance(path, str) or is_ome_zarr(path):

@@ -27,7 +27,7 @@ from darcnn.runtime.readers.base import (
 )
 from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.protocol import Pixels, Planes, SlideInfo
-from darcnn.runtime.readers.tiff_files import first_files
+from darcnn.runtime.readers.tiff_files import files_of_images
 from darcnn.runtime.readers.tiff_images import TiffImage, axes_of, choose_image, find_images, open_tiff
 from darcnn.runtime.readers.tiff_metadata import (
     Axes,
@@ -45,7 +45,7 @@ from darcnn.runtime.readers.tiff_segments import JPEG, locate_page
 __all__ = [
     "TiffReader",
     "is_tiff",
-    "read_first_files",
+    "read_own_files",
 ]
 
 _PHOTOMETRIC = tifffile.PHOTOMETRIC
@@ -152,15 +152,15 @@ class TiffReader(PlaneReader):
         self._files.close()
 
 
-def read_first_files(path: Path) -> set[str]:
-    """Return the names of the files in which the images begin that `path` holds a part of, as OME-XML tells.
+def read_own_files(path: Path) -> tuple[tuple[str, ...], ...]:
+    """Return for each image that `path` holds a part of the names of its files, as OME-XML tells.
 
     Raises:
         InputError: the file cannot be read.
     """
     try:
         with tifffile.TiffFile(path) as tiff:
-            return first_files(tiff.ome_metadata, path.name)
+            return tuple(names for names in files_of_images(tiff.ome_metadata) if path.name in names)
     except UNREADABLE as err:
         raise _unreadable(path, err) from err
 

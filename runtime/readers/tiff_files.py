@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from darcnn.runtime.readers.tiff_metadata import ome_images
 
-__all__ = ["files_of_images", "first_files", "has_other_name", "keep_own_images", "number_images"]
+__all__ = ["files_of_images", "has_other_name", "keep_own_images", "number_images"]
 
 
 def files_of_images(ome: str | None) -> tuple[tuple[str, ...], ...]:
@@ -33,8 +33,11 @@ def keep_own_images(ome: str, own: str) -> str | None:
 
     All files of a plate describe all its images, and whoever looks at one image need not open them all.
     """
-    is_own = [own in names for names in files_of_images(ome)]
-    if all(is_own) or not any(is_own):
+    files = files_of_images(ome)
+    if not any(own in names for names in files):
+        return None
+    is_own = [not names or own in names for names in files]
+    if all(is_own):
         return None
     root = ElementTree.fromstring(ome)
     for image, keep in zip(root.findall("{*}Image"), is_own, strict=True):
@@ -43,25 +46,20 @@ def keep_own_images(ome: str, own: str) -> str | None:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def first_files(ome: str | None, own: str) -> set[str]:
-    """Return the names of the files in which the images begin that the file called `own` holds a part of."""
-    return {names[0] for names in files_of_images(ome) if own in names}
-
-
 @lru_cache(maxsize=1)  # a stack is asked for it plane by plane, and it is long where planes are many
-def number_images(ome: str | None, series: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[int, ...]:
-    """Return which image of OME-XML each series (its name and shape) is: tifffile leaves some images out.
+def number_images(ome: str | None, series: tuple[tuple[str, int, int], ...]) -> tuple[int, ...]:
+    """Return which image of OME-XML each series is (its name, width and height): tifffile leaves some out.
 
     Both have the same order. Where names and sizes do not tell, the place in the order does.
     """
     images = [] if ome is None else ome_images(ome)
     numbers: list[int] = []
     after = 0
-    for place, (name, shape) in enumerate(series):
+    for place, (name, width, height) in enumerate(series):
         alike = (
             number
             for number in range(after, len(images))
-            if images[number].get("Name", "") == name and _has_size(images[number], shape)
+            if images[number].get("Name", "") == name and _has_size(images[number], width, height)
         )
         found = next(alike, None)
         numbers.append(place if found is None else found)
@@ -69,6 +67,6 @@ def number_images(ome: str | None, series: tuple[tuple[str, tuple[int, ...]], ..
     return tuple(numbers)
 
 
-def _has_size(image: ElementTree.Element, shape: tuple[int, ...]) -> bool:
+def _has_size(image: ElementTree.Element, width: int, height: int) -> bool:
     pixels = image.find("{*}Pixels")
-    return pixels is not None and all(pixels.get(f"Size{axis}", "") in map(str, shape) for axis in "XY")
+    return pixels is not None and (pixels.get("SizeX"), pixels.get("SizeY")) == (str(width), str(height))

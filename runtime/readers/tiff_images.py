@@ -16,7 +16,7 @@ from darcnn.runtime.readers.tiff_pages import damaged
 __all__ = ["TiffImage", "axes_of", "choose_image", "find_images", "open_tiff"]
 
 _SIDE_KINDS = 0b101  # NewSubfileType: a reduced image, a mask
-_LESSER = 0.25  # values of an image by those of the first: labels and thumbnails have fewer
+_LESSER = 0.25  # values of a page by those of the first image: labels and thumbnails have fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,8 @@ def find_images(tiff: tifffile.TiffFile, path: Path) -> list[TiffImage]:
     if len(tiff.pages):
         _check_chain(tiff, path)
     series = list(tiff.series)
-    numbers = number_images(tiff.ome_metadata, tuple((one.name, one.get_shape(False)) for one in series))
+    sizes = ((one.name, one.keyframe.imagewidth, one.keyframe.imagelength) for one in series)
+    numbers = number_images(tiff.ome_metadata, tuple(sizes))
     described = [(one, axes_of(one), number) for one, number in zip(series, numbers, strict=True)]
     found = [TiffImage(one, axes, number) for one, axes, number in described if axes is not None]
     own = [image for image in found if _begins_in(image.series, tiff)] or found
@@ -77,7 +78,9 @@ def _begins_in(series: tifffile.TiffPageSeries, tiff: tifffile.TiffFile) -> bool
 
 def _is_main(series: tifffile.TiffPageSeries, first: tifffile.TiffPageSeries) -> bool:
     """Tell whether a series shows something of its own, beside the first."""
-    return not series.keyframe.subfiletype & _SIDE_KINDS and bool(series.size > _LESSER * first.size)
+    return not series.keyframe.subfiletype & _SIDE_KINDS and bool(
+        series.keyframe.size > _LESSER * first.keyframe.size
+    )
 
 
 def axes_of(series: tifffile.TiffPageSeries) -> Axes | None:

@@ -85,8 +85,8 @@ def open_volume(
     """Open the volume in `path`; a context manager.
 
     Args:
-        path: MRC (.mrc, .rec, .map, .st, also packed as .gz or .bz2), NIfTI, a stack in TIFF, ND2, LIF or
-            CZI, or OME-Zarr (a folder or a URL).
+        path: MRC (.mrc, .rec, .map, .st, also packed as .gz or .bz2), NIfTI, a stack in TIFF, ND2, LIF,
+            CZI or IMS, or OME-Zarr (a folder or a URL).
         scratch: a folder that may be written to; what must be unpacked lies there until the volume is closed.
         t: which time point of a series of volumes. A series of single planes is a volume along t.
         channel: which of several channels, number or name.

@@ -90,7 +90,7 @@ class VolumeCounts:
                 f"of {n_planned} {what} that the file announces, the last {layout.n_lacking} are missing"
             )
         if not (volume.info.is_series or can_write_star()):
-            warnings.append("particles.star is left out; pip install 'darcnn[volumes]' brings what writes it")
+            warnings.append("particles.star is left out: pip install 'darcnn[volumes]', then --overwrite")
         if not self.n_objects:
             warnings.append("no objects found")
         if self.agreement.is_little:

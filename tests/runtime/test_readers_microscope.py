@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lzma
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +25,7 @@ from tests.runtime.lif_files import Image, write_lif
 
 nd2 = pytest.importorskip("nd2", reason="the extra `microscopes` is not installed")
 h5py = pytest.importorskip("h5py", reason="the extra `microscopes` is not installed")
+hdf5plugin = pytest.importorskip("hdf5plugin", reason="the extra `microscopes` is not installed")
 czi = pytest.importorskip("pylibCZIrw.czi", reason="the extra `microscopes` is not installed")
 pytest.importorskip("liffile", reason="the extra `microscopes` is not installed")
 
@@ -62,7 +63,10 @@ def write_czi(path: Path) -> Path:
     return path
 
 
-def write_ims(path: Path) -> Path:
+GZIP: dict[str, Any] = {"compression": "gzip"}
+
+
+def write_ims(path: Path, *, is_calibrated: bool = True, packing: Mapping[str, Any] = GZIP) -> Path:
     """Write what Imaris writes: padded chunks, a pyramid, text as arrays of characters."""
 
     def note(group: Any, **facts: object) -> None:
@@ -71,6 +75,8 @@ def write_ims(path: Path) -> Path:
 
     with h5py.File(path, "w") as file:
         extent = {"ExtMin0": -5, "ExtMax0": 9, "ExtMin1": 0, "ExtMax1": 10, "ExtMin2": 0, "ExtMax2": 4}
+        if not is_calibrated:
+            extent |= {"ExtMin0": 0, "ExtMax0": 70, "ExtMax1": 50}
         note(file.create_group("DataSetInfo/Image"), Unit="um", X=70, Y=50, Z=4, **extent)
         moments = {"TimePoint1": "2026-11-30 10:00:00.000", "TimePoint2": "2026-11-30 10:00:30.500"}
         note(file.create_group("DataSetInfo/TimeInfo"), DatasetTimePoints=2, **moments)
@@ -83,7 +89,7 @@ def write_ims(path: Path) -> Path:
             group = file.create_group(f"DataSet/ResolutionLevel {level}/TimePoint {t}/Channel {c}")
             note(group, **dict(zip(("ImageSizeZ", "ImageSizeY", "ImageSizeX"), values.shape, strict=True)))
             padded = np.pad(values, [(0, -n % 32) for n in values.shape])
-            group.create_dataset("Data", data=padded, chunks=(8, 32, 32), compression="gzip")
+            group.create_dataset("Data", data=padded, chunks=(8, 32, 32), **packing)
     return path
 
 
@@ -169,6 +175,45 @@ def test_imaris_has_levels_steps_and_moments(tmp_path: Path) -> None:
     np.testing.assert_array_equal(half, STACKS[1, :, 3, ::2, ::2].transpose(1, 2, 0))
     with open_volume(path, tmp_path, t=0, channel="GFP") as volume:
         np.testing.assert_array_equal(volume.read("z", 2), STACKS[0, 2, 2])
+
+
+def test_imaris_without_a_size_tells_none(tmp_path: Path) -> None:
+    path = write_ims(tmp_path / "a.ims", is_calibrated=False)
+    assert count_planes(path).section_um is None
+    with open_source(path, z=0, t=0) as reader:
+        assert reader.info.mpp is None
+
+
+def test_imaris_that_is_packed_with_lz4_is_unpacked(tmp_path: Path) -> None:
+    path = write_ims(tmp_path / "a.ims", packing=hdf5plugin.LZ4())
+    np.testing.assert_array_equal(pixels_of(path, z=1, t=0), STACKS[0, :, 1].transpose(1, 2, 0))
+
+
+def test_a_chunk_of_imaris_that_is_damaged_is_no_failing_disk(tmp_path: Path) -> None:
+    path = write_ims(tmp_path / "a.ims")
+    with h5py.File(path) as file:
+        chunk = file["DataSet/ResolutionLevel 0/TimePoint 1/Channel 1/Data"].id.get_chunk_info(0)
+    content = bytearray(path.read_bytes())
+    content[chunk.byte_offset : chunk.byte_offset + 200] = bytes(200)
+    path.write_bytes(content)
+    with open_source(path, z=1, t=1) as reader:
+        with pytest.raises(DamagedPixelsError, match="cannot be read near x 0, y 0"):
+            reader.read(reader.info.whole, level=0)
+        part = reader.read(Region(40, 40, 60, 50), level=0)  # other chunks are whole
+    np.testing.assert_array_equal(part, STACKS[1, :, 1, 40:50, 40:60].transpose(1, 2, 0))
+
+
+def test_an_image_larger_than_its_values_is_damaged(tmp_path: Path) -> None:
+    path = write_ims(tmp_path / "a.ims")
+    with h5py.File(path, "r+") as file:
+        for c in range(3):
+            group = file[f"DataSet/ResolutionLevel 0/TimePoint 0/Channel {c}"]
+            group.attrs["ImageSizeX"] = np.array(list("300"), "S1")
+    with (
+        open_source(path, z=1, t=0) as reader,
+        pytest.raises(DamagedPixelsError, match="holds fewer pixels than it announces"),
+    ):
+        reader.read(reader.info.whole, level=0)
 
 
 def test_levels_of_zeiss_are_halved_and_lie_over_one_another(tmp_path: Path) -> None:

@@ -585,6 +585,41 @@ def test_an_image_in_two_files_belongs_to_the_one_that_it_begins_in(tmp_path: Pa
                 assert (reader.read(reader.info.whole, level=0) == value).all()
 
 
+def test_a_file_that_only_goes_on_is_no_image_of_its_own(tmp_path: Path) -> None:
+    write_files(tmp_path, {"a": [("m.ome.tif", 0, 1), ("m_1.ome.tif", 0, 2)]})
+    only = f'<OME {OME}><BinaryOnly MetadataFile="m.ome.tif" UUID="urn:uuid:m.ome.tif"/></OME>'
+    with tifffile.TiffWriter(tmp_path / "m_1.ome.tif") as file:  # as the specification allows it
+        file.write(np.full((48, 64), 2, np.uint16), description=only, metadata=None)
+    assert list_slides([str(tmp_path)]) == (tmp_path / "m.ome.tif",)
+    for t in range(2):
+        assert (read(tmp_path / "m.ome.tif", t=t) == t + 1).all()
+
+
+def test_a_snap_beside_a_stack_is_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path) as file:
+        file.write(noise(9, 40, 50), metadata={"axes": "ZYX"}, photometric="minisblack")
+        file.write(noise(40, 50), metadata={"axes": "YX"}, photometric="minisblack")
+    assert list_images(path) == [path / "0", path / "1"]
+
+
+def test_an_image_of_other_sizes_gives_its_facts_to_no_other(tmp_path: Path) -> None:
+    sizes = (("same", 64, 64), ("same", 64, 48))  # the first is not there
+    images = "".join(
+        f'<Image ID="Image:{n}" Name="{name}"><Pixels ID="Pixels:{n}" DimensionOrder="XYZCT" Type="uint16" '
+        f'SizeX="{width}" SizeY="{height}" SizeZ="1" SizeC="1" SizeT="1" PhysicalSizeX="0.{n + 1}" '
+        f'PhysicalSizeY="0.{n + 1}"><Channel ID="Channel:{n}:0" SamplesPerPixel="1"/>'
+        + ("<MetadataOnly/>" if n == 0 else '<TiffData IFD="0" PlaneCount="1"/>')
+        + "</Pixels></Image>"
+        for n, (name, width, height) in enumerate(sizes)
+    )
+    path = write(
+        tmp_path / "a.ome.tif", noise(48, 64), description=f"<OME {OME}>{images}</OME>", metadata=None
+    )
+    with TiffReader(path) as reader:
+        assert reader.info.mpp == (0.2, 0.2)
+
+
 def test_files_of_other_images_are_not_opened(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     names = [f"p{number}.ome.tif" for number in range(4)]
     write_files(tmp_path, {name: [(name, 0, number)] for number, name in enumerate(names)})
@@ -610,7 +645,7 @@ def test_reduced_images_and_masks_are_no_images(tmp_path: Path, kind: int, dtype
         assert reader.info.height_px0 == 800
 
 
-@pytest.mark.parametrize("name", ["a.svs", "a.qptiff", "a.lsm", "a.scn"])
+@pytest.mark.parametrize("name", ["a.svs", "a.qptiff", "a.scn"])
 def test_other_endings_of_tiff_hold_several_images_too(tmp_path: Path, name: str) -> None:
     path = scenes(tmp_path / name)
     assert list_images(path) == [path / "0", path / "1"]

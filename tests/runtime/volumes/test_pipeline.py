@@ -678,7 +678,7 @@ def test_without_starfile_a_stack_is_searched_and_the_run_says_what_lacks(
     assert not (summary.folder / "particles.star").exists()
     assert (summary.folder / "particles.txt").exists()
     (warning,) = (line for line in summary.warnings if "star" in line)
-    assert warning == "particles.star is left out; pip install 'darcnn[volumes]' brings what writes it"
+    assert warning == "particles.star is left out: pip install 'darcnn[volumes]', then --overwrite"
 
 
 def test_a_disk_that_fills_at_the_labels_is_one_line_and_loses_nothing(
