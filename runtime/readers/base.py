@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from darcnn.runtime.closing import Closing
 from darcnn.runtime.errors import InputError, ShapeError, UsageError
 from darcnn.runtime.geometry import Level, Region
-from darcnn.runtime.readers.image_places import split_image
+from darcnn.runtime.readers.image_places import name_image
 from darcnn.runtime.readers.protocol import Location, Pixels, Planes, SlideInfo
 
 __all__ = [
@@ -259,12 +259,10 @@ def make_slide_name(path: Location) -> str:
     """
     if isinstance(path, str):
         path = Path(urlsplit(path).path.rstrip("/"))
-    file, number = split_image(path)
-    if number is not None:
-        return f"{make_slide_name(file)}-{number}"
-    for folder in path.parents:
-        if folder.suffix.lower() == ".zarr" and not path.suffix:  # a file may lie in a folder of that name
-            return "-".join([make_slide_name(folder), *path.relative_to(folder).parts])
+    return name_image(path, _name_file)
+
+
+def _name_file(path: Path) -> str:
     stem = path.stem
     inner = ".nii" if suffix_of(path) == ".nii.gz" else ".ome"
     return stem[: -len(inner)] if stem.lower().endswith(inner) and len(stem) > len(inner) else stem

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Level, Region
-from darcnn.runtime.readers.base import needs_package
-from darcnn.runtime.readers.microscope import EXTRA, MicroscopeReader, StoredImage
+from darcnn.runtime.readers.microscope import MicroscopeReader, StoredImage
 from darcnn.runtime.readers.protocol import Planes
 
 __all__ = ["CziReader"]
@@ -45,22 +44,18 @@ class CziReader(MicroscopeReader):
 
 class _CziFile:
     def __init__(self, path: Path) -> None:
-        try:
-            from pylibCZIrw import czi
-        except ModuleNotFoundError as err:
-            raise needs_package("pylibCZIrw", path, extra=EXTRA) from err
+        from pylibCZIrw import czi
+
+        self._path = path
         cache = czi.CacheOptions(type=czi.CacheType.Standard, max_memory_usage=256 << 20)
         self._file: Any = czi.CziReader(str(path), cache_options=cache)
-        try:
-            self.images = self._describe(path)
-        except BaseException:
-            self._file.close()
-            raise
 
     def close(self) -> None:
         self._file.close()
 
-    def _describe(self, path: Path) -> tuple[StoredImage, ...]:
+    @cached_property
+    def images(self) -> tuple[StoredImage, ...]:
+        path = self._path
         box = self._file.total_bounding_box_no_pyramid
         counts = {axis: stop - start for axis, (start, stop) in box.items()}
         foreign = {axis: n for axis, n in counts.items() if axis not in _PLANE_AXES and n > 1}
@@ -92,7 +87,7 @@ class _CziFile:
                 dtype=dtype,
                 channel_names=(None,) * 3 if is_rgb else _channel_names(facts, len(kinds)),
                 is_rgb=is_rgb,
-                step_um=None if x_um is None or y_um is None else (x_um, y_um),
+                step_um=(x_um, y_um),
                 open_plane=partial(_Plane, self._file, scene, (area.x, area.y), tuple(kinds)),
                 name=_scene_name(facts, scene),
                 downsamples=_downsamples(area.w, area.h),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from darcnn.runtime.errors import InputError
 
-__all__ = ["SEVERAL_IMAGES", "check_image_number", "split_image", "stem_of"]
+__all__ = ["SEVERAL_IMAGES", "check_image_number", "name_image", "split_image", "stem_of"]
 
 # Endings of files that may hold several.
 SEVERAL_IMAGES = (
@@ -28,19 +29,24 @@ def split_image(path: Path) -> tuple[Path, int | None]:
     return path, None
 
 
+def name_image(path: Path, name_file: Callable[[Path], str]) -> str:
+    """Return what `name_file` calls the file or OME-Zarr that an image lies in, and its place in there."""
+    file, number = split_image(path)
+    if number is not None:
+        return f"{name_file(file)}-{number}"
+    for folder in path.parents:
+        if folder.suffix.lower() == ".zarr" and not path.suffix:  # a file may lie in a folder of that name
+            return "-".join([name_file(folder), *path.relative_to(folder).parts])
+    return name_file(path)
+
+
 def stem_of(path: Path) -> str:
     """Return the name that the labels of an image have before their ending.
 
     >>> [stem_of(Path(name)) for name in ("plate.tif/2", "b.1.png", "p.zarr/A/1/0", "p.zarr")]
     ['plate-2', 'b.1', 'p-A-1-0', 'p']
     """
-    file, number = split_image(path)
-    if number is not None:
-        return f"{file.stem}-{number}"
-    for folder in path.parents:
-        if folder.suffix.lower() == ".zarr" and not path.suffix:
-            return "-".join([folder.stem, *path.relative_to(folder).parts])
-    return path.stem
+    return name_image(path, lambda file: file.stem)
 
 
 def check_image_number(number: int | None, count: int, *, where: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.geometry import Level, Region
-from darcnn.runtime.readers.base import needs_package
-from darcnn.runtime.readers.microscope import EXTRA, MicroscopeReader, StoredImage
+from darcnn.runtime.readers.microscope import MicroscopeReader, StoredImage
 from darcnn.runtime.readers.protocol import Planes
 
 __all__ = ["ImsReader"]
@@ -39,23 +38,20 @@ class ImsReader(MicroscopeReader):
 
 class _ImsFile:
     def __init__(self, path: Path) -> None:
-        try:
-            import h5py
-            import hdf5plugin  # noqa: F401  # unpacks LZ4, which microscopes write
-        except ModuleNotFoundError as err:
-            raise needs_package(err.name or "h5py", path, extra=EXTRA) from err
+        import h5py
+        import hdf5plugin  # noqa: F401  # unpacks LZ4, which microscopes write
+
         with h5py.File(path, "r") as file:
             cache = _cache_of(file)
         self._file = h5py.File(path, "r", **cache)
         self._last: tuple[tuple[int, int], list[Any]] | None = None
-        try:
-            self.images = (self._describe(),)
-        except BaseException:
-            self._file.close()
-            raise
 
     def close(self) -> None:
         self._file.close()
+
+    @cached_property
+    def images(self) -> tuple[StoredImage, ...]:
+        return (self._describe(),)
 
     def _describe(self) -> StoredImage:
         facts = self._file["DataSetInfo/Image"].attrs
@@ -76,7 +72,7 @@ class _ImsFile:
             dtype=channels[0]["Data"].dtype,
             channel_names=tuple(_name_of(one) for one in names),
             is_rgb=False,  # its channels may be those of a colour picture, but the file does not say so
-            step_um=None if x_um is None or y_um is None else (x_um, y_um),
+            step_um=(x_um, y_um),
             open_plane=partial(_Plane, self),
             downsamples=self._downsamples(size),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
-from darcnn.runtime.readers.base import needs_package
-from darcnn.runtime.readers.microscope import EXTRA, MicroscopeReader, StoredImage, WholePlane
+from darcnn.runtime.readers.microscope import MicroscopeReader, StoredImage, WholePlane
 from darcnn.runtime.readers.protocol import Planes
 
 __all__ = ["LifReader"]
@@ -40,21 +39,16 @@ class LifReader(MicroscopeReader):
 
 class _LifFile:
     def __init__(self, path: Path) -> None:
-        try:
-            import liffile
-        except ModuleNotFoundError as err:
-            raise needs_package("liffile", path, extra=EXTRA) from err
+        import liffile
+
+        self._path = path
         self._file = liffile.LifFile(path)
-        try:
-            self.images = tuple(
-                image
-                for stored in self._file.images
-                if isinstance(stored, liffile.LifImage)
-                for image in _describe(stored, path)
-            )
-        except BaseException:
-            self._file.close()
-            raise
+        self._kind = liffile.LifImage  # others are lifetimes
+
+    @cached_property
+    def images(self) -> tuple[StoredImage | InputError, ...]:
+        pictures = (stored for stored in self._file.images if isinstance(stored, self._kind))
+        return tuple(image for stored in pictures for image in _describe(stored, self._path))
 
     def close(self) -> None:
         self._file.close()
@@ -91,7 +85,7 @@ def _describe(image: Any, path: Path) -> Iterator[StoredImage | InputError]:
             dtype=np.dtype(image.dtype),
             channel_names=tuple(tints) if len(tints) == n_channels else (None,) * n_channels,
             is_rgb=is_rgb,
-            step_um=None if x_um is None or y_um is None else (x_um, y_um),
+            step_um=(x_um, y_um),
             open_plane=partial(_open_plane, image, tile),
             name=image.path if n_tiles == 1 else f"{image.path}, tile {tile}",
         )

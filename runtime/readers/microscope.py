@@ -22,6 +22,7 @@ from darcnn.runtime.readers.base import (
     choose_plane,
     make_channel_names,
     make_slide_name,
+    needs_package,
     pixel_type,
     plausible_mpp,
     settle_mpp,
@@ -31,9 +32,9 @@ from darcnn.runtime.readers.image_places import check_image_number, split_image
 from darcnn.runtime.readers.protocol import Pixels, Planes, SlideInfo
 from darcnn.runtime.readers.tiff_pages import UNREADABLE
 
-__all__ = ["EXTRA", "MicroscopeFile", "MicroscopeReader", "RegionSource", "StoredImage", "WholePlane"]
+__all__ = ["MicroscopeFile", "MicroscopeReader", "RegionSource", "StoredImage", "WholePlane"]
 
-EXTRA = "microscopes"  # of setup.cfg: the packages that read these formats
+_EXTRA = "microscopes"  # of setup.cfg: the packages that read these formats
 
 # What the libraries raise on files that are damaged or end early (found by flipping bytes and cutting).
 _UNREADABLE = (*UNREADABLE, ParseError, zlib.error, EOFError, AssertionError)
@@ -55,7 +56,7 @@ class StoredImage:
     dtype: np.dtype[Any]
     channel_names: tuple[str | None, ...]  # one for each channel; of a colour picture three
     is_rgb: bool
-    step_um: tuple[float, float] | None  # (x, y), as the file says
+    step_um: tuple[float | None, float | None]  # (x, y), as the file says
     open_plane: Callable[[int, int], RegionSource]
     name: str | None = None  # that the microscopist gave it
     downsamples: tuple[int, ...] = (1,)  # of its levels
@@ -129,7 +130,7 @@ class MicroscopeReader(PlaneReader):
     @staticmethod
     @abstractmethod
     def _open_file(path: Path) -> MicroscopeFile:
-        """Open a file and look at its metadata; what its library raises is translated by the caller."""
+        """Import its library and open a file; what the library raises is translated by the caller."""
 
     @classmethod
     def count_images(cls, path: Path) -> int:
@@ -170,9 +171,17 @@ class MicroscopeReader(PlaneReader):
     def _open(cls, path: Path) -> MicroscopeFile:
         place, _ = split_image(path)
         try:
-            return cls._open_file(place)
+            file = cls._open_file(place)
+            try:
+                _ = file.images  # what is wrong with them is said now
+            except BaseException:
+                file.close()
+                raise
+            return file
         except InputError:
             raise
+        except ModuleNotFoundError as err:
+            raise needs_package(err.name or "", place, extra=_EXTRA) from err
         except _UNREADABLE as err:
             raise InputError(
                 f"cannot be read as {cls.format_name} ({_reason(err)})",
@@ -189,7 +198,7 @@ class MicroscopeReader(PlaneReader):
         width, height = image.width_px, image.height_px
         if min(width, height) < 1:
             raise InputError(f"has an image of {width} x {height} px", where=path, fix="export it anew")
-        found = None if image.step_um is None else plausible_mpp(*image.step_um)
+        found = plausible_mpp(*image.step_um)
         size, source = settle_mpp(found, cls.mpp_source, override=mpp)
         return SlideInfo(
             path=path,

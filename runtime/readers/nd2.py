@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
-from darcnn.runtime.readers.base import needs_package
-from darcnn.runtime.readers.microscope import EXTRA, MicroscopeReader, StoredImage, WholePlane
+from darcnn.runtime.readers.microscope import MicroscopeReader, StoredImage, WholePlane
 from darcnn.runtime.readers.protocol import Planes
 
 __all__ = ["Nd2Reader"]
@@ -40,22 +39,16 @@ class Nd2Reader(MicroscopeReader):
 
 class _Nd2File:
     def __init__(self, path: Path) -> None:
-        try:
-            import nd2
-        except ModuleNotFoundError as err:
-            raise needs_package("nd2", path, extra=EXTRA) from err
+        import nd2
+
         self._path = path
         self._file = nd2.ND2File(path)
-        try:
-            self.images = self._describe()
-        except BaseException:
-            self._file.close()
-            raise
 
     def close(self) -> None:
         self._file.close()
 
-    def _describe(self) -> tuple[StoredImage, ...]:
+    @cached_property
+    def images(self) -> tuple[StoredImage, ...]:
         file, path = self._file, self._path
         sizes: Mapping[str, int] = file.sizes
         foreign = {axis: n for axis, n in sizes.items() if axis not in _AXES and n > 1}
@@ -75,7 +68,7 @@ class _Nd2File:
                 dtype=file.dtype,
                 channel_names=names if len(names) == n_channels else (None,) * n_channels,
                 is_rgb=is_rgb,
-                step_um=None if x_um is None or y_um is None else (x_um, y_um),
+                step_um=(x_um, y_um),
                 open_plane=partial(self._open_plane, frames, position),
                 name=name,
             )

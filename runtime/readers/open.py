@@ -140,10 +140,9 @@ def _format_of(path: Location) -> _Format:
         return OmeZarrReader
     file, number = split_image(path)
     head = _read_head(file)
-    if number is None:
-        return _BY_SUFFIX.get(suffix_of(file), _by_content)(file, head)
-    of = CziReader if suffix_of(file) == ".czi" else _BY_SUFFIX.get(suffix_of(file), _by_content)(file, head)
-    if not (isinstance(of, type) and issubclass(of, _OF_SEVERAL)):
+    is_scene = number is not None and suffix_of(file) == ".czi"  # OpenSlide knows no scenes
+    of = CziReader if is_scene else _BY_SUFFIX.get(suffix_of(file), _by_content)(file, head)
+    if number is not None and not (isinstance(of, type) and issubclass(of, _OF_SEVERAL)):
         raise InputError("holds one image", where=file, fix=f"name {file}")
     return of
 
@@ -165,32 +164,9 @@ def _read_head(path: Path) -> bytes:
     return head
 
 
-def _slide(path: Path, head: bytes) -> _Format:
-    return SlideReader
-
-
-def _picture(path: Path, head: bytes) -> _Format:
-    return PictureReader
-
-
-def _mrc(path: Path, head: bytes) -> _Format:
-    return MrcReader
-
-
-def _nifti(path: Path, head: bytes) -> _Format:
-    return NiftiReader
-
-
-def _nd2(path: Path, head: bytes) -> _Format:
-    return Nd2Reader
-
-
-def _ims(path: Path, head: bytes) -> _Format:
-    return ImsReader
-
-
-def _lif(path: Path, head: bytes) -> _Format:
-    return LifReader
+def _always(reader: _Format) -> Callable[[Path, bytes], _Format]:
+    """Return what picks a reader whatever the file holds."""
+    return lambda path, head: reader
 
 
 def _czi(path: Path, head: bytes) -> _Format:
@@ -224,6 +200,9 @@ def _by_content(path: Path, head: bytes) -> _Format:
     )
 
 
+_slide, _picture = _always(SlideReader), _always(PictureReader)
+_mrc, _nifti = _always(MrcReader), _always(NiftiReader)
+
 _BY_SUFFIX: dict[str, Callable[[Path, bytes], _Format]] = {
     ".tif": _tiff,
     ".tiff": _tiff,
@@ -241,9 +220,9 @@ _BY_SUFFIX: dict[str, Callable[[Path, bytes], _Format]] = {
     ".svslide": _slide,  # Sakura
     ".dcm": _slide,  # DICOM
     ".czi": _czi,  # Zeiss
-    ".ims": _ims,  # Imaris
-    ".lif": _lif,  # Leica
-    ".nd2": _nd2,  # Nikon
+    ".ims": _always(ImsReader),  # Imaris
+    ".lif": _always(LifReader),  # Leica
+    ".nd2": _always(Nd2Reader),  # Nikon
     ".png": _picture,
     ".jpg": _picture,
     ".jpeg": _picture,
