@@ -18,13 +18,13 @@ from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import sees_separate_channels
 from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr
-from darcnn.runtime.readers.open import is_readable, list_images
+from darcnn.runtime.readers.open import is_readable
 from darcnn.runtime.sampling import spread_evenly
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.find import plan_view, plane_reader
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.training.config import Recipe
-from darcnn.training.data.patterns import find_images
+from darcnn.training.data.patterns import expand_images, find_images
 
 __all__ = ["TileSource", "images_in", "images_of", "learned_images", "measure_mpp", "read_tiles"]
 
@@ -108,12 +108,12 @@ def images_in(folder: Path, diameter_px: float | None = None) -> list[TileSource
         UsageError: there is none.
     """
     _check_folder(folder)
-    found = [
-        TileSource(Path(image), diameter_px)
+    files = (
+        path
         for path in sorted(folder.rglob("*"))
         if is_readable(path) and not _is_result(path, folder) and not _is_in_zarr(path, folder)
-        for image in list_images(path)
-    ]
+    )
+    found = [TileSource(image, diameter_px) for image in expand_images(files)]
     if not found:
         raise _no_image(folder)
     return found

@@ -16,7 +16,8 @@ from darcnn.runtime.instances import Instances
 from darcnn.runtime.metrics import Scores, aggregate_scores, mean_scores, score_labels
 from darcnn.runtime.readers import Reader, open_source
 from darcnn.runtime.readers.image_places import stem_of
-from darcnn.runtime.readers.open import is_readable, list_images
+from darcnn.runtime.readers.open import is_readable
+from darcnn.training.data.patterns import expand_images
 
 __all__ = [
     "Evaluation",
@@ -64,7 +65,7 @@ def labelled_images(folder: Path) -> list[tuple[Path, Path]]:
     """
     pairs = []
     files = sorted(path for path in (folder / "images").glob("*") if is_readable(path))
-    for image in [Path(image) for file in files for image in list_images(file)]:
+    for image in expand_images(files):
         label = folder / "labels" / f"{stem_of(image)}.png"
         if not label.is_file():
             raise InputError(

@@ -17,9 +17,9 @@ from darcnn.runtime.errors import InputError, ShapeError
 from darcnn.runtime.intensity import Window, apply_window, measure_window, select_channels
 from darcnn.runtime.readers import open_source
 from darcnn.runtime.readers.image_places import split_image, stem_of
-from darcnn.runtime.readers.open import SUFFIXES, list_images
+from darcnn.runtime.readers.open import SUFFIXES
 from darcnn.training.config import Source
-from darcnn.training.data.patterns import find_images
+from darcnn.training.data.patterns import expand_images, find_images
 from darcnn.training.data.source import (
     MAX_ENLARGEMENT,
     MIN_AREA_PX,
@@ -122,10 +122,8 @@ def read_label_map(path: Path) -> NDArray[np.int32]:
 
 def _image_paths(data: Path, images: str) -> list[Path]:
     folder = data / images
-    if folder.is_dir():
-        found = [Path(image) for file in folder.iterdir() for image in list_images(file)]
-    else:
-        found = find_images(data, images, key="source.images")
+    is_folder = folder.is_dir()
+    found = expand_images(folder.iterdir()) if is_folder else find_images(data, images, key="source.images")
     paths = sorted(path for path in found if split_image(path)[0].suffix.lower() in SUFFIXES)
     if not paths:
         raise InputError("no labelled images", where=folder, fix="correct source.images in the recipe")

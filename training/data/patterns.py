@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.open import list_images
 
-__all__ = ["find_files", "find_images"]
+__all__ = ["expand_images", "find_files", "find_images"]
 
 
 def find_files(folder: Path, pattern: str, *, key: str) -> list[Path]:
@@ -38,5 +39,9 @@ def find_images(folder: Path, pattern: str, *, key: str) -> list[Path]:
     file, number = split_image(Path(pattern))
     if number is not None:
         return [found / str(number) for found in find_files(folder, str(file), key=key)]
-    files = find_files(folder, pattern, key=key)
-    return [Path(image) for found in files for image in list_images(found)]
+    return expand_images(find_files(folder, pattern, key=key))
+
+
+def expand_images(files: Iterable[Path]) -> list[Path]:
+    """Return the places of the images in files: of one that holds several, each; what is no image stays."""
+    return [Path(image) for file in files for image in list_images(file)]
