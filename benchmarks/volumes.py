@@ -3,8 +3,9 @@
     python benchmarks/volumes.py particles-cryoet --folder ../shared/data/tomograms/val --shape 32,512,512
 
 Makes a volume of that shape (z, y, x) from the volumes of FOLDER, mirrored side by side, on the disk; runs it
-with all outputs; and times the same tiles, ready in memory, through the engine alone. Prints a table and
-writes JSON. Memory is that of the process beyond what it held once the model had seen a tile (Linux only).
+with all outputs; and after every eight planes times one, its tiles ready in memory, in the engine alone: what
+makes the machine slower for a while slows down both. Prints a table and writes JSON. Memory is that of the
+process beyond what it held once the model had seen a tile (Linux only).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,13 +27,12 @@ import numpy as np
 import darcnn.runtime
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.segmenter import Segmenter
-from darcnn.runtime.volumes.find import View, plan_view
+from darcnn.runtime.volumes.find import Block, FoundBlock, View, find_block, plan_view
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.runtime.volumes.options import VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
 
 _POLL_SECONDS = 0.02
-_SAMPLED = 6  # planes that are timed through the bare engine
 
 
 def make_volume(path: Path, sources: list[Path], shape: tuple[int, int, int]) -> None:
@@ -72,19 +72,41 @@ def _resident() -> float:
     return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def bare_seconds(segmenter: Segmenter, view: View) -> float:
-    """Return seconds a plane of the engine, its masks and outlines, on tiles that lie in memory."""
-    batch, seconds = segmenter.engine.spec.batch, []
-    for index in np.linspace(0, len(view.stack) - 1, _SAMPLED).astype(int).tolist():
-        with ArrayReader(view.stack.plane(index)) as reader:
-            sampler = segmenter.sampler(reader, view.plan, view.window)
-            pixels = [sampler.read(tile) for tile in view.plan.tiles]
+class TimedBlocks:
+    """Finds blocks as a run does (`BlockRunner`), and times one plane of each in the bare engine."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []  # seconds a plane, of each block
+        self.bare: list[float] = []  # the same of the engine alone
+        self.n_planes: list[int] = []
+        self.aside = 0.0  # seconds that timing the bare engine took
+
+    def __call__(
+        self, segmenter: Segmenter, blocks: Sequence[Block], advance: Callable[[int, int], None]
+    ) -> Iterator[FoundBlock]:
+        """Yield each of `blocks` once, found."""
+        for block in blocks:
             start = time.perf_counter()
-            for at in range(0, len(pixels), batch):
-                tiles = view.plan.tiles[at : at + batch]
-                segmenter.segment_batch(view.plan, view.stack.shape, tiles, pixels[at : at + batch])
-            seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
+            found, n = find_block(segmenter, block, advance), block.stop - block.start
+            end = time.perf_counter()
+            self.bare.append(bare_seconds(segmenter, block.view, block.start + n // 2))
+            self.found.append((end - start) / n)
+            self.n_planes.append(n)
+            self.aside += time.perf_counter() - end
+            yield found
+
+
+def bare_seconds(segmenter: Segmenter, view: View, index: int) -> float:
+    """Return seconds of the engine, its masks and outlines, on the tiles of a plane that lie in memory."""
+    batch = segmenter.engine.spec.batch
+    with ArrayReader(view.stack.plane(index)) as reader:
+        sampler = segmenter.sampler(reader, view.plan, view.window)
+        pixels = [sampler.read(tile) for tile in view.plan.tiles]
+        start = time.perf_counter()
+        for at in range(0, len(pixels), batch):
+            tiles = view.plan.tiles[at : at + batch]
+            segmenter.segment_batch(view.plan, view.stack.shape, tiles, pixels[at : at + batch])
+        return time.perf_counter() - start
 
 
 @click.command()
@@ -101,13 +123,14 @@ def main(model: str, folder: Path, shape: str, pixels: bool, out: Path | None) -
         make_volume(path, sorted((folder / "volumes").glob("*.mrc")), (z, y, x))
         with open_volume(path, Path(name)) as volume:
             view = plan_view(segmenter, volume, "z", pixels=pixels)
-            before = bare_seconds(segmenter, view)
-            with peak_memory() as peak:
-                options = VolumeOptions(axis="z", pixels=pixels)
-                summary = run_volume(segmenter, path, Path(name), options=options)
-            after = bare_seconds(segmenter, view)
+            bare_seconds(segmenter, view, z // 2)  # the model has seen tiles
+        blocks = TimedBlocks()
+        with peak_memory() as peak:
+            options = VolumeOptions(axis="z", pixels=pixels)
+            summary = run_volume(segmenter, path, Path(name), options=options, find_blocks=blocks)
         times = json.loads((summary.folder / "run.json").read_text())["seconds"]
-        bare = z * (before + after) / 2
+        times["find"] -= blocks.aside
+        bare = float(np.dot(blocks.bare, blocks.n_planes))
         record = {
             "model": model,
             "shape": [z, y, x],
@@ -119,6 +142,7 @@ def main(model: str, folder: Path, shape: str, pixels: bool, out: Path | None) -
             "bare_seconds": bare,
             "find_seconds": times["find"],
             "find_over_bare": times["find"] / bare,
+            "quartiles_of_blocks": np.percentile(np.divide(blocks.found, blocks.bare), [25, 50, 75]).tolist(),
             "other_seconds": sum(seconds for stage, seconds in times.items() if stage != "find"),
             "other_over_find": sum(v for stage, v in times.items() if stage != "find") / times["find"],
             "peak_mib": peak[0],
