@@ -180,8 +180,8 @@ class MicroscopeReader(PlaneReader):
             return file
         except InputError:
             raise
-        except ModuleNotFoundError as err:
-            raise needs_package(err.name or "", place, extra=_EXTRA) from err
+        except ImportError as err:  # there is none, or one of its libraries does not load
+            raise needs_package(err.name or _reason(err), place, extra=_EXTRA) from err
         except _UNREADABLE as err:
             raise InputError(
                 f"cannot be read as {cls.format_name} ({_reason(err)})",

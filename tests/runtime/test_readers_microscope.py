@@ -424,7 +424,14 @@ def test_a_file_that_was_cut_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "suffix"), [("nd2", ".nd2"), ("liffile", ".lif"), ("pylibCZIrw", ".czi"), ("h5py", ".ims")]
+    ("package", "suffix"),
+    [
+        ("nd2", ".nd2"),
+        ("liffile", ".lif"),
+        ("pylibCZIrw", ".czi"),
+        ("h5py", ".ims"),
+        ("hdf5plugin", ".ims"),
+    ],
 )
 def test_without_its_package_the_message_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, suffix: str

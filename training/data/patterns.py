@@ -1,4 +1,4 @@
-"""Which files a recipe means by a pattern."""
+"""Which files a recipe means by a pattern, and which images lie in files."""
 
 from __future__ import annotations
 
