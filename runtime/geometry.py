@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Level", "Region", "choose_level"]
+__all__ = ["Grid", "Level", "Region", "choose_level"]
 
 # A level whose pixels are up to this much coarser than asked for still serves: 0.499 um/px is "0.5".
 _COARSER_BY = 1.05
@@ -53,6 +53,21 @@ class Level:
     width_px: int
     height_px: int
     downsample: float
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Where the pixels of an image lie, along each of its axes: pixel i at `origin` + i * `steps`."""
+
+    steps: tuple[float, ...]
+    units: tuple[str | None, ...]  # as NGFF writes them: "micrometer", "second"; None: not known
+    origin: tuple[float, ...]
+
+    @classmethod
+    def of_steps(cls, steps: Sequence[float] | None, unit: str, *, n_axes: int) -> Grid:
+        """Return the grid of an image that begins at 0; steps that are not known (None) are 1 of no unit."""
+        known = (1.0,) * n_axes if steps is None else tuple(steps)
+        return cls(known, (None if steps is None else unit,) * n_axes, (0.0,) * n_axes)
 
 
 def choose_level(levels: Sequence[Level], downsample: float) -> Level:

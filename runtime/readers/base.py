@@ -252,7 +252,7 @@ def make_channel_names(given: Sequence[str | None], count: int, *, is_rgb: bool)
 def make_slide_name(path: Location) -> str:
     """Return the name of a slide: that of its file without the ending, and its place in one of several.
 
-    >>> [make_slide_name(Path(name)) for name in ("a/b.1.ome.tif", "c.svs", "d.nii.gz", "e.lif/3")]
+    >>> [make_slide_name(Path(name)) for name in ("a/b.1.ome.tif", "c.svs", "d.mrc.gz", "e.lif/3")]
     ['b.1', 'c', 'd', 'e-3']
     >>> make_slide_name("s3://bucket/e.ome.zarr/?version=1"), make_slide_name(Path("p/plate.zarr/A/1/0"))
     ('e', 'plate-A-1-0')
@@ -262,10 +262,15 @@ def make_slide_name(path: Location) -> str:
     return name_image(path, _name_file)
 
 
+_OF_MRC = (".mrc", ".rec", ".map", ".st")
+_INNER = {".gz": (".nii", *_OF_MRC), ".bz2": _OF_MRC}  # endings before the last one; others: .ome
+
+
 def _name_file(path: Path) -> str:
     stem = path.stem
-    inner = ".nii" if suffix_of(path) == ".nii.gz" else ".ome"
-    return stem[: -len(inner)] if stem.lower().endswith(inner) and len(stem) > len(inner) else stem
+    inner = Path(stem).suffix
+    is_part = inner.lower() in _INNER.get(path.suffix.lower(), (".ome",))
+    return stem.removesuffix(inner) if is_part else stem
 
 
 def without_secrets(path: Location) -> str:

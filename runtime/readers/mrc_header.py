@@ -13,7 +13,7 @@ import numpy as np
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.readers.base import needs_package, plausible_mpp
 
-__all__ = ["AXIS_NAMES", "MAP_FIELDS", "UNREADABLE", "MrcHeader", "read_mrc_header"]
+__all__ = ["UNREADABLE", "MrcHeader", "axes_of_map", "read_mrc_header"]
 
 _UM_PER_ANGSTROM = 1e-4
 _UNSET_ANGSTROM = 1.0  # what programs write where they know no pixel size
@@ -23,8 +23,8 @@ _IMOD_STAMP = 1146047817  # IMOD's mark: the flags behind it say whether bytes h
 _IMOD_STAMP_AT, _IMOD_FLAGS_AT = 152, 156  # bytes from the start of the header
 _IMOD_SIGNED = 1
 _EXTENSION_AT, _MAP_AT, _STAMP_AT = 92, 208, 212  # size of the extended header, "MAP", byte order
-AXIS_NAMES = "xyz"  # of the cell; the map fields count them from 1
-MAP_FIELDS = ("mapc", "mapr", "maps")  # which axis columns, rows and sections go along
+_AXIS_NAMES = "xyz"  # of the cell; the map fields count them from 1
+_MAP_FIELDS = ("mapc", "mapr", "maps")  # which axis columns, rows and sections go along
 # What mrcfile raises on files that are no MRC or end early; the others come from sizes that cannot be.
 UNREADABLE = (ValueError, OSError, ArithmeticError, TypeError, MemoryError, struct.error)
 
@@ -41,9 +41,12 @@ class MrcHeader:
     n_volumes: int = 1  # that lie one behind the other, in equal shares of the sections
 
 
-def read_mrc_header(path: Path) -> MrcHeader:
+def read_mrc_header(path: Path, *, where: Path | None = None) -> MrcHeader:
     """Return the checked header; a file that ends before its last value is refused here.
 
+    Args:
+        path: the file.
+        where: what it was unpacked from, for errors; None: it is what the user named.
     Raises:
         InputError: no MRC file, truncated, complex numbers or an unknown mode; mrcfile is not installed.
     """
@@ -51,26 +54,27 @@ def read_mrc_header(path: Path) -> MrcHeader:
         from mrcfile import utils
         from mrcfile.mrcfile import MrcFile
     except ModuleNotFoundError as err:
-        raise needs_package("mrcfile", path) from err
+        raise needs_package("mrcfile", where or path) from err
+    where = where or path
     try:
         n_bytes = path.stat().st_size
         _check_extension(path, utils, n_bytes)
         # mrcfile's own mapping warns, through a filter of the whole process, of a file with a tail
         with MrcFile(path, header_only=True) as file:
             header = file.header
-        _check_mode(int(header.mode), path)
+        _check_mode(int(header.mode), where)
         dtype = utils.data_dtype_from_header(header)
     except UNREADABLE as err:
         raise InputError(
-            f"cannot be read as MRC ({err})", where=path, fix="copy it again, or export it as MRC2014"
+            f"cannot be read as MRC ({err})", where=where, fix="copy it again, or export it as MRC2014"
         ) from err
     shape = (int(header.nz), int(header.ny), int(header.nx))
     if min(shape) < 1:
         size = " x ".join(str(n) for n in reversed(shape))
-        raise InputError(f"holds {size} values", where=path, fix="export it again")
+        raise InputError(f"holds {size} values", where=where, fix="export it again")
     offset = header.nbytes + int(header.nsymbt)
     if offset + math.prod(shape) * dtype.itemsize > n_bytes:
-        raise InputError("is truncated", where=path, fix="copy the file again or export it anew")
+        raise InputError("is truncated", where=where, fix="copy the file again or export it anew")
     if dtype == np.int8 and _is_unsigned(header.tobytes(), header.mode.dtype.byteorder):
         dtype = np.dtype(np.uint8)
     x, y, z = _steps(header)
@@ -84,12 +88,17 @@ def read_mrc_header(path: Path) -> MrcHeader:
 
 def _steps(header: Any) -> list[float | None]:
     """Return Angstrom from column to column, row to row and section to section; None: not told."""
-    order = [int(header[name]) for name in MAP_FIELDS]
-    if sorted(order) != [1, 2, 3]:  # programs that leave them 0 mean this
-        order = [1, 2, 3]
-    axes = [AXIS_NAMES[number - 1] for number in order]
+    axes = axes_of_map(header)
     counts = {axis: int(header[f"m{axis}"]) for axis in axes}
     return [float(header.cella[axis]) / counts[axis] if counts[axis] > 0 else None for axis in axes]
+
+
+def axes_of_map(header: Any) -> list[str]:
+    """Return which axis of the cell, "x", "y" or "z", columns, rows and sections go along."""
+    order = [int(header[name]) for name in _MAP_FIELDS]
+    if sorted(order) != [1, 2, 3]:  # programs that leave them 0 mean this
+        order = [1, 2, 3]
+    return [_AXIS_NAMES[number - 1] for number in order]
 
 
 def _check_extension(path: Path, utils: Any, n_bytes: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import zarr
 
 from darcnn.runtime.errors import DamagedPixelsError, InputError
-from darcnn.runtime.geometry import Level, Region
+from darcnn.runtime.geometry import Grid, Level, Region
 from darcnn.runtime.readers.base import (
     SECONDS,
     PlaneReader,
@@ -169,20 +169,58 @@ class Multiscale:
         step = self._steps(SECONDS).get("t")
         return step if step is not None and 0 < step < math.inf else None
 
+    def grid(self, axes: Sequence[str]) -> Grid | None:
+        """Return where the pixels of the first level lie along some axes, None where the file does not say.
+
+        An axis that the image lacks has one place, 0.
+        """
+        units, steps = self._units(), dict(zip(self.axes, self._scale() or (), strict=False))
+        if not steps:
+            return None
+        origin = dict(zip(self.axes, self._translation(), strict=True))
+        return Grid(
+            tuple(steps.get(axis, 1.0) for axis in axes),
+            tuple(units.get(axis) for axis in axes),
+            tuple(origin.get(axis, 0.0) for axis in axes),
+        )
+
     def _steps(self, sizes: Mapping[str, float]) -> dict[str, float]:
         """Return the step of the first level along each axis whose unit has a size, in that size."""
-        units = {
+        units, steps = self._units(), dict(zip(self.axes, self._scale() or (), strict=False))
+        return {
+            axis: sizes[str(units[axis])] * step
+            for axis, step in steps.items()
+            if str(units.get(axis)) in sizes
+        }
+
+    def _units(self) -> dict[str, str | None]:
+        return {
             axis["name"]: axis.get("unit") for axis in self.image.get("axes", ()) if isinstance(axis, Mapping)
         }
-        scales = [
-            *_scales(self.image.get("coordinateTransformations")),
-            *_scales(self.image["datasets"][0].get("coordinateTransformations")),
-        ]
+
+    def _scale(self) -> tuple[float, ...] | None:
+        """Return the step of the first level along each axis, None where it is not told."""
+        scales = [one for of in self._transformations() for one in _entries(of, "scale")]
         if not scales or any(len(scale) != len(self.axes) for scale in scales):
-            return {}
-        known = [axis for axis in self.axes if str(units.get(axis)) in sizes]
-        factors = {axis: math.prod(float(scale[self.axes.index(axis)]) for scale in scales) for axis in known}
-        return {axis: sizes[str(units[axis])] * factor for axis, factor in factors.items()}
+            return None
+        return tuple(math.prod(float(one) for one in along) for along in zip(*scales, strict=True))
+
+    def _translation(self) -> tuple[float, ...]:
+        """Return where the first pixel of the first level lies along each axis."""
+        place = [0.0] * len(self.axes)
+        for of in self._transformations():  # each scales what the one before has shifted
+            for factors in _entries(of, "scale"):
+                place = [one * float(factor) for one, factor in zip(place, factors, strict=False)]
+            for shifts in _entries(of, "translation"):
+                place = [one + float(shift) for one, shift in zip(place, shifts, strict=False)]
+        return tuple(place)
+
+    def _transformations(self) -> tuple[Sequence[Mapping[str, Any]], ...]:
+        """Return those of the first level, then those of all levels, in the order in which they act."""
+        return (
+            self.image["datasets"][0].get("coordinateTransformations") or (),
+            self.image.get("coordinateTransformations") or (),
+        )
 
 
 def open_multiscale(path: Location) -> Multiscale:
@@ -283,8 +321,8 @@ def _mpp(stored: Multiscale) -> tuple[float, float] | None:
     return plausible_mpp(step.get("x"), step.get("y"))
 
 
-def _scales(transformations: Sequence[Mapping[str, Any]] | None) -> list[Sequence[float]]:
-    return [entry["scale"] for entry in transformations or () if entry.get("type") == "scale"]
+def _entries(transformations: Sequence[Mapping[str, Any]], kind: str) -> list[Sequence[float]]:
+    return [entry[kind] for entry in transformations if entry.get("type") == kind]
 
 
 def _digest(stored: Multiscale) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
 from darcnn.runtime.ahead import map_ahead
-from darcnn.runtime.geometry import Region
+from darcnn.runtime.geometry import Grid, Region
 from darcnn.runtime.polygons import draw_polygons
 from darcnn.runtime.sinks.atomic import atomic_folder
 from darcnn.runtime.sinks.parquet import read_objects
@@ -55,7 +55,7 @@ def write_label_pyramid(
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
-    steps = None if mpp is None else mpp[::-1]  # y x
+    grid = Grid.of_steps(None if mpp is None else mpp[::-1], "micrometer", n_axes=2)  # y x
     with atomic_folder(path) as folder:
         shapes = [shape]
         while max(shapes[-1]) > _SMALLEST_PX:
@@ -63,7 +63,7 @@ def write_label_pyramid(
         group = zarr.create_group(
             store=zarr.storage.LocalStore(folder),
             zarr_format=3,
-            attributes={"ome": label_attributes(len(shapes), "yx", steps, unit="micrometer", name=name)},
+            attributes={"ome": label_attributes(len(shapes), "yx", grid, name=name)},
         )
         arrays = [_create(group, str(level), size, shard_px) for level, size in enumerate(shapes)]
         _draw(arrays[0], objects)
@@ -88,19 +88,17 @@ def _create(group: zarr.Group, name: str, shape: tuple[int, int], shard_px: int)
     )
 
 
-def label_attributes(
-    n_levels: int, axes: str, steps: Sequence[float] | None, *, unit: str, name: str
-) -> dict[str, Any]:
+def label_attributes(n_levels: int, axes: str, grid: Grid, *, name: str) -> dict[str, Any]:
     """Return the "ome" attributes of a label pyramid; each level takes every second pixel of the one before.
 
     Args:
         n_levels: of the pyramid.
         axes: a letter each, in the order of the array; along t every level has all time points.
-        steps: length of a pixel along each axis, None where it is unknown.
-        unit: of the steps.
+        grid: where the pixels of the first level lie along these axes.
         name: of the multiscale image.
     """
-    # Pixel i of a level is pixel i * 2^level of level 0 itself, so no level is shifted: no translation.
+    # Pixel i of a level is pixel i * 2^level of level 0 itself, so no level is shifted against another.
+    shift = [{"type": "translation", "translation": list(grid.origin)}] if any(grid.origin) else []
     datasets = [
         {
             "path": str(level),
@@ -109,14 +107,14 @@ def label_attributes(
                     "type": "scale",
                     "scale": [
                         step * (1.0 if axis == "t" else 2.0**level)
-                        for axis, step in zip(axes, steps or [1.0] * len(axes), strict=True)
+                        for axis, step in zip(axes, grid.steps, strict=True)
                     ],
-                }
+                },
+                *shift,
             ],
         }
         for level in range(n_levels)
     ]
-    known = {} if steps is None else {"unit": unit}
     return {
         "version": _VERSION,
         "multiscales": [
@@ -124,10 +122,12 @@ def label_attributes(
                 "name": name,
                 "type": "nearest",
                 "axes": [
-                    {"name": axis, "type": "time"}
-                    if axis == "t"
-                    else {"name": axis, "type": "space", **known}
-                    for axis in axes
+                    {
+                        "name": axis,
+                        "type": "time" if axis == "t" else "space",
+                        **({} if unit is None else {"unit": unit}),
+                    }
+                    for axis, unit in zip(axes, grid.units, strict=True)
                 ],
                 "datasets": datasets,
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import zarr
 
-from darcnn.runtime.readers.mrc_header import AXIS_NAMES, MAP_FIELDS
+from darcnn.runtime.errors import UsageError
+from darcnn.runtime.readers.mrc_header import axes_of_map
 from darcnn.runtime.readers.protocol import Location
+from darcnn.runtime.run_options import check_formats
 from darcnn.runtime.sinks.atomic import translated
 from darcnn.runtime.sinks.ctc import write_ctc
 from darcnn.runtime.sinks.labels_tiff import write_label_stack
@@ -29,9 +32,10 @@ from darcnn.runtime.sinks.result_folder import (
 )
 from darcnn.runtime.sinks.table_csv import write_csv
 from darcnn.runtime.volumes.open import is_mrc
+from darcnn.runtime.volumes.options import EXTRA_VOLUME_FORMATS
 from darcnn.runtime.volumes.volume import NM_PER_UM
 
-__all__ = ["add_formats", "write_formats"]
+__all__ = ["add_formats", "check_volume_formats", "write_formats"]
 
 _FILES = {"csv": CSV_FILE, "ctc": CTC_FOLDER, "labels-mrc": LABELS_MRC_FILE, "labels-tiff": LABELS_TIFF}
 _MAX_UINT16 = 65535
@@ -40,6 +44,18 @@ _GEOMETRY = (
     *("cella", "cellb", "origin", "mapc", "mapr", "maps"),
     *("mx", "my", "mz", "nxstart", "nystart", "nzstart", "ispg"),
 )
+
+
+def check_volume_formats(also: Sequence[str]) -> None:
+    """Refuse formats that there are none of, or whose package is not installed, before anything is found.
+
+    Raises:
+        UsageError: one of `also` cannot be written.
+    """
+    check_formats(also, EXTRA_VOLUME_FORMATS)
+    if "labels-mrc" in also and find_spec("mrcfile") is None:
+        fix = "run pip install 'darcnn[volumes]'"
+        raise UsageError("labels-mrc needs the package mrcfile", where="--also", fix=fix)
 
 
 def write_formats(folder: Path, path: Location, described: Mapping[str, Any], also: Sequence[str]) -> None:
@@ -114,10 +130,14 @@ def _files(folder: Path, described: Mapping[str, Any], extra: str) -> Iterator[s
         yield TRACKS_CSV_FILE
 
 
-def _set_cell(header: Any, voxel_nm: Sequence[float]) -> None:
-    """Let an MRC header say how large a voxel is along columns, rows and sections."""
-    for side_nm, along in zip(voxel_nm, MAP_FIELDS, strict=True):
-        axis = AXIS_NAMES[int(header[along]) - 1]
+def _set_cell(header: Any, step_nm: Sequence[float], counts: Sequence[int]) -> None:
+    """Let an MRC header say how large a voxel is along columns, rows and sections.
+
+    `counts` are those of the array; what the header says that a cell holds stays where it says anything.
+    """
+    for side_nm, n, axis in zip(step_nm, counts, axes_of_map(header), strict=True):
+        if int(header[f"m{axis}"]) <= 0:
+            header[f"m{axis}"] = n
         header["cella"][axis] = side_nm * _ANGSTROM_PER_NM * int(header[f"m{axis}"])
 
 
@@ -140,7 +160,7 @@ def _write_label_mrc(folder: Path, volume: Location, described: Mapping[str, Any
                     for name in _GEOMETRY:
                         file.header[name] = model.header[name]
             if described["voxel_nm_zyx"] is not None and described["voxel_source"] != "MRC cell":
-                _set_cell(file.header, described["voxel_nm_zyx"][::-1])
+                _set_cell(file.header, described["voxel_nm_zyx"][::-1], array.shape[::-1])
             for start in range(0, array.shape[0], depth):
                 file.data[start : start + depth] = np.asarray(array[start : start + depth])
         temporary.replace(path)

@@ -12,6 +12,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
+from darcnn.runtime.geometry import Grid
 from darcnn.runtime.sinks.atomic import atomic_folder
 from darcnn.runtime.sinks.ome_zarr import label_attributes
 from darcnn.runtime.volumes.solid import SolidFile
@@ -62,7 +63,7 @@ def write_label_volume(
     numbered: Numbered,
     *,
     shape: tuple[int, int, int],
-    voxel_nm: tuple[float, float, float] | None,
+    grid: Grid,
     name: str,
     is_series: bool = False,
 ) -> None:
@@ -75,7 +76,7 @@ def write_label_volume(
         path: folder to write; must not exist.
         numbered: the objects.
         shape: (Z, Y, X).
-        voxel_nm: nanometres per voxel, or None; along time any number.
+        grid: where the voxels lie.
         name: of the multiscale image.
         is_series: the first axis is time.
     Raises:
@@ -89,7 +90,7 @@ def write_label_volume(
         group = zarr.create_group(
             store=zarr.storage.LocalStore(folder),
             zarr_format=3,
-            attributes={"ome": label_attributes(n_levels, axes, voxel_nm, unit="nanometer", name=name)},
+            attributes={"ome": label_attributes(n_levels, axes, grid, name=name)},
         )
         # every how manieth voxel along each axis a level has
         steps = [(1 if is_series else 1 << level, 1 << level, 1 << level) for level in range(n_levels)]

@@ -14,6 +14,7 @@ from darcnn.runtime.volumes.solid import Solid
 __all__ = ["measure_solids", "solid_schema"]
 
 _ROWS = 4096  # solids that are measured at once
+_VOXELS = 1 << 20  # of a solid's box that are looked at at once, about
 # A voxel is a cube, not a point: its own second moment is 1/12 along each axis.
 _VOXEL_MOMENT = 1.0 / 12.0
 _BOX_COLUMNS = ("bbox_z0", "bbox_y0", "bbox_x0", "bbox_z1", "bbox_y1", "bbox_x1")
@@ -68,11 +69,10 @@ def measure_solids(
 
 
 def _measure(solid: Solid, voxel_nm: tuple[float, float, float] | None) -> dict[str, object]:
-    points = np.argwhere(solid.mask).astype(np.float64)  # (N, 3) z y x
-    n = len(points)
-    centroid = points.mean(axis=0) + solid.origin + 0.5
+    n, centre, spread = _moments(solid.mask)
+    centroid = centre + solid.origin + 0.5
     size = np.array(voxel_nm or (1.0, 1.0, 1.0))
-    axes = _axes(points, size)  # minor, middle, major
+    axes = _axes(spread, size)  # minor, middle, major
     row: dict[str, object] = {
         "id": None,
         "score": solid.score,
@@ -92,12 +92,28 @@ def _measure(solid: Solid, voxel_nm: tuple[float, float, float] | None) -> dict[
     return row
 
 
-def _axes(points: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the lengths (3,) of the axes of the ellipsoid with the moments of `points`, ascending.
+def _moments(mask: NDArray[np.bool_]) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+    """Return the number of voxels in (D, H, W), their mean place (3,) and covariance (3, 3), in voxels.
+
+    A few planes at a time: the places of all voxels of a large object would take 24 times its memory.
+    """
+    middle = np.array(mask.shape) // 2  # numbers stay small
+    n, total, products = 0, np.zeros(3), np.zeros((3, 3))
+    depth = max(1, _VOXELS // math.prod(mask.shape[1:]))
+    for start in range(0, len(mask), depth):
+        points = np.argwhere(mask[start : start + depth]) + (np.array([start, 0, 0]) - middle)  # (N, 3) z y x
+        n += len(points)
+        total += points.sum(axis=0)
+        products += points.T @ points
+    mean = total / n
+    return n, mean + middle, products / n - np.outer(mean, mean)
+
+
+def _axes(spread: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the lengths (3,) of the axes of the ellipsoid with the covariance `spread`, ascending.
 
     Along its own axis of length a an ellipsoid has the second moment a^2 / 20.
     """
-    moments = np.cov(points.T * size[:, None], bias=True) if len(points) > 1 else np.zeros((3, 3))
-    moments = moments + np.diag(size**2 * _VOXEL_MOMENT)
+    moments = spread * np.outer(size, size) + np.diag(size**2 * _VOXEL_MOMENT)
     lengths: NDArray[np.float64] = np.sqrt(20.0 * np.linalg.eigvalsh(moments))
     return lengths

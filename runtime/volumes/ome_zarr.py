@@ -47,8 +47,9 @@ def unpack_zarr(
         path=path,
         layout=layout,
         section_um=None if section is None else section[0],
-        frame_interval_s=image.frame_interval_s() if layout.is_series else None,
+        frame_interval_s=image.frame_interval_s(),
         is_rgb=False,  # one of its channels is read, also of colours
+        grid=image.grid((layout.along, "y", "x")),
     )
     check_room(path, scratch, facts.shape, facts.dtype)
     _check_chunks(image.arrays[0], path)
@@ -57,7 +58,8 @@ def unpack_zarr(
         with target.open("wb") as file:
             plane_bytes = math.prod(facts.shape[1:]) * facts.dtype.itemsize
             for span in _spans(image, layout, plane_bytes=plane_bytes):
-                file.write(to_pixels(_read(image, layout, span, number, path)).tobytes())
+                for plane in _read(image, layout, span, number, path):
+                    file.write(to_pixels(plane).tobytes())
     except BaseException:
         target.unlink(missing_ok=True)
         raise

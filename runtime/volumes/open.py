@@ -127,14 +127,14 @@ def _open_as_told(
 def _as_series(info: VolumeInfo) -> VolumeInfo:
     """Return the facts of planes that are time points, of which the file does not know."""
     pixel_um = None if info.voxel_nm is None else _pixel_um(info.voxel_nm)
-    return replace(info, is_series=True, voxel_nm=None, pixel_um=pixel_um)
+    return replace(info, is_series=True, voxel_nm=None, pixel_um=pixel_um, grid=None)
 
 
 def _with_voxel_size(info: VolumeInfo, voxel_nm: tuple[float, float, float]) -> VolumeInfo:
     """Return the facts with the size that the user gave; time points have no distance."""
     if info.is_series:
-        return replace(info, pixel_um=_pixel_um(voxel_nm), voxel_source="--voxel-size")
-    return replace(info, voxel_nm=voxel_nm, voxel_source="--voxel-size", is_depth_known=True)
+        return replace(info, pixel_um=_pixel_um(voxel_nm), voxel_source="--voxel-size", grid=None)
+    return replace(info, voxel_nm=voxel_nm, voxel_source="--voxel-size", is_depth_known=True, grid=None)
 
 
 def _pixel_um(voxel_nm: tuple[float, float, float]) -> tuple[float, float]:
@@ -147,7 +147,7 @@ def _open_mrc(path: Path, scratch: Path, *, is_packed: bool) -> Volume:
     unpacked = _unpack(path, scratch) if is_packed else None
     place = path if unpacked is None else unpacked
     try:
-        header = read_mrc_header(place)
+        header = read_mrc_header(place, where=path)
         if header.n_volumes > 1:
             raise InputError(
                 f"holds {header.n_volumes} volumes, one behind the other",
@@ -227,7 +227,7 @@ def _unpack_stack(
                 path=path,
                 layout=layout,
                 section_um=None if layout.is_series else planes_of_file.section_um,
-                frame_interval_s=planes_of_file.frame_interval_s if layout.is_series else None,
+                frame_interval_s=planes_of_file.frame_interval_s,
                 is_rgb=first.info.is_rgb,
             )
             check_room(path, scratch, facts.shape, facts.dtype)

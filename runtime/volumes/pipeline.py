@@ -33,7 +33,7 @@ from darcnn.runtime.record import (
     write_record,
 )
 from darcnn.runtime.row_filter import RowFilter, parse_filter
-from darcnn.runtime.run_options import asked_options, check_formats
+from darcnn.runtime.run_options import asked_options
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 from darcnn.runtime.sinks.parquet import write_parquet
@@ -51,7 +51,7 @@ from darcnn.runtime.sinks.result_folder import (
     make_folder_name,
 )
 from darcnn.runtime.stage_seconds import StageSeconds
-from darcnn.runtime.volumes.extras import add_formats, write_formats
+from darcnn.runtime.volumes.extras import add_formats, check_volume_formats, write_formats
 from darcnn.runtime.volumes.find import (
     BlockRunner,
     View,
@@ -64,7 +64,7 @@ from darcnn.runtime.volumes.joining import join_sections
 from darcnn.runtime.volumes.labels import Numbered, write_label_volume
 from darcnn.runtime.volumes.numbering import number_solids, table_columns
 from darcnn.runtime.volumes.open import count_lacking, open_volume
-from darcnn.runtime.volumes.options import EXTRA_VOLUME_FORMATS, AxisOption, VolumeOptions
+from darcnn.runtime.volumes.options import AxisOption, VolumeOptions
 from darcnn.runtime.volumes.overview import write_overview, write_scroll
 from darcnn.runtime.volumes.particles import write_points, write_star
 from darcnn.runtime.volumes.record import VolumeCounts, describe_views, describe_volume, size_warnings
@@ -76,7 +76,8 @@ from darcnn.runtime.volumes.volume import AXES, Volume
 __all__ = ["run_volume"]
 
 _COLOURS = 3  # channels of a model that sees colours
-_NANOMETRES = ("_nm", "_nm3")  # what columns end in that need the voxel size
+# What columns end in that need the size of a voxel, and of a pixel in a series; the option that gives it.
+_SIZES = (("_nm", "_nm3"), "--voxel-size"), (("_um", "_um2"), "--mpp")
 
 
 def run_volume(
@@ -109,10 +110,9 @@ def run_volume(
     chosen, start = options or VolumeOptions(), time.perf_counter()
     name = make_slide_name(path)
     folder = out_dir / make_folder_name(name)
-    check_formats(chosen.also, EXTRA_VOLUME_FORMATS)
+    check_volume_formats(chosen.also)
     asked = _asked(segmenter, path, chosen)
-    final_options = {"filter": chosen.row_filter}
-    final = asked | final_options
+    final = asked | {"filter": chosen.row_filter}
     if not chosen.overwrite and (earlier := read_record(folder / RUN_FILE, final)) is not None:
         add_formats(folder, path, earlier["input"], chosen.also)
         return _summarize(name, folder, earlier, start, megavoxels=0.0, was_done=True)
@@ -142,10 +142,9 @@ def run_volume(
                 counts = _finish(claimed, views, parts, row_filter, chosen.axis, segmenter, times)
                 with times.stage("also"):
                     write_formats(claimed.built, path, described, chosen.also)
+            options_told = {"options": {**asked["options"], "filter": chosen.row_filter}}
             record = {
-                **describe_run(
-                    segmenter, asked | {"options": {**asked["options"], "filter": chosen.row_filter}}
-                ),
+                **describe_run(segmenter, asked | options_told),
                 "asked_sha256": hash_of(final),
                 "input": described,
                 "network": describe_views(views, diameter),
@@ -247,8 +246,9 @@ def _check_volume(volume: Volume, chosen: VolumeOptions, model: ModelInput) -> R
             where=volume.info.path,
             fix=f"take one with --{'t' if volume.info.is_series else 'z'}, or save each in a file of its own",
         )
-    if voxel is None and row_filter is not None:
-        row_filter.require_known(_NANOMETRES, where=volume.info.path, fix="--voxel-size")
+    if row_filter is not None and volume.info.pixel_nm("z") is None:
+        endings, option = _SIZES[volume.info.is_series]
+        row_filter.require_known(endings, where=volume.info.path, fix=option)
     if chosen.n_joined is not None and volume.info.is_series:
         raise UsageError("means nothing to a series along t", where="--slab", fix="leave it out")
     if chosen.axis not in ("auto", "z") and volume.info.is_series:
@@ -316,7 +316,7 @@ def _finish(
             built / LABELS_FOLDER,
             numbered,
             shape=info.shape,
-            voxel_nm=info.label_steps_nm,
+            grid=info.label_grid,
             name=info.name,
             is_series=info.is_series,
         )

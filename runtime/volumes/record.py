@@ -37,7 +37,7 @@ def describe_volume(volume: Volume, asked: Mapping[str, Any]) -> dict[str, Any]:
         "voxel_depth_is_known": info.voxel_nm is not None and info.is_depth_known,
         "is_series": info.is_series,
         "pixel_um_yx": None if info.pixel_um is None else list(info.pixel_um),
-        "frame_interval_s": info.frame_interval_s,
+        "frame_interval_s": info.frame_interval_s if info.is_series else None,
     }
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.closing import Closing
 from darcnn.runtime.errors import InputError, OutputError, ShapeError
+from darcnn.runtime.geometry import Grid
 from darcnn.runtime.readers.protocol import Location, SlideInfo
 from darcnn.runtime.volumes.layout import Layout
 
@@ -52,10 +53,11 @@ class VolumeInfo:
     is_series: bool = False  # z is time
     layout: Layout = field(default_factory=Layout)  # what its planes are in a file that holds them one by one
     pixel_um: tuple[float, float] | None = None  # of a series: micrometres per pixel along y, x
-    frame_interval_s: float | None = None  # of a series: from one time point to the next
+    frame_interval_s: float | None = None  # from one time point to the next
     channel_names: tuple[str, ...] = ()  # where the file knows channels; `Volume.read` returns one
     is_depth_known: bool = True  # else planes are taken to lie as far apart as pixels
     image_name: str | None = None  # that one of several images has in its file
+    grid: Grid | None = None  # where the voxels lie, if the file tells it as OME-Zarr does
 
     @property
     def is_cubic(self) -> bool | None:
@@ -68,12 +70,16 @@ class VolumeInfo:
         return self.channel_names if len(self.channel_names) > 1 else ()
 
     @property
-    def label_steps_nm(self) -> tuple[float, float, float] | None:
-        """Nanometres from label to label along z, y, x; along time, 1 of no unit."""
-        if self.pixel_um is None:
-            return self.voxel_nm
-        y, x = self.pixel_um
-        return 1.0, NM_PER_UM * y, NM_PER_UM * x
+    def label_grid(self) -> Grid:
+        """Where the labels lie: where the file has its voxels, in its units, so that viewers overlay them."""
+        if self.grid is not None:
+            return self.grid
+        if not self.is_series:
+            return Grid.of_steps(self.voxel_nm, "nanometer", n_axes=3)
+        interval = None if self.frame_interval_s is None else (self.frame_interval_s,)
+        time = Grid.of_steps(interval, "second", n_axes=1)
+        plane = Grid.of_steps(self.pixel_um, "micrometer", n_axes=2)
+        return Grid(time.steps + plane.steps, time.units + plane.units, time.origin + plane.origin)
 
     @classmethod
     def of_planes(
@@ -85,6 +91,7 @@ class VolumeInfo:
         section_um: float | None,
         frame_interval_s: float | None,
         is_rgb: bool,
+        grid: Grid | None = None,
     ) -> VolumeInfo:
         """Return the facts about planes that a reader reads one by one.
 
@@ -95,6 +102,7 @@ class VolumeInfo:
             section_um: micrometres from plane to plane; None: the file does not say.
             frame_interval_s: seconds from time point to time point; None: the file does not say.
             is_rgb: `Volume.read` returns means of red, green and blue.
+            grid: where the voxels lie, if the file tells it as OME-Zarr does.
         """
         is_series = layout.is_series
         voxel = None if is_series else in_nanometres(info.mpp, section_um)
@@ -113,6 +121,7 @@ class VolumeInfo:
             channel_names=() if info.is_rgb else info.channel_names,
             is_depth_known=section_um is not None,
             image_name=info.image_name,
+            grid=grid,
         )
 
     def plane_shape(self, axis: Axis) -> tuple[int, int]:

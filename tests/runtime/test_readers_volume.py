@@ -14,6 +14,7 @@ import pytest
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.readers import Planes, count_planes, open_source
+from darcnn.runtime.readers.base import make_slide_name
 from darcnn.runtime.readers.mrc_header import read_mrc_header
 from darcnn.runtime.slide_list import list_slides
 
@@ -318,8 +319,10 @@ def test_volumes_in_a_folder_are_found_and_named_without_their_endings(tmp_path:
     mrc(tmp_path / "a.rec")
     nifti(tmp_path / "b.nii.gz", VOLUME.T)
     (tmp_path / "c.gz").write_bytes(gzip.compress(b"no volume"))
+    (tmp_path / "d.mrc.gz").write_bytes(gzip.compress((tmp_path / "a.rec").read_bytes()))
     found = list_slides([str(tmp_path)])
-    assert [path.name for path in found] == ["a.rec", "b.nii.gz"]
+    assert [path.name for path in found] == ["a.rec", "b.nii.gz", "d.mrc.gz"]
+    assert [make_slide_name(path) for path in found] == ["a", "b", "d"]
     nifti(tmp_path / "a.nii.gz", VOLUME.T)
     with pytest.raises(UsageError, match="would both be written"):
         list_slides([str(tmp_path)])

@@ -182,7 +182,8 @@ def test_a_series_of_planes_is_a_volume_along_t_and_one_moment_is_not(tmp_path: 
     with open_volume(path, tmp_path, voxel_nm=(5.0, 400.0, 900.0)) as volume:
         assert volume.info.voxel_nm is None
         assert volume.info.pixel_nm("z") == pytest.approx(600.0)
-        assert volume.info.label_steps_nm == (1.0, 400.0, 900.0)
+        assert volume.info.label_grid.steps == (1.0, 0.4, 0.9)
+        assert volume.info.label_grid.units == (None, "micrometer", "micrometer")
 
 
 @pytest.mark.parametrize(
@@ -208,6 +209,14 @@ def test_the_interval_of_a_series_comes_from_its_file(
     with open_volume(tmp_path / name, tmp_path) as volume:
         assert volume.info.is_series
         assert volume.info.frame_interval_s == (seconds if seconds is None else pytest.approx(seconds))
+
+
+def test_sections_that_are_told_to_be_time_points_keep_the_interval_of_their_file(tmp_path: Path) -> None:
+    metadata = {"axes": "ZYX", "finterval": 30.0}
+    tifffile.imwrite(tmp_path / "s.tif", VALUES.astype(np.uint16), imagej=True, metadata=metadata)
+    with open_volume(tmp_path / "s.tif", tmp_path, series=True) as volume:
+        assert volume.info.frame_interval_s == 30.0
+        assert volume.info.label_grid.steps[0] == 30.0
 
 
 @pytest.mark.parametrize(("unit", "seconds"), [("minute", 90.0), ("second", 1.5), (None, None)])
@@ -369,6 +378,17 @@ def test_a_volume_that_does_not_serve_is_one_line(
     with pytest.raises(InputError, match=words) as caught:
         open_volume(path, tmp_path)
     assert str(path) in str(caught.value)
+
+
+def test_what_is_wrong_inside_a_packed_file_is_said_of_that_file(tmp_path: Path) -> None:
+    inner = write_mrc(tmp_path / "v.mrc")
+    content = bytearray(inner.read_bytes())
+    struct.pack_into("<i", content, 12, 4)  # complex numbers
+    path = tmp_path / "v.mrc.gz"
+    path.write_bytes(gzip.compress(bytes(content)))
+    with pytest.raises(InputError, match="complex") as caught:
+        open_volume(path, tmp_path)
+    assert str(caught.value).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("name", ["a.mrc.gz", "a.map.bz2", "a.nii.gz"])

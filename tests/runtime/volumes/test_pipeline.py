@@ -27,7 +27,7 @@ from darcnn.runtime.intensity import IntensityRule, Window
 from darcnn.runtime.readers.protocol import Reader
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.slab import Slab
-from darcnn.runtime.volumes import agree, find, joining
+from darcnn.runtime.volumes import agree, extras, find, joining
 from darcnn.runtime.volumes.agree import Agreement
 from darcnn.runtime.volumes.labels import Numbered
 from darcnn.runtime.volumes.open import open_volume
@@ -215,6 +215,31 @@ def test_labels_in_mrc_lie_where_the_volume_lies(
         assert file.voxel_size.item() == pytest.approx((asked, asked, asked))
 
 
+def test_labels_in_mrc_know_their_voxels_where_the_header_of_the_volume_is_careless(
+    oracle16: Segmenter, mrc_file: Path, tmp_path: Path
+) -> None:
+    import mrcfile
+
+    with mrcfile.open(mrc_file, "r+") as file:
+        for name in ("mapc", "mapr", "maps", "mx", "my", "mz"):
+            file.header[name] = 0
+    options = VolumeOptions(also=("labels-mrc",), voxel_nm=(1.3, 1.2, 1.1))
+    folder = run_volume(oracle16, mrc_file, tmp_path / "out", options=options).folder
+    with mrcfile.open(folder / "labels.mrc") as file:
+        assert file.voxel_size.item() == pytest.approx((11.0, 12.0, 13.0))
+
+
+def test_labels_in_mrc_without_mrcfile_are_refused_before_anything_is_found(
+    oracle16: Segmenter, balls: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tifffile.imwrite(tmp_path / "s.tif", balls.astype(np.uint16), metadata={"axes": "ZYX"})
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    options = VolumeOptions(also=("labels-mrc",))
+    with pytest.raises(UsageError, match=r"labels-mrc needs the package mrcfile; run pip install 'darcnn"):
+        run_volume(oracle16, tmp_path / "s.tif", tmp_path / "out", options=options)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("n_planes", "n_found"), [(8, 1), (4, 1), (1, 1)])
 def test_a_volume_thinner_than_a_slab_has_objects_too(
     oracle16: Segmenter, tmp_path: Path, n_planes: int, n_found: int
@@ -320,6 +345,43 @@ def test_a_filter_on_nanometres_needs_a_voxel_size(
     assert run_volume(oracle16, tmp_path / "s.tif", tmp_path / "told", options=told).n_objects
 
 
+def test_a_filter_on_micrometres_needs_a_pixel_size_in_a_series(
+    oracle16: Segmenter, balls: np.ndarray, tmp_path: Path
+) -> None:
+    tifffile.imwrite(tmp_path / "s.tif", balls, imagej=True, metadata={"axes": "TYX"})
+    options = VolumeOptions(row_filter="area_um2 > 3")
+    with pytest.raises(UsageError, match=r"area_um2 is not known.*--mpp"):
+        run_volume(oracle16, tmp_path / "s.tif", tmp_path / "out", options=options)
+
+
+@pytest.mark.parametrize("along", ["z", "t"])
+def test_labels_lie_where_the_image_in_ome_zarr_does(
+    oracle16: Segmenter, balls: np.ndarray, tmp_path: Path, along: str
+) -> None:
+    group = zarr.create_group(tmp_path / "s.zarr", zarr_format=2)
+    group.create_array("0", data=balls.astype(np.uint16)[:, None])
+    kinds = {"t": ("time", "minute"), "c": ("channel", None)}
+    described = [(axis, *kinds.get(axis, ("space", "micrometer"))) for axis in f"{along}cyx"]
+    axes = [{"name": a, "type": kind} | ({"unit": unit} if unit else {}) for a, kind, unit in described]
+    own = [
+        {"type": "scale", "scale": [2.5, 1, 0.5, 0.25]},
+        {"type": "translation", "translation": [0, 0, 10, 20]},
+    ]
+    joint = [{"type": "scale", "scale": [2.0, 1, 1, 1]}, {"type": "translation", "translation": [1, 0, 0, 0]}]
+    datasets = [{"path": "0", "coordinateTransformations": own}]
+    image = {"version": "0.4", "axes": axes, "datasets": datasets, "coordinateTransformations": joint}
+    group.attrs["multiscales"] = [image]
+    options = VolumeOptions(pixels=True)
+    folder = run_volume(oracle16, tmp_path / "s.zarr", tmp_path / "out", options=options).folder
+    labels = zarr.open_group(folder / "labels.ome.zarr", mode="r")
+    (found,) = labels.attrs["ome"]["multiscales"]
+    assert found["axes"] == [axis for axis in axes if axis["name"] != "c"]
+    assert found["datasets"][0]["coordinateTransformations"] == [
+        {"type": "scale", "scale": [5.0, 0.5, 0.25]},
+        {"type": "translation", "translation": [1.0, 10.0, 20.0]},
+    ]
+
+
 def test_a_stack_of_colours_is_none_for_a_model_that_sees_them(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "s.tif", np.zeros((4, 40, 50, 3), np.uint8), photometric="rgb")
     for channels, told in ((3, False), (1, True)):
@@ -399,8 +461,8 @@ def test_a_series_is_told_to_be_one(oracle16: Segmenter, balls: np.ndarray, tmp_
     image = labels.attrs["ome"]["multiscales"][0]
     assert [axis["name"] for axis in image["axes"]] == ["t", "y", "x"]
     scales = [level["coordinateTransformations"][0]["scale"] for level in image["datasets"]]
-    assert np.allclose(scales, [[1, 300, 300], [1, 600, 600]])
-    assert [axis.get("unit") for axis in image["axes"]] == [None, "nanometer", "nanometer"]
+    assert np.allclose(scales, [[1, 0.3, 0.3], [1, 0.6, 0.6]])
+    assert [axis.get("unit") for axis in image["axes"]] == [None, "micrometer", "micrometer"]
     assert np.array_equal(labels["1"][:], labels["0"][:, ::2, ::2])
     assert labels["1"][:].any()
 
@@ -587,6 +649,21 @@ def test_three_axes_are_looked_along_where_that_serves_model_and_volume(
     assert record["network"]["axes"] == axes
     assert record["counts"]["objects"] == balls.max()
     assert record["counts"].get("by_axis", {}) == (dict.fromkeys(axes, balls.max()) if len(axes) > 1 else {})
+
+
+def test_three_axes_are_looked_along_where_the_size_of_a_voxel_is_not_known(
+    oracle16: Segmenter, mrc_file: Path, tmp_path: Path
+) -> None:
+    """Headers of tomograms often hold no size, and the diameter tells the scale."""
+    import mrcfile
+
+    with mrcfile.open(mrc_file, "r+") as file:
+        file.voxel_size = 1.0
+    model = replace(oracle16.manifest.input, slab=Slab(0.0), nominal_diameter_px=5.0)
+    segmenter = Segmenter(oracle16.engine, replace(oracle16.manifest, input=model))
+    with open_volume(mrc_file, tmp_path) as volume:
+        assert volume.info.voxel_nm is None
+        assert len(find.plan_views(segmenter, volume, "auto", diameter_px=5.0)) == 3
 
 
 def test_a_volume_too_large_for_the_memory_is_looked_at_along_z(
