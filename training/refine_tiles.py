@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.training import parallel
+from darcnn.training.adapt.pseudo_labels import show_dark_objects
 from darcnn.training.config import Recipe
 from darcnn.training.data.augment import add_noise, augment_target, vary_stains, vary_synthesized
 from darcnn.training.data.batches import Batch, BatchKey, make_batch
@@ -31,30 +33,37 @@ class RefineTiles:
 
     def __init__(self, recipe: Recipe, data: Path, targets: TargetImages) -> None:
         self.recipe, self.stage, self.targets = recipe, recipe.refine_stage, targets
-        self.synthesized = SynthesizedSource(targets)
         self.source = SourceTiles(recipe, data, targets) if self.stage.source_every else None
         slab, nominal = recipe.target.slab, recipe.target.nominal_diameter_px
         self._grain_px = 0.0 if slab is None else slab.sigma_px(nominal)
 
-    def batch(self, name: str, number: int, labels: dict[str, NDArray[np.int32]]) -> Batch:
-        """Return this process's share of batch `number` of the round called `name`.
+    def of_round(self, name: str, labels: dict[str, NDArray[np.int32]]) -> Callable[[int], Batch]:
+        """Return what makes this process's share of a batch of the round called `name`, by its number.
+
+        Every so many batches are of photographs, or of synthesized tiles: these have objects of the polarity
+        that the labelled ones have.
 
         Args:
             name: of the round.
-            number: every so many batches are of photographs, or of synthesized tiles.
-            labels: the round's pseudo-labels by image, (H, W), negative where doubtful.
+            labels: its pseudo-labels by image, (H, W), negative where doubtful.
         """
         stage, tile_px = self.stage, self.recipe.tile_px
-        if self.source is not None and number % stage.source_every == 0:
-            return self.source.batch(name, number, stage.batch)
-        is_synthetic = stage.synthetic_every and number % stage.synthetic_every == 0
+        is_dark = stage.synthetic_every > 0 and show_dark_objects(self.targets.images, labels)
+        synthesized = SynthesizedSource(self.targets, is_dark=is_dark)
 
-        def draw(rng: np.random.Generator) -> LabelledTile:
-            if is_synthetic:
-                return vary_synthesized(self.synthesized.tile(rng, tile_px), rng)
-            return self._vary(self.targets.tile(rng, tile_px, labels), rng)
+        def batch(number: int) -> Batch:
+            if self.source is not None and number % stage.source_every == 0:
+                return self.source.batch(name, number, stage.batch)
+            is_synthetic = stage.synthetic_every and number % stage.synthetic_every == 0
 
-        return make_batch(draw, BatchKey(self.recipe.seed, name, number), parallel.share_of(stage.batch))
+            def draw(rng: np.random.Generator) -> LabelledTile:
+                if is_synthetic:
+                    return vary_synthesized(synthesized.tile(rng, tile_px), rng)
+                return self._vary(self.targets.tile(rng, tile_px, labels), rng)
+
+            return make_batch(draw, BatchKey(self.recipe.seed, name, number), parallel.share_of(stage.batch))
+
+        return batch
 
     def _vary(self, tile: LabelledTile, rng: np.random.Generator) -> LabelledTile:
         """Return a pseudo-labelled tile as it is learned: labels come from the clean image."""

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from darcnn.runtime.errors import OutputError, UsageError
@@ -216,10 +214,7 @@ def run_refine(run: Run, start: Path) -> Darcnn:
             sheet=sheet,
             sheet_every=_epoch(len(labels), stage.batch * stage.accumulate),
         )
-
-        def batch_of(number: int, name: str = name, labels: dict[str, NDArray[np.int32]] = labels) -> Batch:
-            return tiles.batch(name, number, labels)
-
+        batch_of = tiles.of_round(name, labels)
         network = train(network, plan, batch_of, _refine_losses_of(network, run.device))
         note_trust(network, recipe, targets, folder)
     return network

@@ -26,6 +26,7 @@ from darcnn.training.data.synthesis import (
     synthesize_tile,
 )
 from darcnn.training.data.target import TargetImages
+from darcnn.training.refine_tiles import RefineTiles
 
 FAST = settings(deadline=None, max_examples=20)
 seeds = st.integers(0, 2**32 - 1)
@@ -225,6 +226,44 @@ def test_pale_insides_belong_to_their_nucleus_and_gaps_between_nuclei_do_not(dis
     found = find_nuclei(image, replace(STAINED, diameter_px=28.0))
     assert found[64, 40]
     assert not found[64, 90]
+
+
+def test_dark_objects_are_those_of_the_negative(root: Path) -> None:
+    image, _ = fluorescence(root)[0]
+    bright = synthesize_tile(image, np.random.default_rng(3), BRIGHT)
+    dark = synthesize_tile(255 - image, np.random.default_rng(3), replace(BRIGHT, is_dark=True))
+    assert len(bright.masks)
+    assert np.array_equal(dark.masks, bright.masks)
+    assert np.array_equal(dark.image, 255 - bright.image)
+
+
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_a_round_synthesizes_objects_of_the_polarity_of_its_labels(
+    tmp_path: Path, recipe: Recipe, is_dark: bool
+) -> None:
+    labels = np.zeros((160, 160), np.int32)
+    rows, columns = np.indices(labels.shape)
+    for number, (y, x) in enumerate(((30, 30), (30, 110), (110, 40), (120, 120)), start=1):
+        labels[(rows - y) ** 2 + (columns - x) ** 2 < 100] = number
+    noise = np.random.default_rng(0).normal(0, 4, labels.shape)
+    inside, outside = (80, 190) if is_dark else (190, 80)
+    Image.fromarray((np.where(labels, inside, outside) + noise).astype(np.uint8)).save(tmp_path / "a.png")
+    target = replace(
+        recipe.target,
+        sets=(TargetSet("a.png", diameter_px=20.0),),
+        channels=1,
+        intensity=IntensityRule("full_range"),
+        nominal_diameter_px=20.0,
+    )
+    stage = replace(recipe.refine_stage, synthetic_every=1, source_every=0, batch=2)
+    plan = replace(recipe, target=target, refine_stage=stage, tile_px=128)
+    targets = TargetImages(tmp_path, target, 0)
+    batch = RefineTiles(plan, tmp_path, targets).of_round("refine", {"a": labels})(0)
+    for picture, found in zip(batch.images.numpy(), batch.targets, strict=True):
+        covered = found["masks"].numpy().any(axis=0)
+        assert 0 < covered.mean() < 0.9
+        grey = picture.mean(axis=0)
+        assert (np.median(grey[covered]) < np.median(grey[~covered])) == is_dark
 
 
 def test_the_source_draws_crops_of_the_target_until_one_has_nuclei(stained: TargetImages) -> None:

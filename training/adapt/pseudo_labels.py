@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,8 @@ from tqdm import tqdm
 from darcnn.runtime.boxes import non_maximum_suppression
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.instances import Instances
+from darcnn.runtime.masks import label_instances
+from darcnn.runtime.sampling import spread_evenly
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.training.adapt.fit_masks import contrast_of, fit_masks, stain_of
 from darcnn.training.config import Recipe, RefineStage, relevant_part
@@ -30,11 +33,13 @@ __all__ = [
     "merge_scales",
     "read_labels",
     "share_of_bright",
+    "show_dark_objects",
 ]
 
 _DOUBTFUL = "doubtful"  # folder of findings that are neither labels nor background
 _FAINT = 0.25  # a finding with less than this share of its image's median contrast is dropped
 _SCORE_BINS = 20  # of the histogram that is kept
+_IMAGES = 16  # looked at to tell dark objects from bright ones
 _SAME_IOU = 0.3  # two findings whose boxes overlap more are one object, seen at two scales
 
 
@@ -155,6 +160,19 @@ def share_of_bright(contrasts: list[NDArray[np.float32]], found: list[Instances]
     bright = sum(float(((c > 0) * one.scores).sum()) for c, one in zip(contrasts, found, strict=True))
     dark = sum(float(((c < 0) * one.scores).sum()) for c, one in zip(contrasts, found, strict=True))
     return bright / (bright + dark) if bright + dark > 0 else 0.5
+
+
+def show_dark_objects(images: Sequence[TargetImage], labels: Mapping[str, NDArray[np.int32]]) -> bool:
+    """Tell whether most labelled objects are darker than their surroundings, on up to 16 images.
+
+    Args:
+        images: the targets.
+        labels: of those that have any, (H, W) by name; what is not above 0 is no object.
+    """
+    shown = spread_evenly([image for image in images if image.name in labels], _IMAGES)
+    found = [label_instances(np.maximum(labels[image.name], 0)) for image in shown]
+    contrasts = [contrast_of(image.pixels, one) for image, one in zip(shown, found, strict=True)]
+    return share_of_bright(contrasts, found) < 0.5
 
 
 def read_labels(folder: Path) -> dict[str, NDArray[np.int32]]:

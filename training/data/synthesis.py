@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,8 @@ class SynthesisOptions:
     """How tiles are synthesized."""
 
     diameter_px: float  # of a typical nucleus
-    is_stained: bool  # dark with haematoxylin in three channels; else bright on dark, as in fluorescence
+    is_stained: bool  # dark with haematoxylin in three channels; else bright on dark, as in fluorescence,
+    is_dark: bool = False  # or dark on bright: what of the negative holds
     ranges: NucleusRanges = field(default_factory=NucleusRanges)
     softness_px: tuple[float, float] = (1.0, 7.0)  # width of an edge: some tiles are out of focus
     rim: tuple[float, float] = (0.0, 0.25)  # how much stronger than its inside a nucleus' edge is
@@ -58,10 +59,14 @@ class SynthesisOptions:
 class SynthesizedSource:
     """A labelled source that needs no label: synthesized tiles made of crops of unlabelled images."""
 
-    def __init__(self, targets: TargetImages) -> None:
+    def __init__(self, targets: TargetImages, *, is_dark: bool = False) -> None:
+        """Draw from `targets`, whose objects are darker than what surrounds them if `is_dark`."""
         self.targets = targets
         target = targets.target
-        self.options = SynthesisOptions(target.nominal_diameter_px, is_stained=target.channels == 3)
+        is_stained = target.channels == 3
+        self.options = SynthesisOptions(
+            target.nominal_diameter_px, is_stained=is_stained, is_dark=is_dark and not is_stained
+        )
 
     def tile(self, rng: np.random.Generator, tile_px: int) -> LabelledTile:
         """Return a synthesized tile with at least one nucleus.
@@ -102,6 +107,9 @@ def synthesize_tile(
         Image (H, W, 3) and masks (N, H, W), disjoint; no mask, and the image as it was, where no nuclei
         were found to take texture from, no background between them, or no place for new ones.
     """
+    if options.is_dark:
+        tile = synthesize_tile(255 - image, rng, replace(options, is_dark=False))
+        return replace(tile, image=255 - tile.image)
     mask = find_nuclei(image, options)
     nothing = LabelledTile(image, np.zeros((0, *mask.shape), bool))
     if mask.sum() < _MIN_NUCLEI_PX:
