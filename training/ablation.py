@@ -16,7 +16,8 @@ from darcnn.training.checkpoint import load_network
 from darcnn.training.config import Ablation, Recipe
 from darcnn.training.engine import make_segmenter
 from darcnn.training.evaluate import evaluate_folder, labelled_images
-from darcnn.training.stages import Run, check_batches, run_adapt, run_refine, run_source
+from darcnn.training.run import Run
+from darcnn.training.stages import check_batches, run_adapt, run_refine, run_source
 from darcnn.training.writing import new_file
 
 __all__ = ["ARMS", "Arm", "run_ablation"]

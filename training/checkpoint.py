@@ -25,6 +25,7 @@ __all__ = [
     "load_optimizer",
     "read_info",
     "record_figures",
+    "record_recipe",
     "save_checkpoint",
 ]
 
@@ -102,6 +103,18 @@ def record_figures(folder: Path, name: str, figures: dict[str, Any]) -> None:
     """
     info = read_info(folder)
     _write_info(folder, replace(info, figures={**info.figures, name: figures}))
+
+
+def record_recipe(folder: Path, recipe: Recipe) -> None:
+    """Let a finished checkpoint say of its recipe what does not change its weights: name, terms, export.
+
+    Raises:
+        InputError: there is no checkpoint in `folder`.
+        OutputError: it cannot be written.
+    """
+    info = read_info(folder)
+    if info.recipe != recipe:
+        _write_info(folder, replace(info, recipe=recipe))
 
 
 def is_complete(folder: Path) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # torch is imported inside the commands: --help is quick and 
 
     from darcnn.runtime.volumes.options import AxisOption
     from darcnn.training.decisions import Decisions
-    from darcnn.training.stages import Run
+    from darcnn.training.run import Run
 
 __all__ = ["main"]
 
@@ -87,7 +87,7 @@ def _open_run(recipe: Path, out: Path | None, data: Path | None, resume: bool, d
     from darcnn.training.config import read_recipe
     from darcnn.training.model.pretrained import channels_of, licence_of
     from darcnn.training.parallel import processes
-    from darcnn.training.stages import Run
+    from darcnn.training.run import Run
 
     content = read_recipe(recipe)
     folder = data if data is not None else recipe.resolve().parent / content.data

@@ -19,11 +19,11 @@ from darcnn.training.engine import make_segmenter
 from darcnn.training.model.network import Darcnn
 from darcnn.training.writing import new_file
 
-__all__ = ["DECISIONS_FILE", "Decisions", "decide", "note_decisions"]
+__all__ = ["DECISIONS_FILE", "DECISIONS_PICTURE", "Decisions", "decide", "note_decisions"]
 
 DECISIONS_FILE = "decisions.json"
+DECISIONS_PICTURE = "decisions.png"
 
-_PICTURE = "decisions.png"
 _IMAGES = 6  # looked at and shown, evenly spread
 _COLUMNS = 3
 _UNDECIDED = 0.65  # share of the findings of one polarity below which it may well be the other
@@ -84,7 +84,7 @@ def decide(network: Darcnn, recipe: Recipe, targets: TargetImages, out: Path) ->
             picture = draw_outlines(image.pixels, instances.outlines, caption, enlarged=enlarged)
             _draw_ruler(picture, diameter * enlarged)
             pictures.append(picture)
-    with new_file(out / _PICTURE) as temporary:
+    with new_file(out / DECISIONS_PICTURE) as temporary:
         lay_out(pictures, columns=_COLUMNS, side_px=_SIDE_PX).save(temporary, format="PNG")
     diameters = np.array([nominal / image.scale for image in targets.images])
     contrasts = [contrast_of(image.pixels, one) for image, one in zip(shown, found, strict=True)]

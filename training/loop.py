@@ -21,6 +21,7 @@ from darcnn.training.checkpoint import (
     load_network,
     load_optimizer,
     read_info,
+    record_recipe,
     save_checkpoint,
 )
 from darcnn.training.config import Recipe, relevant_part
@@ -85,6 +86,9 @@ def train(
     """
     saved = _saved_progress(plan)
     if saved is not None and saved.complete:
+        if parallel.is_first():
+            record_recipe(plan.folder, plan.info.recipe)
+        parallel.wait_for_all()
         return _moved(load_network(plan.folder)[0], network)
     first = 0
     if saved is not None:

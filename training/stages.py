@@ -3,84 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from darcnn.runtime.errors import OutputError, UsageError
+from darcnn.runtime.errors import UsageError
 from darcnn.training import parallel
-from darcnn.training.adapt.diameters import DIAMETERS_FILE, match_scales
+from darcnn.training.adapt.diameters import match_scales
 from darcnn.training.adapt.pseudo_labels import label_images, read_labels
-from darcnn.training.checkpoint import CheckpointInfo, is_complete, load_network, save_checkpoint
+from darcnn.training.checkpoint import (
+    CheckpointInfo,
+    record_recipe,
+    save_checkpoint,
+)
 from darcnn.training.config import Recipe
 from darcnn.training.contact_sheet import ContactSheet
 from darcnn.training.data.batches import Batch, BatchKey, make_batch
 from darcnn.training.data.target import TargetImages
-from darcnn.training.decisions import DECISIONS_FILE, Decisions, decide, note_decisions
+from darcnn.training.decisions import (
+    DECISIONS_FILE,
+    Decisions,
+    decide,
+    note_decisions,
+)
 from darcnn.training.loop import LoopPlan, saved_progress, train
 from darcnn.training.model.network import Darcnn
-from darcnn.training.model.presets import preset_named
-from darcnn.training.model.pretrained import load_weights, start_of
+from darcnn.training.model.pretrained import load_weights
 from darcnn.training.refine_tiles import RefineTiles
+from darcnn.training.run import LABELS_FOLDER, LAST_ROUND, Run, check_images, check_start, rounds_of
 from darcnn.training.schedule import similarity_weight
 from darcnn.training.source_tiles import SourceTiles
 from darcnn.training.steps import adapt_losses, refine_losses, source_losses
 from darcnn.training.trust import note_trust
-from darcnn.training.writing import disk_errors, new_file
 
-__all__ = ["Run", "check_batches", "run_adapt", "run_all", "run_refine", "run_source"]
+__all__ = ["check_batches", "run_adapt", "run_all", "run_refine", "run_source"]
 
-_LAST_ROUND = "refine"  # its folder: the final model
 _MIN_SHEET_STEPS = 100  # between two pictures, which take as long as several steps
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One training run: what, from which data folder, into which folder, on which device."""
-
-    recipe: Recipe
-    data: Path
-    out: Path
-    resume: bool = False
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def folder(self, name: str) -> Path:
-        """Return the folder of the stage called `name`, made if need be.
-
-        Raises:
-            OutputError: it holds a checkpoint and the run does not resume, or cannot be written.
-        """
-        folder = self.out / name
-        if (folder / "checkpoint.json").exists() and not self.resume:
-            raise OutputError(
-                "holds a checkpoint already", where=folder, fix="pass --resume or another --out"
-            )
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
-    def is_done(self, folder: Path) -> bool:
-        """Tell whether a resumed run finds the stage in `folder` finished."""
-        return self.resume and is_complete(folder)
-
-    def start_from(self, folder: Path) -> Darcnn:
-        """Return the network of the checkpoint in `folder`, on the run's device, ready for adaptation.
-
-        Raises:
-            UsageError: it has other layers than the recipe's preset.
-        """
-        network, info = load_network(folder)
-        if network.preset != preset_named(self.recipe.preset, self.recipe.weights):
-            raise UsageError(
-                f"has other layers than the recipe: {info.recipe.preset}, weights {info.recipe.weights!r}",
-                where=folder,
-                fix="start from a checkpoint of a recipe with the same preset and weights",
-            )
-        if info.is_source_only:
-            network.start_adaptation()
-        return network.to(self.device)
 
 
 def run_source(run: Run) -> Darcnn:
@@ -90,14 +49,16 @@ def run_source(run: Run) -> Darcnn:
     """
     recipe, stage = run.recipe, run.recipe.source_stage
     folder = run.folder("source")
-    _check_start(run, folder)
+    check_start(run, folder)
     with torch.random.fork_rng(devices=[]):  # heads start at random, in every process the same
         torch.manual_seed(recipe.seed)
         network = Darcnn.from_name(recipe.preset, recipe.weights)
     if stage.steps == 0 or not run.is_done(folder):  # else they come from the checkpoint
         load_weights(network, recipe.weights, run.data)
     network.to(run.device)
-    targets = TargetImages(run.data, recipe.target, recipe.seed)
+    targets = run.targets()
+    if recipe.source is not None and recipe.source.synthetic_fraction > 0:
+        check_images(targets, folder)
     if stage.steps == 0:
         return _pass_on(run, network, "source", folder)
     tiles = SourceTiles(recipe, run.data, targets)
@@ -128,7 +89,8 @@ def run_adapt(run: Run, start: Path) -> Darcnn:
     recipe, stage = run.recipe, run.recipe.adapt_stage
     folder = run.folder("adapt")
     network = run.start_from(start)
-    targets = TargetImages(run.data, recipe.target, recipe.seed)
+    targets = run.targets()
+    check_images(targets, folder)
     _match_scales(run, network, targets, folder)
     if stage.steps == 0:
         network = _pass_on(run, network, "adapt", folder)
@@ -182,14 +144,14 @@ def run_refine(run: Run, start: Path) -> Darcnn:
     """
     recipe, stage = run.recipe, run.recipe.refine_stage
     network = run.start_from(start)
-    targets = TargetImages(run.data, recipe.target, recipe.seed)
-    first = run.folder(_rounds(recipe)[0])
-    known = start / DIAMETERS_FILE  # what stage 1 measured holds for stage 2
-    _match_scales(run, network, targets, known.parent if known.is_file() else first)
+    targets = run.targets()
+    first = run.folder(rounds_of(recipe)[0])
+    check_images(targets, first)
+    _match_scales(run, network, targets, first, before=start)  # what stage 1 measured holds for stage 2
     tiles, sheet = RefineTiles(recipe, run.data, targets), ContactSheet(recipe, targets)
-    for name in _rounds(recipe):
+    for name in rounds_of(recipe):
         folder = run.folder(name)
-        label_folder = folder / "pseudo_labels"
+        label_folder = folder / LABELS_FOLDER
         if not run.is_done(folder) and parallel.is_first():
             label_images(
                 network,
@@ -197,7 +159,7 @@ def run_refine(run: Run, start: Path) -> Darcnn:
                 targets,
                 label_folder,
                 resume=run.resume,
-                keeps_doubt=name != _LAST_ROUND,
+                keeps_doubt=name != LAST_ROUND,
             )
         parallel.wait_for_all()
         labels = read_labels(label_folder)
@@ -223,7 +185,7 @@ def run_refine(run: Run, start: Path) -> Darcnn:
 def _decide(run: Run, is_right: Callable[[Decisions], bool]) -> None:
     """Let the size and polarity of the objects be judged before anything is learned from them."""
     network = run.start_from(run.out / "source")
-    targets = TargetImages(run.data, run.recipe.target, run.recipe.seed)
+    targets = run.targets()
     match_scales(network, run.recipe, targets, run.out / "adapt")
     decisions = decide(network, run.recipe, targets, run.out)
     if not is_right(decisions):
@@ -235,46 +197,26 @@ def _decide(run: Run, is_right: Callable[[Decisions], bool]) -> None:
     note_decisions(decisions, run.out)
 
 
-def _check_start(run: Run, folder: Path) -> None:
-    """Note in `folder` what the run starts from, or compare it with what an earlier try noted.
-
-    Raises:
-        UsageError: the weights are others than those that the stage was begun with.
-    """
-    start, path = start_of(run.recipe.preset, run.recipe.weights, run.data), folder / "start.txt"
-    if parallel.is_first():
-        if not path.is_file():
-            with new_file(path) as temporary:
-                temporary.write_text(start, encoding="utf-8")
-        elif path.read_text(encoding="utf-8") != start:
-            raise UsageError(
-                f"was begun from another file than weights = {run.recipe.weights!r} is now",
-                where=folder,
-                fix="choose another --out, or bring that file back",
-            )
-    parallel.wait_for_all()
-
-
 def _pass_on(run: Run, network: Darcnn, stage: str, folder: Path) -> Darcnn:
     """Write the checkpoint of a stage that has no steps."""
-    if parallel.is_first() and not run.is_done(folder):  # figures may be noted in it
-        save_checkpoint(folder, network, CheckpointInfo(stage, 0, True, run.recipe))
+    if parallel.is_first():
+        if run.is_done(folder):  # figures may be noted in it
+            record_recipe(folder, run.recipe)
+        else:
+            save_checkpoint(folder, network, CheckpointInfo(stage, 0, True, run.recipe))
     parallel.wait_for_all()
     return network.eval()
 
 
-def _match_scales(run: Run, network: Darcnn, targets: TargetImages, folder: Path) -> None:
+def _match_scales(
+    run: Run, network: Darcnn, targets: TargetImages, folder: Path, *, before: Path | None = None
+) -> None:
     """Bring the images to the network's scale, by what it finds on them; one process looks, all read."""
     if parallel.is_first():
-        match_scales(network, run.recipe, targets, folder)
+        match_scales(network, run.recipe, targets, folder, before=before)
     parallel.wait_for_all()
     if not parallel.is_first():
-        match_scales(network, run.recipe, targets, folder)
-
-
-def _rounds(recipe: Recipe) -> list[str]:
-    """Return the names of the rounds of stage 2."""
-    return [*(f"refine-{number}" for number in range(1, recipe.refine_stage.rounds)), _LAST_ROUND]
+        match_scales(network, run.recipe, targets, folder, before=before)
 
 
 def _refine_losses_of(network: Darcnn, device: torch.device) -> Callable[[Batch, int], dict[str, Tensor]]:
@@ -312,7 +254,7 @@ def run_all(run: Run, is_right: Callable[[Decisions], bool] = lambda decisions: 
         UsageError: that is not right.
     """
     check_batches(run.recipe)
-    for name in ("source", "adapt", *_rounds(run.recipe)):
+    for name in ("source", "adapt", *rounds_of(run.recipe)):
         saved_progress(run.folder(name), name.partition("-")[0], run.recipe)  # before any is trained
     run_source(run)
     if parallel.is_first() and not (run.out / DECISIONS_FILE).is_file():

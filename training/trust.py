@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.readers.array import ArrayReader
@@ -25,35 +26,47 @@ _IMAGES = 8  # looked at, evenly spread over the targets and always the same
 
 
 def note_trust(network: Darcnn, recipe: Recipe, targets: TargetImages, folder: Path) -> None:
-    """Judge the target branch on eight of its unlabelled images and write `folder`/trust.json, once.
+    """Judge the target branch on eight of its unlabelled images and write `folder`/trust.json.
 
-    Of several processes the first does.
+    Of several processes the first does; again only where the recipe exports the model otherwise.
 
     Raises:
         OutputError: it cannot be written.
     """
-    if not is_first() or (folder / TRUST_FILE).is_file():
+    if not is_first():
+        return
+    export = recipe.export
+    depends_on = {key: getattr(export, key) for key in ("min_score", "tile_px", "max_diameters")}
+    if _read(folder).get("depends_on") == depends_on:
         return
     as_they_are = recipe.target.with_intensity_done()
     nominal, figures = recipe.target.nominal_diameter_px, []
     with make_segmenter(
         network,
         as_they_are,
-        min_score=recipe.export.min_score,
-        tile_px=recipe.export.tile_px,
-        max_diameters=recipe.export.max_diameters,
+        min_score=export.min_score,
+        tile_px=export.tile_px,
+        max_diameters=export.max_diameters,
     ) as segmenter:
         for image in spread_evenly(targets.images, _IMAGES):
             with ArrayReader(image.pixels) as reader:
                 figures.append(judge_image(segmenter, reader, diameter_px=nominal / image.scale))
+    content = {**asdict(mean_trust(figures)), "depends_on": depends_on}
     with new_file(folder / TRUST_FILE) as temporary:
-        temporary.write_text(json.dumps(asdict(mean_trust(figures))), encoding="utf-8")
+        temporary.write_text(json.dumps(content), encoding="utf-8")
 
 
 def read_trust(folder: Path) -> Trust | None:
     """Return what the stage in `folder` noted, None if nothing."""
+    content = _read(folder)
+    content.pop("depends_on", None)
+    return Trust(**content) if content else None
+
+
+def _read(folder: Path) -> dict[str, Any]:
     path = folder / TRUST_FILE
-    return Trust(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
 
 
 def round_folders(out: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from darcnn.training import ablation
 from darcnn.training.ablation import ARMS, Arm, run_ablation
 from darcnn.training.checkpoint import read_info
 from darcnn.training.config import Ablation, Recipe, TargetSet
-from darcnn.training.stages import Run
+from darcnn.training.run import Run
 
 NAMES = [
     "source",

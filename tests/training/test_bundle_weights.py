@@ -26,7 +26,8 @@ from darcnn.training.model.network import Darcnn
 from darcnn.training.model.photographs import load_photographs
 from darcnn.training.model.pretrained import licence_of, load_weights, start_of
 from darcnn.training.open_model import open_model
-from darcnn.training.stages import Run, run_adapt, run_source
+from darcnn.training.run import Run
+from darcnn.training.stages import run_adapt, run_source
 
 MODEL = "nuclei-fluorescence"
 

@@ -24,7 +24,8 @@ from darcnn.training.model.heads import Heads, make_heads
 from darcnn.training.model.network import Darcnn
 from darcnn.training.model.presets import PRESETS, Preset, preset_named
 from darcnn.training.model.tensor_file import read_tensors
-from darcnn.training.stages import Run, run_source
+from darcnn.training.run import Run
+from darcnn.training.stages import run_source
 
 N_CLASSES = 80
 SIZE = (192, 256)

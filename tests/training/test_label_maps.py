@@ -19,7 +19,8 @@ from darcnn.training.config import Recipe, Source
 from darcnn.training.data.batches import make_source_tile, random_generator
 from darcnn.training.data.label_maps import LabelMapSource, open_labelled_source, read_label_map
 from darcnn.training.data.source import PhotographSource
-from darcnn.training.stages import Run, run_source
+from darcnn.training.run import Run
+from darcnn.training.stages import run_source
 
 FAST = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 seeds = st.integers(0, 2**32 - 1)

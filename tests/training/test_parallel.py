@@ -21,7 +21,8 @@ from darcnn.training.checkpoint import load_network
 from darcnn.training.config import read_recipe
 from darcnn.training.history import read_history
 from darcnn.training.model.network import Darcnn
-from darcnn.training.stages import Run, run_adapt, run_source
+from darcnn.training.run import Run
+from darcnn.training.stages import run_adapt, run_source
 
 LOSS_TOLERANCE, WAY_TOLERANCE = 1e-4, 0.02
 

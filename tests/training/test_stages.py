@@ -31,7 +31,8 @@ from darcnn.training.data.batches import Batch
 from darcnn.training.data.source import LabelledTile
 from darcnn.training.data.synthesis import SynthesizedSource
 from darcnn.training.model.network import Darcnn
-from darcnn.training.stages import Run, run_adapt, run_all, run_refine, run_source
+from darcnn.training.run import Run
+from darcnn.training.stages import run_adapt, run_all, run_refine, run_source
 from darcnn.training.trust import read_trust
 
 
@@ -379,7 +380,8 @@ from pathlib import Path
 import torch
 from darcnn.training import loop
 from darcnn.training.config import recipe_from_table
-from darcnn.training.stages import Run, run_adapt, run_refine, run_source
+from darcnn.training.run import Run
+from darcnn.training.stages import run_adapt, run_refine, run_source
 
 torch.set_num_threads(1)
 loop._SAVE_EVERY = 2
@@ -504,8 +506,20 @@ def test_figures_that_were_noted_stay_when_a_run_goes_on(tiny: Recipe, data: Pat
     run = Run(bare, data, tmp_path / "run")
     run_source(run)
     record_figures(tmp_path / "run" / "source", "x", {"aji": 0.5})
-    run_source(replace(run, resume=True))
+    other = replace(bare, name="other", export=replace(bare.export, min_score=0.9))
+    run_source(replace(run, recipe=other, resume=True))
     assert read_info(tmp_path / "run" / "source").figures == {"x": {"aji": 0.5}}
+    assert read_info(tmp_path / "run" / "source").recipe == other  # what a bundle of it will say
+
+
+@pytest.mark.usefixtures("untrusted")
+def test_a_finished_stage_takes_over_what_is_said_of_its_export(
+    tiny: Recipe, data: Path, tmp_path: Path, network: Darcnn
+) -> None:
+    save_checkpoint(tmp_path / "source", network, CheckpointInfo("source", 1, True, tiny))
+    for name, recipe in (("tiny", tiny), ("other", replace(tiny, name="other"))):
+        run_adapt(Run(recipe, data, tmp_path, resume=True), tmp_path / "source")
+        assert read_info(tmp_path / "adapt").recipe.name == name
 
 
 def test_another_recipe_is_refused_before_a_finished_run_is_touched(

@@ -18,7 +18,8 @@ from darcnn.training.decisions import Decisions
 from darcnn.training.model import photographs
 from darcnn.training.model.network import Darcnn
 from darcnn.training.model.pretrained import load_weights, start_of
-from darcnn.training.stages import Run, run_all, run_source
+from darcnn.training.run import Run
+from darcnn.training.stages import run_all, run_source
 
 
 @pytest.fixture

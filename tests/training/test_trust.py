@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from darcnn.runtime.errors import InputError
+from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.segmenter import Segmenter
 from darcnn.training.checkpoint import CheckpointInfo, save_checkpoint
 from darcnn.training.config import Recipe
+from darcnn.training.data.target import TargetImages
 from darcnn.training.model.network import Darcnn
-from darcnn.training.trust import TRUST_FILE, most_trusted_round
+from darcnn.training.trust import TRUST_FILE, most_trusted_round, note_trust, read_trust
+from darcnn.training.unlabelled import Trust
 
 
 @pytest.fixture
@@ -53,3 +57,24 @@ def test_a_run_that_is_not_finished_has_none(run: Path, recipe: Recipe, network:
         most_trusted_round(run)
     with pytest.raises(InputError, match="no finished run"):
         most_trusted_round(run / "nowhere")
+
+
+def test_a_stage_is_judged_again_only_where_it_would_be_exported_otherwise(
+    tmp_path: Path, recipe: Recipe, network: Darcnn, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+
+    def judge(segmenter: Segmenter, reader: Reader, *, diameter_px: float) -> Trust:
+        looks.append(segmenter.min_score)
+        return Trust(0.5, segmenter.min_score, 1)
+
+    monkeypatch.setattr("darcnn.training.trust.judge_image", judge)
+    targets = TargetImages(data, recipe.target, 0)
+    for min_score in (0.7, 0.7, 0.3):
+        exported = replace(recipe, export=replace(recipe.export, min_score=min_score))
+        note_trust(network, exported, targets, tmp_path)
+        trust = read_trust(tmp_path)
+        assert trust is not None
+        assert trust.separation == pytest.approx(min_score)
+    n_images = len(targets.images)
+    assert looks == [0.7] * n_images + [0.3] * n_images

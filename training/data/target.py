@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,11 +83,17 @@ class TargetImages:
             has other channels; or no image is left.
     """
 
-    def __init__(self, data: Path, target: Target, seed: int) -> None:
+    def __init__(self, data: Path, target: Target, seed: int, *, without: Sequence[Path] = ()) -> None:
+        """Load the images that patterns of `target` match in `data`, but those in or at `without`."""
         self.target = target
+        passed_over = [place.resolve() for place in without]
         self.images: list[TargetImage] = []
         for group in target.sets:
-            paths = find_images(data, group.images, key="target.sets.images")
+            paths = [
+                path
+                for path in find_images(data, group.images, key="target.sets.images")
+                if not any(path.resolve().is_relative_to(place) for place in passed_over)
+            ]
             if not paths:
                 raise InputError(
                     "no target images",
@@ -99,6 +106,7 @@ class TargetImages:
             raise InputError(
                 "no target image has any contrast", where=data, fix="correct target.intensity in the recipe"
             )
+        self.digest = _digest(self.images)  # tells them from other images, and from others of their names
 
     def _add(self, path: Path, group: TargetSet, seed: int) -> None:
         with ExitStack() as stack:
@@ -288,6 +296,15 @@ def _draw_planes(path: Path) -> list[tuple[str, int | None, int | None]]:
             ends = (f"_t{t:03d}" if planes.n_t > 1 else "") + (f"_z{z:03d}" if planes.n_z > 1 else "")
             drawn.append((ends, z if planes.n_z > 1 else None, t if planes.n_t > 1 else None))
     return drawn
+
+
+def _digest(images: Sequence[TargetImage]) -> str:
+    """Return the sha256 of names, scales and pixels."""
+    found = hashlib.sha256()
+    for image in images:
+        found.update(repr((image.name, image.pixels.shape, image.scale, image.is_scale_open)).encode())
+        found.update(image.pixels.tobytes())
+    return found.hexdigest()
 
 
 def _has_contrast(pixels: NDArray[np.uint8]) -> bool:
