@@ -24,7 +24,7 @@ from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.find import plan_view, plane_reader
 from darcnn.runtime.volumes.open import open_volume
 from darcnn.training.config import Recipe
-from darcnn.training.data.patterns import expand_images, find_images
+from darcnn.training.data.patterns import expand_images, find_images, is_left_behind
 
 __all__ = ["TileSource", "images_in", "images_of", "learned_images", "measure_mpp", "read_tiles"]
 
@@ -111,7 +111,8 @@ def images_in(folder: Path, diameter_px: float | None = None) -> list[TileSource
     files = (
         path
         for path in sorted(folder.rglob("*"))
-        if is_readable(path) and not _is_result(path, folder) and not _is_in_zarr(path, folder)
+        if is_readable(path)
+        and not (is_left_behind(path) or _is_result(path, folder) or _is_in_zarr(path, folder))
     )
     found = [TileSource(image, diameter_px) for image in expand_images(files)]
     if not found:

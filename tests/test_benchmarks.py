@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -70,6 +71,19 @@ def test_backends_are_timed_on_a_single_tile(run, example_slide):
     code, out, err = run("engines", "nuclei-he", example_slide, "--tiles", 1, "--backend", "onnxruntime")
     assert code == 0, err
     assert "Mpx/s" in out
+
+
+@pytest.mark.slow
+def test_a_run_on_a_volume_is_timed_beside_the_bare_engine(run, shared, tmp_path):
+    folder = shared / "data" / "tomograms" / "val"
+    code, _, err = run(
+        "volumes", "particles-cryoet", "--folder", folder, "--shape", "9,64,64", "--out", "figures.json"
+    )
+    assert code == 0, err
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert 0.5 < figures["find_over_bare"] < 20
+    assert len(figures["quartiles_of_blocks"]) == 3
+    assert figures["bare_seconds"] > 0
 
 
 @pytest.mark.slow

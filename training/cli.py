@@ -38,7 +38,7 @@ def main() -> None:
         err.show()
         code = EXIT_UNUSABLE
     except (click.Abort, KeyboardInterrupt):
-        goes_on = "; the same command with --resume goes on" if set(sys.argv) & _RESUMABLE else ""
+        goes_on = "; the same command with --resume goes on" if set(sys.argv[1:2]) & _RESUMABLE else ""
         click.echo(f"interrupted{goes_on}", err=True)
         code = EXIT_INTERRUPTED
     except DarcnnError as err:
@@ -273,6 +273,12 @@ def evaluate(
     """
     from darcnn.training.open_model import open_model
 
+    if axis not in ("auto", "z") and unlabelled:
+        raise UsageError("--unlabelled looks at planes across z", where="--axis", fix="leave it out")
+    if axis != "auto" and not (unlabelled or (folder / "volumes").is_dir()):
+        raise UsageError(
+            f"means nothing to {folder}, which has no volumes/", where="--axis", fix="leave it out"
+        )
     if unlabelled:
         from darcnn.training import unlabelled as trust
 
@@ -303,11 +309,11 @@ def evaluate(
             result = images.evaluate_folder(folder, segment)
         table, singly, of = images.as_rows(result), images.by_image(result), "image"
     _give(table, json_path)
-    _note(model, folder, table)
     if csv_path is not None:
         from darcnn.training.writing import write_csv
 
         write_csv(singly, csv_path, of=of)
+    _note(model, folder, table)  # a checkpoint may lie where nothing can be written
 
 
 def _note(model: str, folder: Path, table: dict[str, dict[str, float]]) -> None:

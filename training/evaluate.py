@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,7 @@ from darcnn.runtime.instances import Instances
 from darcnn.runtime.metrics import Scores, aggregate_scores, mean_scores, score_labels
 from darcnn.runtime.readers import Reader, open_source
 from darcnn.runtime.readers.image_places import stem_of
-from darcnn.runtime.readers.open import is_readable
-from darcnn.training.data.patterns import expand_images
+from darcnn.training.data.patterns import images_of_folder
 
 __all__ = [
     "Evaluation",
@@ -27,6 +26,7 @@ __all__ = [
     "kinds",
     "labelled_images",
     "read_label_image",
+    "refuse_shared_labels",
 ]
 
 _FIGURES = ("aji", "pixel_f1", "object_f1", "max_iou")
@@ -61,11 +61,13 @@ def labelled_images(folder: Path) -> list[tuple[Path, Path]]:
     Of several images in a file `plate.tif` the labels are `plate-0.png` and so on.
 
     Raises:
-        InputError: there is none, or an image has no labels.
+        InputError: there is none, an image has no labels, or two have the same.
     """
-    pairs = []
-    files = sorted(path for path in (folder / "images").glob("*") if is_readable(path))
-    for image in expand_images(files):
+    place = folder / "images"
+    pairs: list[tuple[Path, Path]] = []
+    images = images_of_folder(place) if place.is_dir() else []
+    refuse_shared_labels([stem_of(image) for image in images], images)
+    for image in images:
         label = folder / "labels" / f"{stem_of(image)}.png"
         if not label.is_file():
             raise InputError(
@@ -73,8 +75,25 @@ def labelled_images(folder: Path) -> list[tuple[Path, Path]]:
             )
         pairs.append((image, label))
     if not pairs:
-        raise InputError("no images", where=folder / "images", fix="give a folder with images/ and labels/")
+        raise InputError("no images", where=place, fix="give a folder with images/ and labels/")
     return pairs
+
+
+def refuse_shared_labels(names: Sequence[str], images: Sequence[Path]) -> None:
+    """Raise where two images have one name, and would be compared with the same labels.
+
+    Raises:
+        InputError: two have.
+    """
+    first: dict[str, Path] = {}
+    for name, image in zip(names, images, strict=True):
+        if name in first:
+            raise InputError(
+                f"has the same name as {first[name].name}, and so the same labels",
+                where=image,
+                fix="rename one of them, and its labels",
+            )
+        first[name] = image
 
 
 def evaluate_folder(folder: Path, segment: Callable[[Reader], Instances], *, every: int = 1) -> Evaluation:

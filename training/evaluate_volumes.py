@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from darcnn.runtime.errors import InputError
+from darcnn.runtime.readers.base import make_slide_name
+from darcnn.runtime.readers.open import is_packed_volume, is_readable
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.metrics import VolumeScores, score_volume
 from darcnn.runtime.volumes.options import AxisOption, VolumeOptions
 from darcnn.runtime.volumes.pipeline import run_volume
+from darcnn.training.evaluate import refuse_shared_labels
 
 __all__ = ["as_rows", "by_volume", "evaluate_volumes", "labelled_volumes", "read_label_volume"]
 
@@ -26,16 +29,21 @@ _LABELS = "labels.ome.zarr/0"  # of a result: the labels in full
 
 
 def labelled_volumes(folder: Path) -> list[tuple[Path, Path]]:
-    """Return the pairs of `folder`/volumes and `folder`/labels (TIFF), same stem.
+    """Return the pairs of `folder`/volumes and `folder`/labels (TIFF), same name but for the ending.
 
     Raises:
-        InputError: there is none, or a volume has no labels.
+        InputError: there is none, a volume has no labels, or two have the same.
     """
     pairs = []
-    for volume in sorted((folder / "volumes").iterdir()):
-        if volume.name.startswith("."):  # what systems leave in folders
-            continue
-        label = folder / "labels" / f"{volume.name.split('.')[0]}.tif"
+    volumes = sorted(
+        path
+        for path in (folder / "volumes").iterdir()
+        if (is_readable(path) or is_packed_volume(path)) and not path.name.startswith(".")
+    )
+    names = [make_slide_name(volume) for volume in volumes]
+    refuse_shared_labels(names, volumes)
+    for name, volume in zip(names, volumes, strict=True):
+        label = folder / "labels" / f"{name}.tif"
         if not label.is_file():
             raise InputError(
                 "no label volume", where=label, fix="give each volume a TIFF stack of the same name"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from darcnn.runtime.errors import InputError
 from darcnn.runtime.load import load
 from darcnn.runtime.segmenter import Segmenter
 
@@ -26,6 +27,12 @@ def open_model(model: str, *, min_score: float | None = None) -> Segmenter:
         DarcnnError: there is no such model, or it cannot be read.
     """
     if not is_checkpoint(model):
+        if (Path(model) / "source").is_dir() or (Path(model) / "adapt").is_dir():
+            raise InputError(
+                "is a run that is not finished",
+                where=model,
+                fix="finish it with --resume, or give the folder of one of its stages: refine-1, say",
+            )
         return load(model, min_score=min_score)
     from darcnn.training.checkpoint import load_network  # here: a bundle needs no torch
     from darcnn.training.engine import make_segmenter

@@ -19,12 +19,11 @@ from darcnn.runtime.intensity import Window
 from darcnn.runtime.metrics import score_labels
 from darcnn.runtime.readers import Reader, open_source
 from darcnn.runtime.readers.array import ArrayReader
-from darcnn.runtime.readers.open import is_readable
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.find import find_diameter, plan_view, plane_reader
 from darcnn.runtime.volumes.open import is_volume, open_volume
 from darcnn.training import writing
-from darcnn.training.data.patterns import expand_images
+from darcnn.training.data.patterns import images_of_folder
 
 __all__ = ["Trust", "as_table", "judge_folder", "judge_image", "mean_trust", "separation_of", "write_csv"]
 
@@ -70,8 +69,7 @@ def judge_folder(
         InputError: there is no image, or one does not serve.
     """
     place = folder / "images" if (folder / "images").is_dir() else folder
-    files = sorted(path for path in place.glob("*") if is_readable(path))
-    paths = expand_images(files)
+    paths = images_of_folder(place) if place.is_dir() else []
     if not paths:
         raise InputError("no images", where=place, fix="give a folder with images")
     found = {}

@@ -289,6 +289,21 @@ def test_evaluation_without_labels_reads_images_alone(
     assert not read_info(checkpoint).figures
 
 
+def test_evaluation_of_images_takes_no_axis_and_is_not_resumed(
+    call: Callable[..., tuple[int, str, str]], checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_refused(call("evaluate", checkpoint, data / "evaluate", "--axis", "all"), "--axis", "no volumes/")
+    unlabelled = call("evaluate", checkpoint, data / "evaluate", "--unlabelled", "--axis", "x")
+    assert_refused(unlabelled, "--axis", "planes across z")
+
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("darcnn.training.open_model.open_model", interrupt)
+    code, _, err = call("evaluate", "run", data / "evaluate")
+    assert (code, err.split()) == (130, ["interrupted"])
+
+
 def test_evaluation_without_a_model_or_a_folder_is_refused_in_one_line(
     call: Callable[..., tuple[int, str, str]], checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:

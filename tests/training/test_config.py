@@ -225,7 +225,11 @@ def test_a_recipe_goes_through_tables_and_json_unchanged(table: dict[str, Any]) 
     st.floats(0.1, 100),
     st.none() | st.floats(0.01, 10),
     st.lists(st.floats(0.1, 4), min_size=1, max_size=4),
-    st.text(st.characters(codec="utf-8"), max_size=20),
+    st.text(
+        st.characters(codec="utf-8", exclude_categories=("C", "Z"), exclude_characters="/\\."),
+        min_size=1,
+        max_size=20,
+    ),
 )
 def test_any_valid_recipe_survives_json(
     seed: int, diameter_px: float, mpp: float | None, scales: list[float], name: str
@@ -367,6 +371,7 @@ def test_weights_that_no_network_could_start_from_are_refused(
         ({"export": {"tile_px": 500}}, "export.tile_px = 500"),
         ({"export": {"tile_px": 64}}, "export.tile_px = 64"),
         ({"refine_stage": {"source_every": 2, "synthetic_every": 4}}, "synthetic_every would never act"),
+        ({"name": "my/model"}, "name = 'my/model': name holds '/'"),
     ],
 )
 def test_values_that_would_end_a_run_later_are_refused_before(

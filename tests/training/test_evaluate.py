@@ -121,3 +121,12 @@ def test_an_image_that_is_no_picture_is_refused(folder: Path, perfect: Segment) 
     (folder / "images" / "dim_1f00080601.png").write_bytes(b"not a picture")
     with pytest.raises(InputError, match="dim_1f00080601"):
         evaluate_folder(folder, perfect)
+
+
+def test_two_images_of_one_name_are_refused(folder: Path) -> None:
+    image = next((folder / "images").iterdir())
+    with Image.open(image) as picture:
+        picture.convert("L").save(image.with_suffix(".jpg"))
+    (image.parent / f"._{image.name}").touch()  # macOS
+    with pytest.raises(InputError, match=r"has the same name as .*rename one of them"):
+        labelled_images(folder)

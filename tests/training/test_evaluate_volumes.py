@@ -12,7 +12,7 @@ from darcnn.runtime.engines.oracle import OracleEngine, make_oracle_manifest
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.metrics import score_volume
-from darcnn.training.evaluate_volumes import as_rows, by_volume, evaluate_volumes
+from darcnn.training.evaluate_volumes import as_rows, by_volume, evaluate_volumes, labelled_volumes
 
 
 @pytest.fixture
@@ -76,3 +76,20 @@ def test_a_volume_without_labels_is_named(folder: Path) -> None:
         pytest.raises(InputError, match=r"b\.tif: no label volume"),
     ):
         evaluate_volumes(folder, segmenter)
+
+
+def test_volumes_are_known_by_their_names_up_to_the_ending(folder: Path, truth: np.ndarray) -> None:
+    """Dates have dots too; what systems leave in folders is no volume."""
+    for place in ("volumes", "labels"):
+        for path in (folder / place).iterdir():
+            path.unlink()
+    for name in ("2024.03.01_a", "2024.05.02_b"):
+        tifffile.imwrite(folder / "volumes" / f"{name}.ome.tif", truth, metadata={"axes": "ZYX"})
+        tifffile.imwrite(folder / "labels" / f"{name}.tif", truth)
+    for name in ("Thumbs.db", ".DS_Store", "._2024.03.01_a.ome.tif", "README.md"):
+        (folder / "volumes" / name).touch()
+    pairs = labelled_volumes(folder)
+    assert [label.stem for _, label in pairs] == ["2024.03.01_a", "2024.05.02_b"]
+    (folder / "volumes" / "2024.03.01_a.mrc.gz").touch()
+    with pytest.raises(InputError, match=r"same name as 2024.03.01_a.mrc.gz, and so the same labels"):
+        labelled_volumes(folder)

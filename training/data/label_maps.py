@@ -19,7 +19,7 @@ from darcnn.runtime.readers import open_source
 from darcnn.runtime.readers.image_places import split_image, stem_of
 from darcnn.runtime.readers.open import SUFFIXES
 from darcnn.training.config import Source
-from darcnn.training.data.patterns import expand_images, find_images
+from darcnn.training.data.patterns import find_images, images_of_folder
 from darcnn.training.data.source import (
     MAX_ENLARGEMENT,
     MIN_AREA_PX,
@@ -122,8 +122,7 @@ def read_label_map(path: Path) -> NDArray[np.int32]:
 
 def _image_paths(data: Path, images: str) -> list[Path]:
     folder = data / images
-    is_folder = folder.is_dir()
-    found = expand_images(folder.iterdir()) if is_folder else find_images(data, images, key="source.images")
+    found = images_of_folder(folder) if folder.is_dir() else find_images(data, images, key="source.images")
     paths = sorted(path for path in found if split_image(path)[0].suffix.lower() in SUFFIXES)
     if not paths:
         raise InputError("no labelled images", where=folder, fix="correct source.images in the recipe")
