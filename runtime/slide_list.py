@@ -21,7 +21,7 @@ __all__ = ["find_unread", "list_slides", "place_results"]
 
 # Images of other programs, which a folder may hold beside those that are read.
 _UNREAD = (
-    *(".lsm", ".vsi", ".oib", ".oif", ".oir", ".dv", ".zvi", ".stk"),
+    *(".vsi", ".oib", ".oif", ".oir", ".dv", ".zvi"),
     *(".h5", ".hdf5", ".npy", ".npz", ".jp2", ".j2k", ".webp", ".gif", ".heic"),
 )
 _NAMED = 3  # files that a message names

@@ -210,6 +210,8 @@ _BY_SUFFIX: dict[str, Callable[[Path, bytes], _Format]] = {
     ".tf8": _tiff,
     ".tf2": _tiff,
     ".qptiff": _tiff,
+    ".lsm": _tiff,  # Zeiss, before CZI
+    ".stk": _tiff,  # MetaMorph
     ".svs": _tiff,  # Aperio; other programs write plain TIFF under this name
     ".ndpi": _tiff,  # Hamamatsu
     ".scn": _tiff,  # Leica

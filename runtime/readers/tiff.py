@@ -1,4 +1,4 @@
-"""TIFF through tifffile: plain, tiled, BigTIFF, pyramids, ImageJ and OME-TIFF with any order of axes."""
+"""TIFF through tifffile: plain, tiled, BigTIFF, pyramids, ImageJ, LSM, STK, OME-TIFF in any order of axes."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from darcnn.runtime.readers.tiff_metadata import (
     section_um,
     tag_pixel_size,
 )
+from darcnn.runtime.readers.tiff_microscopes import read_microscope_tags
 from darcnn.runtime.readers.tiff_pages import UNREADABLE, PageFiles, PageSource
 from darcnn.runtime.readers.tiff_recorded import count_recorded
 from darcnn.runtime.readers.tiff_segments import JPEG, locate_page
@@ -116,6 +117,9 @@ class TiffReader(PlaneReader):
             with open_tiff(path) as tiff:
                 image = choose_image(tiff, path)
                 planes = count_recorded(tiff, image, split_image(path)[0])
+                tags = read_microscope_tags(tiff)
+                if tags is not None:
+                    return replace(planes, section_um=tags.section_um, frame_interval_s=tags.frame_interval_s)
                 facts = tiff.ome_metadata, tiff.imagej_metadata, image.number
                 return replace(
                     planes, section_um=section_um(*facts), frame_interval_s=frame_interval_s(*facts)
@@ -290,7 +294,10 @@ def _make_palette(keyframe: tifffile.TiffPage) -> Callable[[NDArray[Any]], NDArr
 
 
 def _facts(tiff: tifffile.TiffFile, image: TiffImage) -> tuple[PixelSize | None, tuple[str | None, ...]]:
-    """Return the pixel size and the channel names, OME before ImageJ before the resolution tags."""
+    """Return the pixel size and the channel names: of LSM, STK or OME, of ImageJ, or the resolution tags'."""
+    tags_of_microscope = read_microscope_tags(tiff)
+    if tags_of_microscope is not None:
+        return tags_of_microscope.pixel_size, tags_of_microscope.channel_names
     size, names = ome_facts(tiff.ome_metadata, image.number) if tiff.ome_metadata else (None, ())
     if size is None:
         tags = image.series.keyframe.tags

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import tifffile
 
+from darcnn.runtime.errors import InputError
 from darcnn.runtime.readers.image_places import SEVERAL_IMAGES, check_image_number, split_image
 from darcnn.runtime.readers.tiff_files import keep_own_images, number_images
 from darcnn.runtime.readers.tiff_metadata import Axes, lay_out
@@ -15,6 +17,7 @@ from darcnn.runtime.readers.tiff_pages import damaged
 
 __all__ = ["TiffImage", "axes_of", "choose_image", "find_images", "open_tiff"]
 
+_LSM_POSITIONS = "PM"  # tifffile's letters; they are not planes of a stack
 _SIDE_KINDS = 0b101  # NewSubfileType: a reduced image, a mask
 _LESSER = 0.25  # values of a page by those of the first image: labels and thumbnails have fewer
 
@@ -50,7 +53,13 @@ def choose_image(tiff: tifffile.TiffFile, path: Path) -> TiffImage:
     images = find_images(tiff, file)
     if number is not None or file.suffix.lower() in SEVERAL_IMAGES or not images:
         check_image_number(number, len(images), where=file)
-    return images[number or 0]
+    image = images[number or 0]
+    if image.series.kind == "lsm" and (positions := set(image.axes.pages) & set(_LSM_POSITIONS)):
+        n = math.prod(size for axis, size in image.axes.items() if axis in positions)
+        raise InputError(
+            f"holds {n} positions of the stage", where=path, fix="export each from ZEN by itself"
+        )
+    return image
 
 
 def find_images(tiff: tifffile.TiffFile, path: Path) -> list[TiffImage]:

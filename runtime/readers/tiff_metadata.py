@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 from darcnn.runtime.readers.base import SECONDS, plausible_mpp
 
 __all__ = [
+    "UM",
     "Axes",
     "PixelSize",
     "Place",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 # Micrometres in the units of OME (PhysicalSizeXUnit) and ImageJ; relative units (pixel) are missing.
-_UM = {
+UM = {
     "pm": 1e-6,
     "Å": 1e-4,
     "nm": 1e-3,
@@ -226,7 +227,7 @@ def tag_pixel_size(
     if min(resolution) <= 0:
         return None
     if imagej is not None and "unit" in imagej:
-        unit_um, source = _UM.get(str(imagej["unit"]).strip().lower()), "ImageJ unit"
+        unit_um, source = UM.get(str(imagej["unit"]).strip().lower()), "ImageJ unit"
     else:
         unit_um, source = _TAG_UM.get(unit), "TIFF XResolution"
     if unit_um is None:
@@ -267,6 +268,6 @@ def _seconds(value: object, unit: str) -> float | None:
 
 def _um(value: str | None, unit: str) -> float | None:
     try:
-        return float(value or "") * _UM[unit.strip()]
+        return float(value or "") * UM[unit.strip()]
     except (ValueError, KeyError):  # absent, no number, or a unit without a length
         return None

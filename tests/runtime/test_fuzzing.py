@@ -43,6 +43,7 @@ from darcnn.runtime.load import load
 from darcnn.runtime.readers.open import count_planes, open_source
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.volumes.open import is_volume, open_volume
+from tests.runtime.microscope_tiffs import write_lsm, write_stk
 
 N_QUICK, N_SLOW = 12, 40  # damaged files of each kind
 LIMIT_S = 10  # of processors, a file
@@ -114,6 +115,15 @@ def make_imagej(path: Path) -> None:
     metadata = {"axes": "ZYX", "spacing": 0.5, "unit": "um"}
     options: dict[str, Any] = {"metadata": metadata, "resolution": (2, 2)}
     tifffile.imwrite(path, noise(4, 30, 40, dtype=np.uint16), imagej=True, **options)
+
+
+def make_lsm(path: Path) -> None:
+    values = noise(3, 1, 30, 40)
+    write_lsm(path, values, "ZCYX", voxel_m=(2e-7, 2e-7, 1e-6), names="a", times_s=(0.0, 1.0))
+
+
+def make_stk(path: Path) -> None:
+    write_stk(path, noise(3, 30, 40), size=0.25, unit="um", distances=(1.0,) * 3, times_ms=(0, 1, 2))
 
 
 def make_picture(values: np.ndarray, **options: Any) -> Callable[[Path], None]:
@@ -219,6 +229,8 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "palette.tif": make_palette,
     "stack.ome.tif": make_ome,
     "imagej.tif": make_imagej,
+    "a.lsm": make_lsm,
+    "a.stk": make_stk,
     "colour.png": make_picture(noise(61, 83, 3)),
     "grey.png": make_picture(noise(61, 83, dtype=np.uint16)),
     "colour.jpg": make_picture(waves(61, 83)),

@@ -44,10 +44,10 @@ def test_folders_are_kept_only_where_names_clash_and_as_many_as_it_takes() -> No
 
 
 def test_images_of_a_folder_that_are_not_read_are_named(tmp_path: Path) -> None:
-    for name in ("a.png", "b.OIR", "c.lsm", "d.vsi", "e.npy", "notes.txt"):
+    for name in ("a.png", "b.OIR", "c.oib", "d.vsi", "e.npy", "notes.txt"):
         (tmp_path / name).touch()
     (line,) = find_unread([str(tmp_path), str(tmp_path / "b.OIR"), "https://a.org/b.zarr"])
-    assert "left out, for they are not read: b.OIR, c.lsm, d.vsi and 1 more; export OME-TIFF" in line
+    assert "left out, for they are not read: b.OIR, c.oib, d.vsi and 1 more; export OME-TIFF" in line
     assert not list(find_unread([str(tmp_path / "a.png")]))
 
 
