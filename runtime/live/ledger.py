@@ -70,7 +70,7 @@ class Ledger:
             self._here.is_telling = True
             try:
                 self._on_result(result)
-            except Exception:  # the caller's code: the acquisition goes on without it
+            except (Exception, SystemExit):  # the caller's code: the acquisition goes on without it
                 with self._changed:
                     self._n_callback_errors += 1
                 _log.exception("on_result raised on frame %r; the next frame goes on", result.key)

@@ -92,6 +92,9 @@ class LiveAcquisition:
         """Tell whether the frame of this event is to be segmented; here all are."""
         return True
 
+    def _takes(self, event: MDAEvent) -> bool:
+        return self.accepts(event)
+
     def found(self, timeout: float = _PATIENCE_S) -> list[FoundObject]:
         """Return the objects of all frames so far, in the order of the frames.
 
@@ -107,7 +110,7 @@ class LiveAcquisition:
             return list(self._found)
 
     def _on_frame(self, image: NDArray[Any], event: MDAEvent, meta: Mapping[str, Any]) -> None:
-        if not self.accepts(event):
+        if not self._takes(event):
             return
         size = self._pixel_size_um or float(meta.get("pixel_size_um") or 0.0) or None
         try:
@@ -125,12 +128,16 @@ class LiveAcquisition:
             self._digest()
 
     def _place(self, event: MDAEvent, meta: Mapping[str, Any]) -> tuple[float, float, float | None]:
-        """Return where the stage was: as planned, else as the frame says, else where it is now."""
+        """Return where the stage was: as planned, else as the frame says, else where it is now.
+
+        The focus is as the frame says: an autofocus moves it away from the plan.
+        """
         noted = meta.get("position") or {}
-        x, y, z = (
+        x, y = (
             noted.get(axis) if planned is None else planned
-            for axis, planned in (("x", event.x_pos), ("y", event.y_pos), ("z", event.z_pos))
+            for axis, planned in (("x", event.x_pos), ("y", event.y_pos))
         )
+        z = event.z_pos if noted.get("z") is None else noted["z"]
         if x is None or y is None:
             x, y = self._core.getXYPosition()
         return float(x), float(y), None if z is None else float(z)
@@ -199,21 +206,26 @@ class SmartAcquisition(LiveAcquisition):
         self._rank: Rank = rank
         self.visits: tuple[FoundObject, ...] = ()  # in the order of the visits, once the survey is done
 
-    def accepts(self, event: MDAEvent) -> bool:
-        """Tell whether the event is one of the survey."""
-        return bool(event.metadata.get(_SURVEY))
+    def _takes(self, event: MDAEvent) -> bool:
+        return bool(event.metadata.get(_SURVEY)) and self.accepts(event)
 
     def events(self) -> Iterator[MDAEvent]:
-        """Yield the survey's events, wait for the objects on its frames, then yield a visit to each."""
+        """Yield the survey's events, wait for the objects on its frames, then yield a visit to each.
+
+        Raises:
+            UsageError: the survey is a grid of fields of view, and nothing tells how large these are.
+        """
         position, n_survey, n_frames = (0.0, 0.0), 0, 0
         with self._changed:  # it may be run again
-            self._found, self._n_arrived = [], 0
+            self._found, self._n_arrived, self.n_frames, self.n_lost = [], 0, 0, 0
+            self.visits = ()
             self._pending.clear()
-        for event in self._survey:
+        for planned in self._survey_events():
+            event = planned.model_copy(update={"metadata": {**planned.metadata, _SURVEY: True}})
             n_survey += 1
-            n_frames += event.action.type == "acquire_image"
+            n_frames += event.action.type == "acquire_image" and self._takes(event)
             position = (event.x_pos or 0.0, event.y_pos or 0.0)
-            yield event.model_copy(update={"metadata": {**event.metadata, _SURVEY: True}})
+            yield event
         left_s = self._await_frames(n_frames, _PATIENCE_S)
         chosen = choose_objects(self.found(left_s), best=self._best, rank=self._rank)
         self.visits = tuple(order_visits(chosen, start=position))
@@ -229,6 +241,34 @@ class SmartAcquisition(LiveAcquisition):
                     "metadata": {**self._visit.metadata, "score": found.score, "found_on": found.frame},
                 }
             )
+
+    def _survey_events(self) -> Iterable[MDAEvent]:
+        """Return the survey's events; the fields of a grid are as large as the camera sees them.
+
+        The engine sees to that for a sequence that it runs itself, not for events that come one by one.
+        """
+        from useq import MDASequence
+
+        if not isinstance(self._survey, MDASequence):
+            return self._survey
+        engine = self._core.mda.engine
+        if self._survey.setup is not None and engine is not None:
+            engine.setup_event(self._survey.setup)  # the region of the camera, say
+        survey = self._survey.model_copy(deep=True)
+        inner = (position.sequence for position in survey.stage_positions)
+        grids = [one.grid_plan for one in (survey, *inner) if one is not None and one.grid_plan is not None]
+        size = self._pixel_size_um or self._core.getPixelSizeUm()
+        *_, width_px, height_px = self._core.getROI()
+        for grid in grids:
+            if size:
+                grid.fov_width, grid.fov_height = width_px * size, height_px * size
+            elif grid.fov_width is None or grid.fov_height is None:
+                raise UsageError(
+                    "is a grid of fields of view of unknown size",
+                    where="survey",
+                    fix="pass pixel_size_um, define the core's pixel size, or give fov_width and fov_height",
+                )
+        return survey
 
     def _await_frames(self, n_frames: int, timeout: float) -> float:
         """Wait until so many frames have come, and return the seconds that are left of `timeout`.

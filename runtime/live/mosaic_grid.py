@@ -6,7 +6,7 @@ import logging
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -34,6 +34,11 @@ class MosaicGrid:
     field_px: tuple[int, int]  # (H, W) of a field
     pixel_size_um: float
     corners_px: tuple[tuple[int, int], ...]  # x y of each field's first pixel on the mosaic
+    _corners: NDArray[np.int64] = field(init=False, repr=False, compare=False)  # (N, 2), the same
+
+    def __post_init__(self) -> None:
+        """Make the array once: every tile of a mosaic asks for the fields that it lies on."""
+        object.__setattr__(self, "_corners", np.array(self.corners_px, np.int64).reshape(-1, 2))
 
     @classmethod
     def from_stage(
@@ -105,9 +110,8 @@ class MosaicGrid:
 
     def covering(self, region: Region) -> set[int]:
         """Return the fields that have a pixel in `region` of the mosaic."""
-        corners = np.asarray(self.corners_px)
         height, width = self.field_px
-        x, y = corners[:, 0], corners[:, 1]
+        x, y = self._corners.T
         hits = (x < region.x1) & (x + width > region.x0) & (y < region.y1) & (y + height > region.y0)
         return set(np.flatnonzero(hits).tolist())
 

@@ -210,6 +210,7 @@ class LiveSegmenter(Closing):
 
     def _put(self, make: Callable[[Ticket], Work], key: Hashable, *, at_once: bool = False) -> Ticket:
         """Return the ticket of one push; whoever listens is told if it did not get into the queue."""
+        check_process(self._pid)
         ticket = self._settle_at_once(make, key) if at_once else self._enqueue(make, key)
         if ticket.is_ready:
             self._queue.wake()  # `on_result` is the worker's to call

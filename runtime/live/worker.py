@@ -121,10 +121,12 @@ class Worker:
                 for work in (*self._open, *self._queue.clear()):
                     drop(work, self._ledger, reason)
             self._open.clear()
-            self._ledger.tell()
-            self._ledger.end()
-            self._ledger.tell()  # what a push that was under way has settled meanwhile
-            self._segmenter.close()
+            try:
+                self._ledger.tell()
+            finally:  # whatever a callback does, whoever waits is let go
+                self._ledger.end()
+                self._segmenter.close()
+                self._ledger.tell()  # what a push that was under way has settled meanwhile
 
     def _warm_up(self) -> None:
         """Call both graphs once: the first call allocates what later ones use again."""
@@ -136,8 +138,8 @@ class Worker:
 
     def _serve(self) -> None:
         while not self._is_stopped:
-            self._deliver()
             self._give_up_overdue()
+            self._deliver()  # also what was just given up: there may be nothing else to wake up for
             if not self._open:
                 self._doing = "nothing"
                 work = self._queue.take()

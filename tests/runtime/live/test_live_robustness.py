@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from darcnn.runtime.errors import DeviceError, UsageError
-from darcnn.runtime.live import LiveSegmenter
+from darcnn.runtime.live import LiveSegmenter, MosaicGrid
 from darcnn.runtime.load import load
 
 
@@ -137,11 +137,19 @@ def test_a_fork_after_opening_gives_a_clear_error(make_engine, to_segmenter, fra
     with LiveSegmenter(to_segmenter(engine)) as live:
         engine.gate.clear()
         ticket = live.push(frame_of())
+        mosaic = live.mosaic(MosaicGrid.from_stage([(0.0, 0.0)], field_px=(24, 24), pixel_size_um=1.0))
         read_end, write_end = os.pipe()
         child = os.fork()
         if child == 0:
             said = []
-            for act in (lambda: live.push(frame_of()), lambda: ticket.result(1), live.stats, live.drain):
+            acts = (
+                lambda: live.push(frame_of()),
+                lambda: mosaic.push(frame_of(), at_um=(0.0, 0.0)),
+                lambda: ticket.result(1),
+                live.stats,
+                live.drain,
+            )
+            for act in acts:
                 try:
                     act()
                     said.append("nothing")
@@ -157,7 +165,7 @@ def test_a_fork_after_opening_gives_a_clear_error(make_engine, to_segmenter, fra
         engine.gate.set()
         assert ticket.result(10).status == "done"
     assert status == 0
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         assert line.startswith("LiveSegmenter: was opened in another process")
 
@@ -302,3 +310,34 @@ def test_failed_frames_are_not_kept_in_memory(open_live, caplog):
     assert live.stats().failed == 20
     gc.collect()
     assert sum(frame() is not None for frame in frames) <= 2
+
+
+def test_a_callback_is_told_of_a_frame_that_was_given_up_though_nothing_else_comes(
+    make_engine, to_segmenter, frame_of
+):
+    told, engine = [], make_engine()
+    with LiveSegmenter(to_segmenter(engine), on_result=lambda result: told.append(result.status)) as live:
+        engine.gate.clear()
+        engine.entered.clear()
+        live.push(frame_of())
+        assert engine.entered.wait(10)
+        live.push(frame_of(), deadline_ms=1)
+        time.sleep(0.05)
+        engine.gate.set()
+        live.drain(10)
+        assert sorted(told) == ["done", "late"]
+
+
+def test_a_callback_that_exits_does_not_end_the_segmenter(make_engine, to_segmenter, frame_of):
+    def leave(result):
+        raise SystemExit(3)
+
+    engine = make_engine()
+    live = LiveSegmenter(to_segmenter(engine), on_result=leave)
+    for _ in range(3):
+        live.push(frame_of())
+    live.drain(10)
+    assert live.stats().callback_errors == 3
+    live.close(10)
+    assert engine.n_closed == 1
+    assert [result.status for result in live] == ["done"] * 3

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -200,6 +201,64 @@ def test_a_visit_goes_to_the_focus_of_the_survey_and_a_second_run_begins_anew(co
             if not event.metadata.get("darcnn_survey") or smart._on_frame(frame_of(), event, {})
         ]
     assert set(seen) == {3.0}
+
+
+def test_an_autofocus_moves_a_visit_away_from_the_plan(core, open_live, frame_of):
+    survey = [event.replace(z_pos=10.0) for event in survey_of(FOUR[:1])]
+    with SmartAcquisition(core, open_live(), survey, visit=VISIT, pixel_size_um=LOW_UM) as smart:
+        visits = []
+        for event in smart.events():
+            if event.metadata.get("darcnn_survey"):
+                smart._on_frame(frame_of(), event, {"position": {"x": 0.0, "y": 0.0, "z": 15.0}})
+            else:
+                visits.append((event.x_pos, event.z_pos))
+    assert [z for _, z in visits] == [15.0]
+    assert visits[0][0] == pytest.approx(FOUR[0][0], abs=12)  # along the stage the plan is right
+
+
+def test_of_several_channels_one_is_segmented_and_the_others_are_not_waited_for(
+    core, open_live, frame_of, monkeypatch
+):
+    monkeypatch.setattr("darcnn.runtime.live.micromanager._PATIENCE_S", 5.0)
+
+    class OnDapi(SmartAcquisition):
+        def accepts(self, event):
+            return event.channel.config == "DAPI"
+
+    survey = [event.replace(channel=name) for event in survey_of(FOUR[:2]) for name in ("DAPI", "FITC")]
+    start = time.monotonic()
+    with OnDapi(core, open_live(), survey, visit=VISIT, pixel_size_um=LOW_UM) as smart:
+        for _ in range(2):
+            for event in smart.events():
+                if event.channel is not None:
+                    smart._on_frame(frame_of(), event, {})
+            assert (smart.n_frames, smart.n_lost, len(smart.visits)) == (2, 0, 2)
+    assert time.monotonic() - start < 5.0
+
+
+@pytest.mark.parametrize("known_by", ["core", "option"])
+def test_the_fields_of_a_sequence_are_as_large_as_the_camera_sees_them(core, open_live, known_by):
+    if known_by == "core":
+        core.definePixelSizeConfig("10x")
+        core.setPixelSizeUm("10x", LOW_UM)
+    survey = useq.MDASequence(
+        stage_positions=[(0, 0)], grid_plan=useq.GridRowsColumns(rows=2, columns=2), channels=["DAPI"]
+    )
+    size = None if known_by == "core" else LOW_UM
+    *_, width, height = core.getROI()
+    with SmartAcquisition(core, open_live(), survey, visit=VISIT, pixel_size_um=size) as smart:
+        events = smart.events()
+        places = {(event.x_pos, event.y_pos) for event in (next(events) for _ in range(4))}
+        events.close()
+    assert places == {(x * width / 2, y * height / 2) for x in (-1, 1) for y in (-1, 1)}
+    assert survey.grid_plan.fov_width is None  # the caller's stays as it is
+
+
+def test_a_grid_of_fields_of_unknown_size_is_refused(core, open_live):
+    survey = useq.MDASequence(stage_positions=[(0, 0)], grid_plan=useq.GridRowsColumns(rows=2, columns=2))
+    smart = SmartAcquisition(core, open_live(), survey, visit=VISIT)
+    with pytest.raises(UsageError, match="fields of view of unknown size; pass pixel_size_um"):
+        next(smart.events())
 
 
 def test_where_an_event_plans_no_place_the_frame_says_where_the_stage_was(core, open_live, frame_of):
