@@ -215,7 +215,7 @@ def main(
         mpp=mpp,
         pixels=pixels,
         diameter_px=diameter,
-        channel=int(channel) if channel is not None and channel.isdecimal() else channel,
+        channel=channel,
         window=window,
         z=z,
         t=t,
@@ -277,9 +277,16 @@ def main(
         terminal.fail(str(err))
         code = EXIT_UNUSABLE if not terminal.n_finished else 1
     except KeyboardInterrupt:
-        terminal.fail("interrupted; the same command goes on where it stopped")
+        terminal.fail(_after_interruption(overwrite=overwrite, restart=restart))
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def _after_interruption(*, overwrite: bool, restart: bool) -> str:
+    if overwrite:
+        return "interrupted; the same command begins anew with all slides, for --overwrite asks for it"
+    without = " without --restart" if restart else ""
+    return f"interrupted; the same command{without} goes on where it stopped"
 
 
 def _absolute(model: str) -> str:

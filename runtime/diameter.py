@@ -9,10 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
+from darcnn.runtime.geometry import Region
 from darcnn.runtime.intensity import Window, looks_like_noise
 from darcnn.runtime.manifest import ModelInput
-from darcnn.runtime.readers.protocol import Reader
+from darcnn.runtime.planning import SlidePlan, to_level0
+from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.sampling import sample_slide, spread_evenly
+from darcnn.runtime.tiling import Tile
 
 if TYPE_CHECKING:
     from darcnn.runtime.segmenter import Segmenter
@@ -33,6 +36,8 @@ _SCALES = (0.5, 1.0, 2.0)  # network pixels per pixel of the image in the first 
 _COARSE = 0.25  # ... and where few large objects may be outvoted by many small ones
 _FAR = 1.5  # that the larger size must be larger by
 _TILES = 2  # looked at per scale, spread over the image
+_FEW_TILES, _MORE_TILES = 64, 8  # an image of more tiles in full may be empty in most places
+_GOLDEN = (5.0**0.5 - 1.0) / 2.0  # its multiples, without their whole parts, lie far from one another
 _TRUST = 0.7  # a finding whose size is off the nominal one by this factor's exponential counts 0.6
 _MIN_FINDINGS = 1.5  # total weight below which the model does not know
 _EDGE_PX = 2.0  # a box this close to an edge is cut
@@ -40,14 +45,20 @@ _MIN_SCORE = 1e-6  # of a slot that is not empty
 
 
 def estimate_diameter(
-    segmenter: Segmenter, reader: Reader, *, channel: int | None = None, window: Window | None = None
+    segmenter: Segmenter,
+    reader: Reader,
+    *,
+    channel: int | None = None,
+    window: Window | None = None,
+    touches: Callable[[Region], bool] | None = None,
 ) -> float | None:
     """Return the diameter of a typical object in level-0 pixels, or None if the model finds too little.
 
     The image is searched at a quarter, half, full and double size. Each finding votes for its size with its
     squared score, and the more the nearer its size on the network is to the nominal one, which the model
     knows best; the weighted median wins (`settle_diameter`). One more look at the scale that it suggests
-    sharpens it. At most two tiles are looked at in each, so that the time does not grow with the image.
+    sharpens it. Two tiles are looked at in each, of a large image eight of those on its ground, so that the
+    time does not grow with the image.
 
     Where brightness is spread like noise alone there is nothing to measure: enlarged until its grains look
     like nuclei, smooth noise is full of them.
@@ -60,6 +71,7 @@ def estimate_diameter(
         reader: the open image; stays open.
         channel: which of several channels.
         window: raw values that become black and white; None: those of the image.
+        touches: tells whether a region, level-0 pixels, holds ground of a large image; None: all of it is.
     Raises:
         InputError: the image or its channels do not serve.
     """
@@ -73,7 +85,7 @@ def estimate_diameter(
         window = segmenter.measure(reader, plan)
 
     def look(scale: float) -> Findings:
-        return look_for_sizes(segmenter, reader, scale, channel=channel, window=window)
+        return look_for_sizes(segmenter, reader, scale, channel=channel, window=window, touches=touches)
 
     return settle_diameter(model, look)
 
@@ -108,6 +120,7 @@ def choose_diameter(
     pixels: bool = False,
     channel: int | None = None,
     window: Window | None = None,
+    touches: Callable[[Region], bool] | None = None,
 ) -> float | None:
     """Return the diameter to plan with, level-0 pixels; None leaves the scale to the pixel size.
 
@@ -120,13 +133,14 @@ def choose_diameter(
             made for it estimates unasked (`finds_unasked`).
         channel: which of several channels.
         window: raw values that become black and white; None: those of the image.
+        touches: as for `estimate_diameter`.
     """
     if diameter_px is not None and diameter_px != "auto":
         return diameter_px
     model, has_pixel_size = segmenter.manifest.input, reader.info.mpp is not None or mpp is not None
     if not is_size_measured(model, diameter_px, pixels=pixels, has_pixel_size=has_pixel_size):
         return None
-    found = estimate_diameter(segmenter, reader, channel=channel, window=window)
+    found = estimate_diameter(segmenter, reader, channel=channel, window=window, touches=touches)
     if found is None and model.mpp is not None and not has_pixel_size and not pixels:
         return model.nominal_diameter_px  # an empty picture: nothing else tells its scale
     return found
@@ -161,6 +175,7 @@ def look_for_sizes(
     *,
     channel: int | None = None,
     window: Window | None = None,
+    touches: Callable[[Region], bool] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the sizes of what is found at one scale, level-0 pixels, and the weight of each.
 
@@ -170,6 +185,7 @@ def look_for_sizes(
         scale: network pixels per level-0 pixel.
         channel: which of several channels.
         window: raw values that become black and white; None: those of the image.
+        touches: as for `estimate_diameter`.
     """
     model, engine = segmenter.manifest.input, segmenter.engine
     try:
@@ -180,7 +196,7 @@ def look_for_sizes(
         return np.zeros(0), np.zeros(0)  # so small or large an image has no such scale
     window = segmenter.measure(reader, plan) if window is None else window
     sampler = segmenter.sampler(reader, plan, window)
-    tiles = spread_evenly(plan.tiles, _TILES)
+    tiles = _choose_tiles(model, plan, reader.info, touches)
     boxes, scores = [], []
     for start in range(0, len(tiles), engine.spec.batch):
         group = tiles[start : start + engine.spec.batch]
@@ -202,6 +218,20 @@ def look_for_sizes(
     size = np.sqrt(np.prod(np.maximum(box[:, 2:] - box[:, :2], 1e-3), axis=1))  # network px
     off = np.log(size / _found(model)) / _TRUST
     return size / plan.scale, score**2 * np.exp(-0.5 * off**2)
+
+
+def _choose_tiles(
+    model: ModelInput, plan: SlidePlan, info: SlideInfo, touches: Callable[[Region], bool] | None
+) -> list[Tile]:
+    """Return the tiles to look at: two, or of a large image eight on its ground, far from one another."""
+    core_px = model.tile_px - 2 * model.halo_px
+    if info.width_px0 * info.height_px0 <= _FEW_TILES * core_px**2:
+        return spread_evenly(plan.tiles, _TILES)
+    ground = [tile for tile in plan.tiles if touches is None or touches(to_level0(tile.core, plan, info))]
+    chosen = ground or plan.tiles
+    # even steps would all lie in one column where the number of rows is a multiple of them
+    places = ((number * _GOLDEN) % 1.0 for number in range(1, _MORE_TILES + 1))
+    return list(dict.fromkeys(chosen[int(len(chosen) * place)] for place in places))
 
 
 def _typical(seen: Sequence[Findings], *, by_size: bool) -> float | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from darcnn.runtime.geometry import Region
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.planning import SlidePlan, to_level0
 from darcnn.runtime.readers.mended import MendedReader
@@ -17,7 +20,7 @@ from darcnn.runtime.roi import Roi
 from darcnn.runtime.tiling import SEAM_PX, Tile
 from darcnn.runtime.tissue import TissueMask, find_tissue
 
-__all__ = ["Ground", "survey_ground"]
+__all__ = ["Ground", "survey_ground", "when_surveyed"]
 
 _UM2_PER_MM2 = 1e6
 
@@ -45,6 +48,11 @@ class Ground:
     def area_mm2(self, mpp: tuple[float, float] | None) -> float | None:
         """Return its area, None where the pixel size (x, y) is unknown."""
         return None if mpp is None else self.area_px0 * mpp[0] * mpp[1] / _UM2_PER_MM2
+
+    def touches(self, region: Region) -> bool:
+        """Tell whether a region, level-0 pixels, holds any of it."""
+        on_tissue = self.tissue is None or self.tissue.touches(region)
+        return on_tissue and (self.roi is None or self.roi.touches(region))
 
     def describe(self, mpp: tuple[float, float] | None) -> dict[str, Any]:
         """Return what run.json says of it."""
@@ -90,6 +98,12 @@ def survey_ground(
         if (mask is None or mask.touches(seen_px0)) and (roi is None or roi.touches(seen_px0))
     )
     return Ground(mask, roi, tiles, _area(info, mask, roi), has_holes=bool(mended.holes))
+
+
+def when_surveyed(survey: Callable[[], Ground]) -> Callable[[Region], bool]:
+    """Return what tells whether a region touches the ground, which is surveyed once somebody asks."""
+    known = cache(survey)
+    return lambda region: known().touches(region)
 
 
 def _area(info: SlideInfo, mask: TissueMask | None, roi: Roi | None) -> float:

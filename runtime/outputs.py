@@ -49,6 +49,7 @@ def write_outputs(
     model: Manifest,
     also: Sequence[str],
     tally: Tally,
+    plane: tuple[int, int] = (0, 0),
 ) -> None:
     """Write all that `rows`, the final objects, are given out as; memory does not grow with the slide.
 
@@ -60,13 +61,14 @@ def write_outputs(
         model: its name is the class of the objects.
         also: formats beyond the usual ones, of `EXTRA_FORMATS`.
         tally: takes the time of each; knows the damaged tiles, which the overview shows.
+        plane: of a stack or a series that `reader` is (z, t).
     Raises:
         InputError: the slide cannot be read.
         OSError: something cannot be written.
     """
     with tally.stage("table"):
         write_parquet(folder / TABLE_FILE, rows, object_schema(reader.info.channel_names))
-    files = _Files(folder, reader, task, model, tally)
+    files = _Files(folder, reader, task, model, tally, plane)
     # outlines and picture are for a good part decoding and packing, which leave the interpreter to the others
     with ThreadPoolExecutor(2, "darcnn-output") as pool:
         others = [pool.submit(files.write_outlines), pool.submit(files.draw_overview)]
@@ -90,6 +92,7 @@ class _Files:
     task: SlideTask
     model: Manifest
     tally: Tally
+    plane: tuple[int, int]
     stop: threading.Event = field(
         default_factory=threading.Event
     )  # once set, outlines and picture are given up
@@ -114,6 +117,7 @@ class _Files:
                 slide_name=info.name,
                 class_name=self.model.name,
                 origin_px0=info.origin_px0,
+                plane=self.plane,
                 stop=self.stop,
             )
 

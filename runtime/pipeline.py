@@ -16,9 +16,8 @@ from darcnn.runtime.diameter import choose_diameter, is_size_measured
 from darcnn.runtime.errors import InputError, UsageError
 from darcnn.runtime.fit import ModelFit, warn_of_kind, warn_of_size
 from darcnn.runtime.geometry import Region
-from darcnn.runtime.ground import Ground, survey_ground
+from darcnn.runtime.ground import Ground, survey_ground, when_surveyed
 from darcnn.runtime.intensity import Window
-from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.measure import object_schema
 from darcnn.runtime.outputs import add_formats, write_outputs
 from darcnn.runtime.parts import Parts
@@ -206,11 +205,14 @@ def _fill(
     )
     looked = time.perf_counter()
     ground = survey_ground(reader, plan, model, tissue=options.tissue, roi=wish.roi)
+    rule = None if ground.tissue is None else ground.tissue.rule
+    of_size = warn_of_size(model, diameter_px, has_pixel_size=plan.mpp is not None)
+    of_size = of_size if wish.is_measured else None
     tally = Tally(
         ModelFit(model.nominal_diameter_px / plan.scale),
         n_tiles=len(ground.tiles),
         n_tiles_skipped=len(plan.tiles) - len(ground.tiles),
-        doubts=_doubts(wish, model, ground, diameter_px, has_pixel_size=plan.mpp is not None),
+        doubts=tuple(filter(None, (warn_of_kind(model, rule), of_size))),
     )
     tally.add_seconds({"diameter": looked - before, "tissue": time.perf_counter() - looked})
     mended = MendedReader(reader)  # not that of the diameter: a run that goes on does not look for it again
@@ -236,6 +238,7 @@ def _fill(
             model=segmenter.manifest,
             also=options.also,
             tally=tally,
+            plane=(options.z or 0, options.t or 0),
         )
     tally.has_holes = ground.has_holes or bool(mended.holes)  # now that the overview is made
     return make_record(
@@ -249,25 +252,22 @@ def _fill(
     )
 
 
-def _doubts(
-    wish: _Wish, model: ModelInput, ground: Ground, diameter_px: float | None, *, has_pixel_size: bool
-) -> tuple[str, ...]:
-    rule = None if ground.tissue is None else ground.tissue.rule
-    of_size = None
-    if wish.is_measured:
-        of_size = warn_of_size(model, diameter_px, has_pixel_size=has_pixel_size)
-    return tuple(doubt for doubt in (warn_of_kind(model, rule), of_size) if doubt is not None)
-
-
 def _diameter(segmenter: Segmenter, reader: Reader, wish: _Wish) -> float | None:
+    options, model = wish.options, segmenter.manifest.input
+
+    def survey() -> Ground:
+        plan = segmenter.plan(reader.info, diameter_px=model.nominal_diameter_px, channel=wish.channel)
+        return survey_ground(reader, plan, model, tissue=options.tissue, roi=wish.roi)
+
     return choose_diameter(
         segmenter,
         reader,
-        diameter_px=wish.options.diameter_px,
-        mpp=wish.options.mpp,
-        pixels=wish.options.pixels,
+        diameter_px=options.diameter_px,
+        mpp=options.mpp,
+        pixels=options.pixels,
         channel=wish.channel,
         window=wish.window,
+        touches=when_surveyed(survey),
     )
 
 

@@ -143,6 +143,8 @@ def _check_square(info: SlideInfo, where: str) -> None:
 def find_channel(info: SlideInfo, channel: int | str | None) -> int | None:
     """Return the number of the channel that the user named; the case of letters counts only among several.
 
+    A number may be a name (of a wavelength, say): names go first.
+
     Raises:
         UsageError: there is no channel of that name, or more than one.
     """
@@ -152,6 +154,8 @@ def find_channel(info: SlideInfo, channel: int | str | None) -> int | None:
     for known, wanted in ((list(info.channel_names), channel), (folded, channel.casefold())):
         if known.count(wanted) == 1:
             return known.index(wanted)
+    if channel.isascii() and channel.isdecimal():
+        return int(channel)
     names = ", ".join(f"{index} {name}" for index, name in enumerate(info.channel_names))
     where = info.path or info.name
     raise UsageError(f"no channel {channel} in {where}", where="--channel", fix=f"choose from {names}")

@@ -52,6 +52,9 @@ def asked_options(chosen: RunOptions | VolumeOptions) -> dict[str, Any]:
     ):  # results from before there were these stay what was asked for
         if not asked.get(name):
             asked.pop(name, None)
+    channel = asked["channel"]
+    if isinstance(channel, str) and channel.isascii() and channel.isdecimal():
+        asked["channel"] = int(channel)  # as Python says it
     return asked
 
 

@@ -192,8 +192,8 @@ def _expand_path(path: Path, text: str) -> list[Location]:
     if not file.exists() and glob.has_magic(text):
         found = glob.glob(str(file), recursive=True)  # noqa: PTH207  # the text may be absolute
         inside = "" if number is None else str(number)
-        matches: list[Location] = sorted(Path(match) / inside for match in found)
-        if not matches:
+        if not found:
             raise InputError("matches no file", where=text, fix="check the pattern")
-        return matches
+        matches = [Path(match) / inside for match in sorted(found)]
+        return [place for match in matches for place in _expand_path(match, str(match))]
     return [path]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -17,7 +17,7 @@ from darcnn.runtime.pipeline import RunSummary
 from darcnn.runtime.readers.base import make_slide_name, without_secrets
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.sinks.atomic import atomic_file, translated
-from darcnn.runtime.sinks.result_folder import drop_lock
+from darcnn.runtime.sinks.result_folder import RUN_FILE, drop_lock
 
 __all__ = ["SUMMARY_FILE", "SlideOutcome", "write_summary"]
 
@@ -36,6 +36,7 @@ _COLUMNS = (
     "warnings",
     "error",
 )
+_FILE, _STATE = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,8 @@ class SlideOutcome:
 def write_summary(out_dir: Path, outcomes: Sequence[SlideOutcome]) -> None:
     """Write `out_dir`/summary.csv; areas are those that were looked at.
 
-    Lines that another command wrote of other slides stay, above. Nothing is written where no slide was
-    done.
+    Lines that another command wrote of other slides stay, above, and so does that of a result that was left
+    as it is, with the error beside it. Nothing is written where no slide was done.
 
     Raises:
         OutputError: it cannot be written.
@@ -64,8 +65,7 @@ def write_summary(out_dir: Path, outcomes: Sequence[SlideOutcome]) -> None:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_COLUMNS)
-        writer.writerows(_earlier_rows(out_dir / SUMMARY_FILE, {row[0] for row in rows}))
-        writer.writerows(rows)
+        writer.writerows(_joined(_earlier_rows(out_dir / SUMMARY_FILE), rows, out_dir))
         with atomic_file(out_dir / SUMMARY_FILE) as file:
             file.write(text.getvalue().encode(errors="backslashreplace"))  # names that are no UTF-8
 
@@ -91,8 +91,24 @@ def _alone(out_dir: Path) -> Iterator[None]:
         drop_lock(lock)
 
 
-def _earlier_rows(path: Path, names: Set[str]) -> list[list[str]]:
-    """Return the lines of an earlier summary but for those of the slides `names`.
+def _joined(earlier: list[list[str]], rows: list[list[str]], out_dir: Path) -> Iterator[list[str]]:
+    """Yield the lines that stay of an earlier summary, then the new ones."""
+    failed = {row[0]: row for row in rows if row[_STATE] == "failed"}
+    names = {row[0] for row in rows}
+    told: set[str] = set()
+    for row in earlier:
+        new = failed.get(row[0])
+        stands = new is not None and row[_STATE] != "failed" and (out_dir / row[0] / RUN_FILE).is_file()
+        if stands and new is not None and new[_FILE] == row[_FILE]:
+            told.add(row[0])
+            yield [*row[:-1], new[-1]]
+        elif stands or row[0] not in names:
+            yield row
+    yield from (row for row in rows if row[0] not in told)
+
+
+def _earlier_rows(path: Path) -> list[list[str]]:
+    """Return the lines of an earlier summary.
 
     A table with other columns, of somebody's own or an earlier version, is kept beside under another name.
     """
@@ -106,7 +122,7 @@ def _earlier_rows(path: Path, names: Set[str]) -> list[list[str]]:
     if tuple(header) != _COLUMNS:
         path.replace(_free_name(path))
         return []
-    return [row for row in rows if len(row) == len(_COLUMNS) and row[0] not in names]
+    return [row for row in rows if len(row) == len(_COLUMNS)]
 
 
 def _free_name(path: Path) -> Path:

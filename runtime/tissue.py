@@ -29,6 +29,8 @@ _GROWN_CELLS = 6  # tissue is taken to reach three objects further than it is se
 
 # Glass: bright and hardly coloured, in grey levels of 255.
 _GLASS_LEVEL, _GLASS_CHROMA = 200, 25
+_PAPER = 255.0  # of all colours: white that no glass has
+_MIN_GLASS = 0.1  # of the slide, else its glass may be as white
 # Tissue on glass, as optical density (0 = glass): coloured, or dark whatever its colour.
 _STAIN_DENSITY, _DARK_DENSITY = 0.02, 0.08
 # Specks: pieces with less than 100 objects' worth of stain in a field 34 objects wide ...
@@ -39,6 +41,8 @@ _BINS = 256
 _NOISE_FACTOR = 8.0  # above the dark background by so many times its noise; 81 cells of it span 5
 _FIELD_CELLS = 4  # the background may be darker here than elsewhere: the darkest of so many cells around
 _MAX_STEP = 0.03  # of the slide's range of brightness: 8 of the 256 levels that a model sees
+_DARKEST = 5.0  # per cent of what was scanned; cells at the border of the scan are darker
+_MIN_OFFSET = 0.5  # of what is typical: background with an offset is no darker than that
 _MAX_TYPICAL = 0.25  # half of the slide is darker than that, else it is not bright on dark
 
 
@@ -94,6 +98,8 @@ def find_tissue(
     - Dark images: tissue is what is brighter than the background by more than its noise.
     - All else counts as tissue, and so does a picture of few objects.
 
+    What lies outside of the scan (black, or of colours white or black) is neither tissue nor background.
+
     Args:
         reader: the open slide; stays open.
         diameter_px0: of a typical object, level-0 pixels.
@@ -132,13 +138,18 @@ def _on_glass(colours: NDArray[np.float32]) -> NDArray[np.bool_] | None:
     glass = (darkest >= _GLASS_LEVEL) & (brightest - darkest <= _GLASS_CHROMA)
     if glass.mean() < _MIN_BACKGROUND:
         return None
-    white = np.median(colours[glass], axis=0)
+    paper = darkest >= _PAPER  # nothing was scanned there, unless all glass is as white
+    own = glass & ~paper
+    white = np.median(colours[own if own.mean() >= _MIN_GLASS else glass], axis=0)
     density = -np.log10(np.maximum(colours, 1.0) / white)  # (h, w, 3)
     strongest = density.max(axis=2)
     stain: NDArray[np.bool_] = (strongest - density.min(axis=2) > _STAIN_DENSITY) & (
         strongest > _STAIN_DENSITY
     )
     stain |= strongest > _DARK_DENSITY
+    black = brightest == 0
+    if black.mean() >= _MIN_BACKGROUND:
+        stain &= _sum_around(black, 1) == 0  # at its border cells are half black
     specks = stain & ~_hangs_together(stain)
     return stain & ~specks if specks.sum() < _MAX_SPECKS * stain.sum() else stain
 
@@ -163,13 +174,30 @@ def _on_dark(values: NDArray[np.float32]) -> NDArray[np.bool_] | None:
     """Return which of (h, w, C) pixels outshine the background in any channel, None if it is not dark."""
     bright = np.zeros(values.shape[:2], np.bool_)
     for band in np.moveaxis(values, 2, 0):
-        low, typical, high = np.percentile(band, (1, 50, 99.9))
+        scanned = _was_scanned(band)
+        low, typical, high = np.percentile(band[scanned], (1, 50, 99.9))
         if typical - low > _MAX_TYPICAL * (high - low):
             return None
-        level, noise = _background(band[band <= typical])
+        level, noise = _background(band[scanned & (band <= typical)])
         step = min(_NOISE_FACTOR * noise, _MAX_STEP * (high - low))
-        bright |= (band > level + step) | (band > _lowest_around(band, _FIELD_CELLS) + step)
+        lowest = _lowest_around(np.where(scanned, band, np.inf), _FIELD_CELLS)
+        bright |= scanned & ((band > level + step) | (band > lowest + step))
     return bright
+
+
+def _was_scanned(band: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Tell which of (h, w) cells were scanned; others are exactly 0, or lie on their border.
+
+    That is known only where what was scanned has a dark background of its own, far above 0, as a camera with
+    an offset makes it. Else 0 is the background, and all was scanned.
+    """
+    everything = np.ones(band.shape, np.bool_)
+    scanned = band > 0
+    if 1.0 - scanned.mean() < _MIN_BACKGROUND or not scanned.any():
+        return everything
+    dark, typical, high = np.percentile(band[scanned], (_DARKEST, 50, 99.9))
+    has_own = dark < high and typical - dark <= _MAX_TYPICAL * (high - dark)
+    return band >= dark if has_own and dark >= _MIN_OFFSET * typical else everything
 
 
 def _background(dark: NDArray[np.float32]) -> tuple[float, float]:

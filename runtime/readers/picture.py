@@ -6,6 +6,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 from PIL import ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
@@ -48,11 +49,13 @@ _DAMAGED = (
     struct.error,
     zlib.error,
     UserWarning,
+    RuntimeError,  # of imagecodecs
 )
 # So much a byte of a file can hold at most; a header that claims more is damaged, and would cost memory
 # before that is noticed. Deflate, of PNG, packs 1032 bytes into one. A byte of a JPEG holds parts of eight
 # blocks of 64 pixels at most (half of this), a run of a BMP 128 pixels.
 _MOST_PACKED = 1032
+_PNG_COLOURS = (2, 6)  # colour types: red, green and blue, without alpha or with it
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type to values per pixel
 _HEAD_BYTES = 26  # of a PNG: to the end of bit depth and colour type
 _GREY_MODES = {"1": "L", "L": "L", "LA": "L", "I;16": "I;16", "I;16L": "I;16", "I;16B": "I;16"}
@@ -82,8 +85,8 @@ def read_size(path: Path) -> tuple[int, int] | None:
 class PictureReader(PlaneReader):
     """One picture, decoded once and as a whole when opened; the file is closed right after.
 
-    Grey stays grey (8 or 16 bits), everything else becomes 8-bit RGB: palettes, CMYK, and colours with
-    16 bits, which Pillow reduces. Alpha is ignored, not blended: the colours under it are what was
+    Grey stays grey (8 or 16 bits), colours of PNG keep their 16 bits, everything else becomes 8-bit RGB:
+    palettes and CMYK. Alpha is ignored, not blended: the colours under it are what was
     measured. The EXIF orientation is applied. The resolution of a picture is that of a print or a
     screen, so the pixel size is unknown unless `mpp` gives it.
 
@@ -136,6 +139,8 @@ def _decode(path: Path) -> Pixels:
         try:
             with opener(stream) as picture:
                 _check_size(picture, head, path.stat().st_size)
+                if isinstance(picture, PngImageFile) and _is_wide_colour(head):
+                    return to_pixels(imagecodecs.png_decode(path.read_bytes())[:, :, :3])
                 picture.load()
                 return _to_array(picture)
         except _DAMAGED as err:
@@ -144,6 +149,11 @@ def _decode(path: Path) -> Pixels:
             raise InputError(
                 "is too large to be decoded at once", where=path, fix="export it as a tiled TIFF"
             ) from err
+
+
+def _is_wide_colour(head: bytes) -> bool:
+    """Tell whether a PNG that begins with `head` holds colours of 16 bits, of which Pillow drops eight."""
+    return head[24] == 16 and head[25] in _PNG_COLOURS
 
 
 def _check_size(picture: ImageFile, head: bytes, n_bytes: int) -> None:

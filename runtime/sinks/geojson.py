@@ -52,13 +52,15 @@ def write_geojson(
     class_name: str,
     colour: tuple[int, int, int] = _COLOUR,
     origin_px0: tuple[int, int] = (0, 0),
+    plane: tuple[int, int] = (0, 0),
     stop: threading.Event | None = None,
 ) -> None:
     """Write the table `objects` (objects.parquet) as detections that QuPath 0.4 and later imports.
 
     Coordinates are level-0 pixels counted from `origin_px0` (`SlideInfo.origin_px0`: where QuPath begins),
-    rounded to 1/100 where that leaves the outline valid. The `id` of a feature is a UUID made of the slide's
-    name and the object's id, so the same run always writes the same bytes.
+    rounded to 1/100 where that leaves the outline valid. They lie on `plane` (z, t) of a stack or series. The
+    `id` of a feature is a UUID made of the slide's name and the object's id, so the same run always writes
+    the same bytes.
 
     Raises:
         OSError: the file cannot be written; nothing is left behind.
@@ -69,6 +71,8 @@ def write_geojson(
         "classification": {"name": class_name, "color": list(colour)},
     }
     opening = _dump(fixed)[:-1]  # the measurements follow inside the same braces
+    z, t = plane  # where QuPath finds none it takes 0 and 0
+    place = f',"plane":{{"c":-1,"z":{z},"t":{t}}}' if z or t else ""
     # no time and no file name in the header, so that equal content is equal bytes
     with (
         atomic_file(path) as file,
@@ -77,7 +81,9 @@ def write_geojson(
         out.write(b'{"type":"FeatureCollection","features":[')
         separator = b"\n"
         for _, features in map_ahead(
-            lambda rows: _features(rows, slide_name, opening, origin_px0), _slices(objects), name="geojson"
+            lambda rows: _features(rows, slide_name, opening, origin_px0, place),
+            _slices(objects),
+            name="geojson",
         ):  # compressing one while the next is made
             if stop is not None and stop.is_set():
                 raise CancelledError
@@ -92,7 +98,7 @@ def _slices(objects: Path) -> Iterator[pa.Table]:
             yield part.slice(start, _FEATURES)
 
 
-def _features(rows: pa.Table, slide_name: str, opening: str, origin_px0: tuple[int, int]) -> str:
+def _features(rows: pa.Table, slide_name: str, opening: str, origin_px0: tuple[int, int], place: str) -> str:
     names = _measurement_names(rows.column_names)
     keys = [_dump(name) for name in names]
     values = [rows[name].to_pylist() for name in names.values()]
@@ -100,7 +106,7 @@ def _features(rows: pa.Table, slide_name: str, opening: str, origin_px0: tuple[i
     rings = _rings(rows, origin_px0)
     ids = [uuid.uuid5(_NAMESPACE, f"{slide_name}/{number}") for number in rows["id"].to_pylist()]
     return ",\n".join(
-        f'{{"type":"Feature","id":"{identity}","geometry":{{"type":"Polygon","coordinates":[[[{ring}]]]}},'
+        f'{{"type":"Feature","id":"{identity}","geometry":{{"type":"Polygon","coordinates":[[[{ring}]]]{place}}},'
         f'"properties":{opening},"measurements":{measurements}}}}}'
         for identity, ring, measurements in zip(ids, rings, measured, strict=True)
     )

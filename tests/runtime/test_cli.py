@@ -168,6 +168,26 @@ def test_ctrl_c_keeps_finished_slides(loaded, slides, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "out" / "a").iterdir()} == NAMES
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ([], "the same command goes on where it stopped"),
+        (["--restart"], "the same command without --restart goes on"),
+        (["--overwrite"], "begins anew with all slides, for --overwrite asks for it"),
+    ],
+)
+def test_an_interruption_says_what_goes_on(loaded, slides, tmp_path, monkeypatch, option, words):
+    from darcnn.runtime import outputs
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(outputs, "write_geojson", interrupt)
+    result = run(slides / "a.png", "--model", "oracle", "--out", tmp_path / "out", *option)
+    assert result.exit_code == 130
+    assert words in result.stderr
+
+
 def test_the_same_command_goes_on_and_does_no_slide_twice(loaded, slides, tmp_path, monkeypatch):
     from darcnn.runtime import outputs
 

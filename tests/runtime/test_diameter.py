@@ -15,9 +15,16 @@ from PIL import Image
 
 import darcnn.runtime
 from darcnn.runtime import Segmenter
-from darcnn.runtime.diameter import choose_diameter, estimate_diameter, finds_unasked, settle_diameter
+from darcnn.runtime.diameter import (
+    _choose_tiles,
+    choose_diameter,
+    estimate_diameter,
+    finds_unasked,
+    settle_diameter,
+)
 from darcnn.runtime.engines.oracle import OracleEngine, make_oracle_manifest
 from darcnn.runtime.fit import warn_of_size
+from darcnn.runtime.geometry import Region
 from darcnn.runtime.pipeline import run_slide
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.run_options import RunOptions
@@ -211,3 +218,51 @@ def test_what_a_model_found_is_what_it_is_told_that_it_finds(root: Path) -> None
     first, *_, last = (float(line.split()[2]) for line in result.output.splitlines())
     assert 19 < first < 80
     assert last == pytest.approx(first, rel=0.3)  # it settles
+
+
+@pytest.mark.parametrize("n_rows", [16, 30])
+def test_of_a_large_image_tiles_on_its_ground_are_looked_at_wherever_they_lie(n_rows: int) -> None:
+    engine = OracleEngine(tile_px=64, channels=1)
+    with Segmenter(engine, make_oracle_manifest(engine, halo_px=16)) as segmenter:
+        with ArrayReader(np.zeros((32 * n_rows, 32 * 30), np.uint8)) as reader:
+            info, plan = reader.info, segmenter.plan(reader.info)
+        model = segmenter.manifest.input
+        everywhere = _choose_tiles(model, plan, info, None)
+        assert len(everywhere) == 8
+        assert len({tile.core.x0 for tile in everywhere}) > 4
+        assert len({tile.core.y0 for tile in everywhere}) > 4
+        ground = Region(600, 100, 700, 200)
+
+        def touches(region: Region) -> bool:
+            x, y = (region.x0 + region.x1) // 2, (region.y0 + region.y1) // 2
+            return ground.contains(x, y)
+
+        chosen = _choose_tiles(model, plan, info, touches)
+        assert 4 < len(chosen) <= 8
+        assert all(touches(tile.core) for tile in chosen)
+        assert _choose_tiles(model, plan, info, lambda region: False) == everywhere  # better than nothing
+
+
+def test_objects_are_measured_on_the_ground_that_is_asked_for(segmenter, picture) -> None:
+    image, _ = picture
+    wide = np.zeros((5000, 5000), np.uint8)
+
+    def paste(x: int, y: int, size: int, enlarged: float) -> None:
+        sides = (round(image.width * enlarged), round(image.height * enlarged))
+        patch = np.asarray(image.convert("L").resize(sides, Image.Resampling.BICUBIC))
+        patch = np.tile(patch, (-(-size // patch.shape[0]), -(-size // patch.shape[1])))[:size, :size]
+        wide[y : y + size, x : x + size] = patch
+
+    paste(0, 0, 1300, 3.0)
+    paste(2400, 2400, 2600, 1.0)
+    ground = Region(2400, 2400, 5000, 5000)
+
+    def touches(region: Region) -> bool:
+        x, y = (region.x0 + region.x1) // 2, (region.y0 + region.y1) // 2
+        return ground.contains(x, y)
+
+    with ArrayReader(wide) as reader:
+        found = estimate_diameter(segmenter, reader, touches=touches)
+    with ArrayReader(wide[2400:, 2400:]) as reader:
+        alone = estimate_diameter(segmenter, reader)
+    assert found == pytest.approx(alone, rel=0.1)

@@ -89,6 +89,17 @@ def test_an_unknown_format_is_refused_before_any_work(segmenter, reader, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_outlines_for_qupath_lie_on_the_plane_that_was_chosen(segmenter, reader, tmp_path):
+    planes = []
+    for number, options in enumerate((RunOptions(), RunOptions(z=5), RunOptions(t=2))):
+        folder = run_slide(segmenter, reader, tmp_path / str(number), options=options).folder
+        content = json.loads(gzip.decompress((folder / "objects.geojson.gz").read_bytes()))
+        planes.append([feature["geometry"].get("plane") for feature in content["features"]])
+    assert all(planes)
+    assert [found[0] for found in planes] == [None, {"c": -1, "z": 5, "t": 0}, {"c": -1, "z": 0, "t": 2}]
+    assert all(len({repr(one) for one in found}) == 1 for found in planes)
+
+
 def test_outlines_for_qupath_count_from_where_it_begins(segmenter, reader, tmp_path):
     def outlines(out):
         folder = run_slide(segmenter, reader, out).folder

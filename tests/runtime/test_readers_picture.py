@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,6 +46,20 @@ def test_sixteen_bits_of_grey_survive(tmp_path: Path) -> None:
     pixels = whole(save(Image.fromarray(deep), tmp_path / "a.png"))
     assert pixels.dtype == np.uint16
     np.testing.assert_array_equal(pixels[:, :, 0], deep)
+
+
+@pytest.mark.parametrize("n_values", [3, 4])
+def test_sixteen_bits_of_colours_survive(tmp_path: Path, n_values: int) -> None:
+    deep = COLOUR.astype(np.uint16) * 14 + 3  # a camera of 12 bits
+    alpha = np.full((*deep.shape[:2], n_values - 3), 65535, np.uint16)
+    path = tmp_path / "a.png"
+    path.write_bytes(imagecodecs.png_encode(np.concatenate([deep, alpha], axis=2)))
+    with PictureReader(path) as reader:
+        assert (reader.info.dtype, reader.info.is_rgb) == (np.uint16, True)
+    np.testing.assert_array_equal(whole(path), deep)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(InputError, match="is damaged"):
+        PictureReader(path)
 
 
 def test_a_jpeg_is_what_pillow_decodes(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from darcnn.runtime.planning import find_channel
 from darcnn.runtime.polygons import draw_polygon
 from darcnn.runtime.readers.array import ArrayReader
 from darcnn.runtime.readers.protocol import SlideInfo
+from darcnn.runtime.run_options import RunOptions, asked_options
 from darcnn.runtime.segmenter import Segmenter
 
 TILE_PX, HALO_PX = 48, 8
@@ -313,6 +314,15 @@ def test_channels_are_named_whatever_the_case_unless_that_tells_them_apart() -> 
     ]
     with pytest.raises(UsageError, match="no channel Gfp"):
         find_channel(info, "Gfp")
+
+
+def test_a_channel_called_by_a_number_is_found_by_its_name_first() -> None:
+    of_wavelengths = replace(slide(channels=3), channel_names=("405", "488", "561"))
+    counted_from_one = replace(slide(channels=3), channel_names=("1", "2", "3"))
+    assert [find_channel(of_wavelengths, name) for name in ("488", "2", 2)] == [1, 2, 2]
+    assert [find_channel(counted_from_one, name) for name in ("1", "0", 1)] == [0, 0, 1]
+    as_said = (RunOptions(channel="2"), RunOptions(channel=2))  # results of either are the same
+    assert len({repr(asked_options(options)) for options in as_said}) == 1
 
 
 def test_a_channel_can_be_chosen() -> None:

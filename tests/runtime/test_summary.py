@@ -54,8 +54,8 @@ def test_the_summary_tells_count_density_area_warnings_and_failures(tmp_path):
 def test_two_commands_that_write_at_once_lose_no_line(tmp_path, monkeypatch):
     read = summary_module._earlier_rows
 
-    def read_slowly(path, names):
-        rows = read(path, names)
+    def read_slowly(path):
+        rows = read(path)
         time.sleep(0.05)
         return rows
 
@@ -173,3 +173,28 @@ def test_a_table_of_somebody_s_own_is_kept_beside(tmp_path):
         write_summary(tmp_path, [SlideOutcome(tmp_path / "b.svs", summary(tmp_path, name="b"))])
         assert f"mine {number}" in (tmp_path / f"summary.{number}.csv").read_text()
         assert "note" not in path.read_text()
+
+
+def test_a_result_that_was_left_as_it_is_keeps_its_line_with_the_error_beside_it(tmp_path):
+    done = SlideOutcome(tmp_path / "x" / "f.svs", summary(tmp_path, name="f"))
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "run.json").touch()
+    write_summary(tmp_path, [done])
+    other = SlideOutcome(tmp_path / "g.svs", summary(tmp_path, name="g"))
+    again = SlideOutcome(done.path, error="holds a complete result")
+    write_summary(tmp_path, [again, other])
+    namesake = SlideOutcome(tmp_path / "y" / "f.svs", error="holds a complete result")
+    write_summary(tmp_path, [namesake, other])
+    with (tmp_path / "summary.csv").open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    told = [(line["slide"], line["state"], line["objects"], line["error"]) for line in lines]
+    assert told == [
+        ("f", "done", "30", "holds a complete result"),
+        ("f", "failed", "", "holds a complete result"),
+        ("g", "done", "30", ""),
+    ]
+    (tmp_path / "f" / "run.json").unlink()  # it does not stand any more
+    write_summary(tmp_path, [again, other])
+    with (tmp_path / "summary.csv").open(newline="", encoding="utf-8") as file:
+        states = [line["state"] for line in csv.DictReader(file)]
+    assert states == ["failed", "done"]

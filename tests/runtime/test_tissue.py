@@ -80,6 +80,44 @@ def test_a_picture_that_is_neither_dark_nor_on_glass_counts_as_tissue():
     assert mask_of(grey, channels=(0,)).rule == "no background seen"
 
 
+def nuclei_on_shaded_background(side=1500):
+    """Return a dark picture of a camera with an offset, in shaded fields, and where its nuclei lie."""
+    rng = np.random.default_rng(5)
+    shade = 1.0 + 0.1 * np.sin(np.arange(side) * np.pi / 250.0) ** 2
+    picture = 200.0 * shade[:, None] * shade[None] + rng.normal(0, 8, (side, side))
+    places = rng.integers(100, side - 100, (60, 2))
+    for y, x in places:
+        picture[y - 9 : y + 9, x - 9 : x + 9] += 900
+    return picture, places
+
+
+@pytest.mark.parametrize("padded", [0.1, 0.4])
+def test_black_outside_of_a_scan_is_neither_tissue_nor_background(padded):
+    picture, places = nuclei_on_shaded_background()
+    alone = mask_of(picture.astype(np.uint16), channels=(0,))
+    side = len(picture)
+    wide = np.zeros((side, round(side / (1.0 - padded))), np.uint16)
+    wide[:, :side] = picture
+    mask = mask_of(wide, channels=(0,))
+    assert mask.rule == "bright on dark"
+    assert mask.area_px0 == pytest.approx(alone.area_px0, rel=0.1)
+    assert mask.area_px0 < 0.1 * picture.size
+    assert all(lies_on(mask, x, y) for y, x in places)
+    assert not lies_on(mask, wide.shape[1] - 20, 700)
+
+
+@pytest.mark.parametrize("colour", [0, 255])
+@pytest.mark.parametrize("glass", [(240, 238, 228), (208, 207, 206), GLASS])
+def test_white_or_black_outside_of_a_scan_is_neither_tissue_nor_glass(colour, glass):
+    picture = on_glass([(300, 200, 900, 700, PINK)]).astype(np.int16) + np.subtract(glass, GLASS)
+    wide = np.full((1200, 3750, 3), colour, np.uint8)
+    wide[:, :1500] = picture.clip(0, 254)
+    mask = mask_of(wide)
+    assert mask.rule == "stain on glass"
+    assert mask.area_px0 == pytest.approx(600 * 500, rel=0.06)
+    assert lies_on(mask, 310, 210)
+
+
 @pytest.mark.parametrize("side", [1, 10, 100, 270])
 def test_a_picture_of_few_objects_counts_as_tissue(side):
     nucleus = np.zeros((side, side), np.uint8)
