@@ -212,7 +212,11 @@ def engine(
 
     options = BuildOptions(backend, targets, workspace, version_compatible)
     opened = _in_precision(find_bundle(model), precision)
-    folder = build_engine(opened, options, out=out, overwrite=overwrite, progress=show)
+    try:
+        folder = build_engine(opened, options, out=out, overwrite=overwrite, progress=show)
+    finally:
+        if sys.stderr.isatty():
+            click.echo("\r\x1b[K", err=True, nl=False)
     size = sum(path.stat().st_size for path in folder.iterdir())
     click.echo(f"{folder}: {size / 1e6:.1f} MB")
 

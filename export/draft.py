@@ -47,8 +47,11 @@ class Sizes:
         more objects.
         """
         growth = max(1.0, (tile_px / before.tile_px) ** 2)
-        proposals = self.proposals or min(MAX_TOP_K, round(growth * before.proposals))
-        detections = self.detections or min(proposals, round(growth * before.detections))
+        proposals, detections = self.proposals, self.detections
+        if proposals is None:
+            proposals = min(MAX_TOP_K, round(growth * before.proposals))
+        if detections is None:
+            detections = min(proposals, round(growth * before.detections))
         sizes = {"batch": self.batch, "mask_batch": self.mask_batch}
         counts = {"proposals_per_level": proposals, "proposals": proposals, "detections": detections}
         return {name: value for name, value in sizes.items() if value is not None} | counts

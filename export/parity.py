@@ -203,6 +203,8 @@ def compare_with_checkpoint(
             where=checkpoint,
             fix="give the folder that the bundle was made of",
         )
+    if info.is_source_only:
+        network.start_adaptation()  # as an export of it does
     tiles = read_tiles(images_of(info.recipe, data), bundle)
     tell(f"comparing on {len(tiles)} tiles")
     for backend in backends:

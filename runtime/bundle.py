@@ -42,6 +42,8 @@ MEMBER_CAPS: Mapping[str, int] = {
 }
 _FILE_CAP = sum(MEMBER_CAPS.values()) + _MIB  # the zip's own tables are far below 1 MiB
 
+# How a graph in ONNX says that values lie in another file: protobuf of a pair of the key "location".
+_EXTERNAL = b"\n\x08location\x12"
 _AGAIN = "copy or download it again"
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -96,6 +98,9 @@ def open_bundle(path: str | Path) -> Bundle:
     members = _read_members(path, content)
     manifest = _parse_manifest(path, members["manifest.json"])
     _check_hashes(path, manifest, members)
+    for name in ("detect.onnx", "mask.onnx"):
+        if _EXTERNAL in members[name]:  # what lies elsewhere no hash vouches for
+            raise BundleError(f"{name} keeps weights in another file", where=path, fix=_AGAIN)
     return Bundle(path, hashlib.sha256(content).hexdigest(), manifest, members)
 
 
@@ -158,9 +163,9 @@ def _make_entry(name: str) -> zipfile.ZipInfo:
 
 
 def _read_file(path: Path) -> bytes:
-    if path.is_dir():
-        raise BundleError("is a folder", where=path, fix="name the .darcnn file inside it")
     try:
+        if path.is_dir():
+            raise BundleError("is a folder", where=path, fix="name the .darcnn file inside it")
         size = path.stat().st_size
         if not path.is_file():
             raise BundleError("is not an ordinary file", where=path, fix="name a .darcnn file")

@@ -291,7 +291,7 @@ def _after_interruption(*, overwrite: bool, restart: bool) -> str:
 
 def _absolute(model: str) -> str:
     """Return the whole path of a bundle, for workers that run elsewhere; a name stays."""
-    return str(Path(model).resolve()) if Path(model).is_file() else model
+    return str(Path(model).resolve()) if os.path.isfile(model) else model  # noqa: PTH113  # raises of no name
 
 
 @contextmanager
@@ -329,6 +329,6 @@ def _build_engine(model: str, backend: str, terminal: Terminal | JsonLines) -> N
     from darcnn.runtime.load import find_bundle
 
     bundle = find_bundle(model)
-    targets = (gpu_capability(),) if backend == "tensorrt-rtx" else ()
     if not has_engine(bundle, backend):
+        targets = (gpu_capability(),) if backend == "tensorrt-rtx" else ()
         build_engine(bundle, BuildOptions(backend, targets), progress=terminal.show_phase)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -69,7 +70,7 @@ def find_bundle(name_or_path: str | Path) -> Bundle:
         with resources.as_file(entry) as path:
             return open_bundle(path)
     path = Path(name_or_path)
-    if path.suffix == _SUFFIX or path.exists():
+    if path.suffix == _SUFFIX or os.path.exists(path):  # noqa: PTH110  # raises of no name
         return open_bundle(path)
     names = ", ".join(shipped) or "none"
     raise BundleError(

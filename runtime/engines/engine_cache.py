@@ -34,7 +34,7 @@ __all__ = [
     "write_engine",
 ]
 
-_FORMAT = 1
+_FORMAT = 2  # 1: float32 was computed in TensorFloat-32
 _FACTS_FILE = "engine.json"
 _FILES = frozenset({_FACTS_FILE, *(f"{graph}.plan" for graph in OUTPUTS)})
 _KEY_DIGITS = 20  # of the sha256 that names a folder

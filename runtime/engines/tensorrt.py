@@ -108,8 +108,14 @@ class _Machine:
 
 
 def _examine(backend: str) -> _Machine:
-    version: str = load_backend(backend).__version__
-    return _Machine(backend, version, gpu_capability(), gpu_name())
+    trt, capability = load_backend(backend), gpu_capability()
+    if backend == "tensorrt-rtx" and not hasattr(trt.ComputeCapability, capability.upper()):
+        raise DeviceError(
+            f"TensorRT-RTX {trt.__version__} does not know {capability}, this GPU",
+            where=f"--backend {backend}",
+            fix="choose another --backend: tensorrt knows data-centre GPUs",
+        )
+    return _Machine(backend, trt.__version__, capability, gpu_name())
 
 
 def _fitting(
@@ -168,7 +174,7 @@ class TensorRtEngine:
             DeviceError: there is no GPU, its memory is full, a plan does not load or is not of this bundle.
         """
         trt = load_backend(compiled.facts.backend)
-        self._logger = trt.Logger(trt.Logger.ERROR)
+        self._logger = trt.Logger(trt.Logger.INTERNAL_ERROR)  # it prints to stdout, and errors are raised
         try:
             self._runtime = trt.Runtime(self._logger)
         except TypeError as err:  # so the bindings say that the library has returned nothing

@@ -7,7 +7,7 @@ import importlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from darcnn.runtime.engines.engine_cache import (
 from darcnn.runtime.engines.graphs import OUTPUTS, Signature, check_manifest, check_signature, first_line
 from darcnn.runtime.engines.offsets import OFFSETS_FIX, OFFSETS_PROBLEM, has_offsets
 from darcnn.runtime.errors import BundleError, DeviceError, UsageError
-from darcnn.runtime.sinks.atomic import atomic_file, translated
+from darcnn.runtime.sinks.atomic import atomic_file
 
 __all__ = [
     "BACKENDS",
@@ -118,18 +118,19 @@ def build_engine(
         precision=bundle.precision,
     )
     timings = timing_cache_path(options.backend, version, facts.device or "")
-    with translated(timings):
-        known = timings.read_bytes() if is_built_on_gpu and timings.is_file() else b""
+    known = b""
+    with suppress(OSError):
+        known = timings.read_bytes() if is_built_on_gpu else b""
     plans, known = build_plans(bundle, options, timing_cache=known, progress=progress)
+    folder = store_engine(facts, plans) if out is None else out
+    if out is not None:
+        write_engine(out, facts, plans, overwrite=overwrite)
     if is_built_on_gpu:
-        with translated(timings):
+        with suppress(OSError):  # the next build takes longer without
             timings.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(timings) as file:
                 file.write(known)
-    if out is None:
-        return store_engine(facts, plans)
-    write_engine(out, facts, plans, overwrite=overwrite)
-    return out
+    return folder
 
 
 @contextmanager
@@ -273,6 +274,7 @@ def _signature_of(network: Any) -> Signature:
 
 
 def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
+    config.clear_flag(trt.BuilderFlag.TF32)  # it has the digits of half precision; float32 is what was asked
     if options.workspace_mib is not None:
         if not 1 <= options.workspace_mib <= MAX_WORKSPACE_MIB:
             raise UsageError(

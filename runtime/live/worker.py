@@ -10,6 +10,7 @@ from collections import deque
 
 import numpy as np
 
+from darcnn.runtime.engines.protocol import UploadsTiles
 from darcnn.runtime.errors import DeviceError
 from darcnn.runtime.live.calibration import Calibration, Calibrator
 from darcnn.runtime.live.ledger import Ledger
@@ -23,6 +24,8 @@ from darcnn.runtime.segmenter import Segmenter
 __all__ = ["Worker", "drop", "dropped", "failed", "give_up"]
 
 _log = logging.getLogger(__name__)
+
+_RUNS_ON_A_DEVICE = 3  # until a graph is recorded (`darcnn.runtime.engines.tensorrt_graph`)
 
 Batch = list[tuple[Work, SampledTile]]
 
@@ -42,6 +45,7 @@ class Worker:
         Raises:
             Exception: what the engine raised on its first call.
         """
+        self._is_on_device = isinstance(segmenter.engine, UploadsTiles)
         self._engine = TimedEngine(segmenter.engine)
         self._segmenter = Segmenter(self._engine, segmenter.manifest, min_score=segmenter.min_score)
         self._queue = queue
@@ -129,12 +133,12 @@ class Worker:
                 self._ledger.tell()  # what a push that was under way has settled meanwhile
 
     def _warm_up(self) -> None:
-        """Call both graphs once: the first call allocates what later ones use again."""
+        """Call both graphs: the first call allocates what later ones use, on a GPU the third records."""
         spec = self._engine.spec
-        found = self._engine.detect(
-            np.zeros((spec.batch, spec.tile_px, spec.tile_px, spec.channels), np.uint8)
-        )
-        self._engine.masks(found, found.boxes[0, :1], np.zeros(1, np.int64))
+        tiles = np.zeros((spec.batch, spec.tile_px, spec.tile_px, spec.channels), np.uint8)
+        for _ in range(_RUNS_ON_A_DEVICE if self._is_on_device else 1):
+            found = self._engine.detect(tiles)
+            self._engine.masks(found, found.boxes[0, :1], np.zeros(1, np.int64))
 
     def _serve(self) -> None:
         while not self._is_stopped:

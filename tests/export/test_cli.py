@@ -14,6 +14,7 @@ import torch
 
 from darcnn.export import pack, parity
 from darcnn.runtime.bundle import MEMBER_CAPS, write_bundle
+from darcnn.training.checkpoint import read_info, save_checkpoint
 
 
 def members_of(bundle):
@@ -67,6 +68,20 @@ def test_verify_fails_with_another_checkpoint(run, bundle_path, make_network, ma
     code, out, _ = run("verify", bundle_path, "--checkpoint", make_checkpoint(network))
     assert code == 1
     assert "they disagree" in out
+
+
+def test_verify_passes_with_the_source_stage_that_a_bundle_was_made_of(
+    run, make_network, make_checkpoint, tmp_path
+):
+    network = make_network(seed=3)
+    folder = make_checkpoint(network)
+    save_checkpoint(
+        tmp_path / "source", network, replace(read_info(folder), stage="source", step=5, complete=True)
+    )
+    code, _, err = run("bundle", tmp_path / "source", "--out", tmp_path / "m.darcnn", "--batch", "2")
+    assert code == 0, err
+    code, out, err = run("verify", tmp_path / "m.darcnn", "--checkpoint", tmp_path / "source")
+    assert code == 0, out + err
 
 
 def test_nothing_is_written_where_the_graphs_disagree(run, bundle, checkpoint, tmp_path, monkeypatch):

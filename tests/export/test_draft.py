@@ -117,6 +117,7 @@ def test_of_a_source_stage_both_branches_are_what_it_taught(make_network, make_c
         (Sizes(tile_px=256), (400, 400, 256)),
         (Sizes(tile_px=2048), (3840, 3840, 3840)),
         (Sizes(tile_px=1024, proposals=500), (500, 500, 500)),
+        (Sizes(tile_px=512, proposals=0, detections=0), (0, 0, 0)),  # refused later, not taken for none given
     ],
 )
 def test_counts_grow_with_the_tile_unless_they_are_given(sizes, counts):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from darcnn.runtime.bundle import MEMBER_CAPS, open_bundle, write_bundle
 from darcnn.runtime.errors import BundleError, OutputError
+from darcnn.runtime.load import find_bundle
 from darcnn.runtime.manifest import FORMAT, manifest_to_json
 from darcnn.runtime.slab import Slab
 
@@ -292,6 +293,24 @@ def test_replaced_member_is_refused(tmp_path, manifest):
     replaced = {**SMALL, "mask.onnx": b"another graph"}
     write_zip(path, [("manifest.json", manifest_text(manifest)), *replaced.items()])
     check_refused(path, "mask.onnx is not what manifest.json says")
+
+
+def test_a_graph_that_keeps_weights_elsewhere_is_refused(tmp_path, manifest):
+    onnx = pytest.importorskip("onnx", reason="the graph is made with onnx")
+    weights = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [2], [1.0, 2.0])
+    weights.ClearField("float_data")
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    weights.external_data.add(key="location", value="weights.bin")
+    graph = onnx.helper.make_model(onnx.helper.make_graph([], "mask", [], [], [weights]))
+    path = tmp_path / "elsewhere.darcnn"
+    write_bundle(path, manifest, {**SMALL, "mask.onnx": graph.SerializeToString()})
+    check_refused(path, "mask.onnx keeps weights in another file")
+
+
+@pytest.mark.parametrize("suffix", ["", ".darcnn"])
+def test_a_name_that_no_disk_holds_is_one_line(suffix):
+    with pytest.raises(BundleError, match=r"no such model|cannot be read"):
+        find_bundle("n" * 300 + suffix)
 
 
 def test_manifest_that_leaves_a_member_out_is_refused(tmp_path, manifest):

@@ -7,15 +7,23 @@ import shlex
 import signal
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from darcnn.runtime.bundle import open_bundle, write_bundle
-from darcnn.runtime.engines import engine_cache
+from darcnn.runtime.engines import engine_cache, tensorrt, tensorrt_build
 from darcnn.runtime.engines.engine_cache import read_facts
 from darcnn.runtime.engines.offsets import has_offsets
-from darcnn.runtime.engines.tensorrt_build import BuildOptions, build_engine, build_plans
-from darcnn.runtime.errors import BundleError, OutputError, UsageError
+from darcnn.runtime.engines.tensorrt import has_engine
+from darcnn.runtime.engines.tensorrt_build import (
+    BuildOptions,
+    _configure,
+    build_engine,
+    build_plans,
+    load_backend,
+)
+from darcnn.runtime.errors import BundleError, DeviceError, OutputError, UsageError
 from darcnn.runtime.load import find_bundle
 
 RTX = "tensorrt-rtx"
@@ -147,3 +155,31 @@ def test_a_bundle_is_named_as_a_shell_takes_it(bundle, tmp_path):
     assert find_bundle("nuclei-he").argument == "nuclei-he"
     path = tmp_path / "it's mine.darcnn"
     assert shlex.split(replace(bundle, path=path).argument) == [str(path)]
+
+
+def test_float32_is_not_computed_in_fewer_digits(trt):
+    backend = load_backend(RTX)
+    config = backend.Builder(backend.Logger(backend.Logger.INTERNAL_ERROR)).create_builder_config()
+    _configure(backend, config, BuildOptions(RTX, ("sm86",)))
+    assert not config.get_flag(backend.BuilderFlag.TF32)
+
+
+def test_an_engine_is_kept_where_the_times_of_its_build_are_not(trt, bundle, tmp_path, monkeypatch):
+    """TensorRT itself needs a GPU to build: its plans are played."""
+    monkeypatch.setattr(tensorrt_build, "load_backend", lambda name: SimpleNamespace(__version__="11.0"))
+    monkeypatch.setattr(tensorrt_build, "gpu_name", lambda: "a GPU")
+    plans = {"detect": b"d", "mask": b"m"}
+    monkeypatch.setattr(tensorrt_build, "build_plans", lambda *given, **options: (plans, b"times"))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tensorrt_build, "timing_cache_path", lambda *facts: tmp_path / "file" / "times.bin")
+    folder = build_engine(bundle, BuildOptions("tensorrt"), out=tmp_path / "engine")
+    assert (folder / "detect.plan").read_bytes() == b"d"
+
+
+def test_a_gpu_that_rtx_does_not_know_is_told_of(trt, bundle, monkeypatch):
+    monkeypatch.setattr(tensorrt, "gpu_capability", lambda: "sm90")
+    monkeypatch.setattr(tensorrt, "gpu_name", lambda: "a large GPU")
+    with pytest.raises(DeviceError, match=r"does not know sm90, this GPU; choose another --backend"):
+        has_engine(bundle, RTX)
+    monkeypatch.setattr(tensorrt, "gpu_capability", lambda: "sm89")
+    assert not has_engine(bundle, RTX)
