@@ -141,11 +141,11 @@ std::vector<std::uint8_t> draw_ring(const Ring &ring, const Grid &grid) {
 double count_shared(const Object &object, const std::vector<const Object *> &others) {
     std::vector<const Object *> near;
     for (const Object *other : others) {
-        const int end = object.mask_x + object.mask_width, other_end = other->mask_x + other->mask_width;
-        if (other->mask_x < end && object.mask_x < other_end) near.push_back(other);
+        if (other->mask_x < object.mask_x + object.mask_width && object.mask_x < other->mask_x + other->mask_width &&
+            other->mask_y < object.mask_y + object.mask_height && object.mask_y < other->mask_y + other->mask_height) near.push_back(other);
     }
     int n = 0;
-    for (int y = object.mask_y; y < object.mask_y + object.mask_height; ++y) {
+    for (int y = object.mask_y; !near.empty() && y < object.mask_y + object.mask_height; ++y) {
         for (int x = object.mask_x; x < object.mask_x + object.mask_width; ++x) {
             const auto has_it = [&](const Object *other) { return other->has(x, y); };
             n += object.has(x, y) && std::any_of(near.begin(), near.end(), has_it);
@@ -224,7 +224,7 @@ void drop_twins(std::vector<Object> &objects) {
         is_decided[i] = true;
         for (std::size_t j = 0; j < objects.size(); ++j) {
             if (!objects[j].is_near_seam || is_decided[j] || objects[j].tile == objects[i].tile) continue;
-            if (count_shared(objects[i], {&objects[j]}) > kMaxCovered * count_pixels(objects[j])) is_kept[j] = false;
+            if (const double n = count_shared(objects[i], {&objects[j]}); n > 0 && n > kMaxCovered * count_pixels(objects[j])) is_kept[j] = false;
         }
     }
     keep(objects, is_kept);
