@@ -30,7 +30,7 @@ _GROWN_CELLS = 6  # tissue is taken to reach three objects further than it is se
 # Glass: bright and hardly coloured, in grey levels of 255.
 _GLASS_LEVEL, _GLASS_CHROMA = 200, 25
 _PAPER = 255.0  # of all colours: white that no glass has
-_MIN_GLASS = 0.1  # of the slide, else its glass may be as white
+_MIN_GLASS, _NEARLY_ALL = 0.1, 90.0  # of the slide, else its glass may be as white; per cent of it
 # Tissue on glass, as optical density (0 = glass): coloured, or dark whatever its colour.
 _STAIN_DENSITY, _DARK_DENSITY = 0.02, 0.08
 # Specks: pieces with less than 100 objects' worth of stain in a field 34 objects wide ...
@@ -138,9 +138,11 @@ def _on_glass(colours: NDArray[np.float32]) -> NDArray[np.bool_] | None:
     glass = (darkest >= _GLASS_LEVEL) & (brightest - darkest <= _GLASS_CHROMA)
     if glass.mean() < _MIN_BACKGROUND:
         return None
-    paper = darkest >= _PAPER  # nothing was scanned there, unless all glass is as white
+    white = np.median(colours[glass], axis=0)
+    paper = darkest >= _PAPER  # nothing was scanned there, unless the glass itself is as white
     own = glass & ~paper
-    white = np.median(colours[own if own.mean() >= _MIN_GLASS else glass], axis=0)
+    if paper.mean() >= _MIN_BACKGROUND and own.mean() >= _MIN_GLASS:
+        white = np.percentile(colours[own], _NEARLY_ALL, axis=0)  # pale tissue on such glass is darker
     density = -np.log10(np.maximum(colours, 1.0) / white)  # (h, w, 3)
     strongest = density.max(axis=2)
     stain: NDArray[np.bool_] = (strongest - density.min(axis=2) > _STAIN_DENSITY) & (
