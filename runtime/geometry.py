@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,11 @@ class Grid:
     steps: tuple[float, ...]
     units: tuple[str | None, ...]  # as NGFF writes them: "micrometer", "second"; None: not known
     origin: tuple[float, ...]
+
+    @property
+    def makes_sense(self) -> bool:
+        """Whether all places are numbers, in the order of the pixels."""
+        return all(0 < step < math.inf for step in self.steps) and all(map(math.isfinite, self.origin))
 
     @classmethod
     def of_steps(cls, steps: Sequence[float] | None, unit: str, *, n_axes: int) -> Grid:

@@ -174,15 +174,15 @@ class Multiscale:
 
         An axis that the image lacks has one place, 0.
         """
-        units, steps = self._units(), dict(zip(self.axes, self._scale() or (), strict=False))
-        if not steps:
+        try:
+            steps = dict(zip(self.axes, self._scale() or (), strict=False))
+            origin = dict(zip(self.axes, self._translation(), strict=True))
+        except (LookupError, TypeError, ValueError):  # it says something else
             return None
-        origin = dict(zip(self.axes, self._translation(), strict=True))
-        return Grid(
-            tuple(steps.get(axis, 1.0) for axis in axes),
-            tuple(units.get(axis) for axis in axes),
-            tuple(origin.get(axis, 0.0) for axis in axes),
-        )
+        units = self._units()
+        found = [(steps.get(axis, 1.0), units.get(axis), origin.get(axis, 0.0)) for axis in axes]
+        grid = Grid(*zip(*found, strict=True))
+        return grid if steps and grid.makes_sense else None
 
     def _steps(self, sizes: Mapping[str, float]) -> dict[str, float]:
         """Return the step of the first level along each axis whose unit has a size, in that size."""
@@ -217,10 +217,8 @@ class Multiscale:
 
     def _transformations(self) -> tuple[Sequence[Mapping[str, Any]], ...]:
         """Return those of the first level, then those of all levels, in the order in which they act."""
-        return (
-            self.image["datasets"][0].get("coordinateTransformations") or (),
-            self.image.get("coordinateTransformations") or (),
-        )
+        levels = (self.image["datasets"][0], self.image)
+        return tuple(one.get("coordinateTransformations") or () for one in levels)
 
 
 def open_multiscale(path: Location) -> Multiscale:

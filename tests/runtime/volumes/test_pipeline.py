@@ -382,6 +382,30 @@ def test_labels_lie_where_the_image_in_ome_zarr_does(
     ]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"type": "translation", "path": "elsewhere"},
+        {"type": "translation", "translation": ["a", 0, 0]},
+        {"type": "translation", "translation": [float("nan"), 0, 0]},
+        {"type": "scale", "scale": [0, 1, 1]},
+    ],
+)
+def test_labels_begin_at_0_where_the_place_of_an_image_makes_no_sense(
+    oracle16: Segmenter, balls: np.ndarray, tmp_path: Path, wrong: dict[str, object]
+) -> None:
+    group = zarr.create_group(tmp_path / "s.zarr", zarr_format=2)
+    group.create_array("0", data=balls.astype(np.uint16))
+    axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
+    scale = {"type": "scale", "scale": [2, 2, 2]}
+    datasets = [{"path": "0", "coordinateTransformations": [scale, wrong]}]
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    options = VolumeOptions(pixels=True, axis="z")
+    folder = run_volume(oracle16, tmp_path / "s.zarr", tmp_path / "out", options=options).folder
+    (found,) = zarr.open_group(folder / "labels.ome.zarr", mode="r").attrs["ome"]["multiscales"]
+    assert [one["type"] for one in found["datasets"][0]["coordinateTransformations"]] == ["scale"]
+
+
 def test_a_stack_of_colours_is_none_for_a_model_that_sees_them(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "s.tif", np.zeros((4, 40, 50, 3), np.uint8), photometric="rgb")
     for channels, told in ((3, False), (1, True)):
