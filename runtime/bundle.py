@@ -100,7 +100,7 @@ def open_bundle(path: str | Path) -> Bundle:
     _check_hashes(path, manifest, members)
     for name in ("detect.onnx", "mask.onnx"):
         if _EXTERNAL in members[name]:  # what lies elsewhere no hash vouches for
-            raise BundleError(f"{name} keeps weights in another file", where=path, fix=_AGAIN)
+            raise BundleError(f"{name} keeps weights in another file", where=path, fix="export it anew")
     return Bundle(path, hashlib.sha256(content).hexdigest(), manifest, members)
 
 

@@ -37,6 +37,7 @@ _COARSE = 0.25  # ... and where few large objects may be outvoted by many small 
 _FAR = 1.5  # that the larger size must be larger by
 _TILES = 2  # looked at per scale, spread over the image
 _FEW_TILES, _MORE_TILES = 64, 8  # an image of more tiles in full may be empty in most places
+_CORES_A_TILE = 32  # so that measuring takes little beside the run
 _GOLDEN = (5.0**0.5 - 1.0) / 2.0  # its multiples, without their whole parts, lie far from one another
 _TRUST = 0.7  # a finding whose size is off the nominal one by this factor's exponential counts 0.6
 _MIN_FINDINGS = 1.5  # total weight below which the model does not know
@@ -57,8 +58,8 @@ def estimate_diameter(
     The image is searched at a quarter, half, full and double size. Each finding votes for its size with its
     squared score, and the more the nearer its size on the network is to the nominal one, which the model
     knows best; the weighted median wins (`settle_diameter`). One more look at the scale that it suggests
-    sharpens it. Two tiles are looked at in each, of a large image eight of those on its ground, so that the
-    time does not grow with the image.
+    sharpens it. Two tiles are looked at in each, of a large image up to eight of those on its ground, so that
+    the time does not grow with the image.
 
     Where brightness is spread like noise alone there is nothing to measure: enlarged until its grains look
     like nuclei, smooth noise is full of them.
@@ -223,14 +224,16 @@ def look_for_sizes(
 def _choose_tiles(
     model: ModelInput, plan: SlidePlan, info: SlideInfo, touches: Callable[[Region], bool] | None
 ) -> list[Tile]:
-    """Return the tiles to look at: two, or of a large image eight on its ground, far from one another."""
+    """Return the tiles to look at: two, or up to eight on the ground of a large image, far apart."""
     core_px = model.tile_px - 2 * model.halo_px
-    if info.width_px0 * info.height_px0 <= _FEW_TILES * core_px**2:
+    n_cores = info.width_px0 * info.height_px0 // core_px**2
+    if n_cores <= _FEW_TILES:
         return spread_evenly(plan.tiles, _TILES)
     ground = [tile for tile in plan.tiles if touches is None or touches(to_level0(tile.core, plan, info))]
     chosen = ground or plan.tiles
     # even steps would all lie in one column where the number of rows is a multiple of them
-    places = ((number * _GOLDEN) % 1.0 for number in range(1, _MORE_TILES + 1))
+    n_tiles = min(_MORE_TILES, n_cores // _CORES_A_TILE)
+    places = ((number * _GOLDEN) % 1.0 for number in range(1, n_tiles + 1))
     return list(dict.fromkeys(chosen[int(len(chosen) * place)] for place in places))
 
 

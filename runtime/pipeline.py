@@ -181,7 +181,7 @@ def _check(segmenter: Segmenter, reader: Reader, chosen: RunOptions) -> _Wish:
         **asked_model(segmenter),
         "slide": fingerprint_pixels(reader) if info.path is None else fingerprint(info),
         "size": [info.width_px0, info.height_px0],
-        "options": asked_options(chosen) | {"roi": None if roi is None else roi.record},
+        "options": asked_options(chosen, channel=channel) | {"roi": None if roi is None else roi.record},
     }
     return _Wish(chosen, channel, roi, row_filter, asked, is_measured)
 

@@ -38,8 +38,10 @@ class RunOptions:
     restart: bool = False  # begin anew where an earlier try stopped
 
 
-def asked_options(chosen: RunOptions | VolumeOptions) -> dict[str, Any]:
+def asked_options(chosen: RunOptions | VolumeOptions, *, channel: int | None = None) -> dict[str, Any]:
     """Return the options that the objects depend on, by name: what results are told apart by.
+
+    `channel` is the number of the channel, where the file has been asked: "1" may be the name of another.
 
     >>> "window" in asked_options(RunOptions()), asked_options(RunOptions(window=(0.0, 9.0)))["window"]
     (False, (0.0, 9.0))
@@ -52,9 +54,9 @@ def asked_options(chosen: RunOptions | VolumeOptions) -> dict[str, Any]:
     ):  # results from before there were these stay what was asked for
         if not asked.get(name):
             asked.pop(name, None)
-    channel = asked["channel"]
-    if isinstance(channel, str) and channel.isascii() and channel.isdecimal():
-        asked["channel"] = int(channel)  # as Python says it
+    said = asked["channel"]
+    if isinstance(said, str) and said.isascii() and said.isdecimal():
+        asked["channel"] = int(said) if channel is None else channel
     return asked
 
 

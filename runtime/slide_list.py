@@ -195,5 +195,17 @@ def _expand_path(path: Path, text: str) -> list[Location]:
         if not found:
             raise InputError("matches no file", where=text, fix="check the pattern")
         matches = [Path(match) / inside for match in sorted(found)]
-        return [place for match in matches for place in _expand_path(match, str(match))]
+        places = [place for match in matches for place in _expand_match(match)]
+        if not places:
+            raise InputError("matches folders without images", where=text, fix="check the pattern")
+        return places
     return [path]
+
+
+def _expand_match(path: Path) -> list[Location]:
+    """Return the images of a folder, perhaps none (the companion of a slide, say), or what is no folder."""
+    if not path.is_dir() or is_ome_zarr(path):
+        return [path]
+    with suppress(InputError):
+        return _expand_path(path, str(path))
+    return []

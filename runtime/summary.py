@@ -17,7 +17,7 @@ from darcnn.runtime.pipeline import RunSummary
 from darcnn.runtime.readers.base import make_slide_name, without_secrets
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.sinks.atomic import atomic_file, translated
-from darcnn.runtime.sinks.result_folder import RUN_FILE, drop_lock
+from darcnn.runtime.sinks.result_folder import RUN_FILE, drop_lock, make_folder_name
 
 __all__ = ["SUMMARY_FILE", "SlideOutcome", "write_summary"]
 
@@ -98,13 +98,18 @@ def _joined(earlier: list[list[str]], rows: list[list[str]], out_dir: Path) -> I
     told: set[str] = set()
     for row in earlier:
         new = failed.get(row[0])
-        stands = new is not None and row[_STATE] != "failed" and (out_dir / row[0] / RUN_FILE).is_file()
+        stands = new is not None and row[_STATE] != "failed" and _has_result(out_dir, row[0])
         if stands and new is not None and new[_FILE] == row[_FILE]:
             told.add(row[0])
             yield [*row[:-1], new[-1]]
         elif stands or row[0] not in names:
             yield row
     yield from (row for row in rows if row[0] not in told)
+
+
+def _has_result(out_dir: Path, name: str) -> bool:
+    below, _, own = name.rpartition("/")
+    return (out_dir / below / make_folder_name(own) / RUN_FILE).is_file()
 
 
 def _earlier_rows(path: Path) -> list[list[str]]:

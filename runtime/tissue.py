@@ -30,7 +30,8 @@ _GROWN_CELLS = 6  # tissue is taken to reach three objects further than it is se
 # Glass: bright and hardly coloured, in grey levels of 255.
 _GLASS_LEVEL, _GLASS_CHROMA = 200, 25
 _PAPER = 255.0  # of all colours: white that no glass has
-_MIN_GLASS, _NEARLY_ALL = 0.1, 90.0  # of the slide, else its glass may be as white; per cent of it
+_MIN_GLASS = 0.1  # of the slide, else its glass may be as white
+_EVEN, _HARDLY_COLOURED = 8.0, 13.0  # what glass is, and pale tissue is not
 # Tissue on glass, as optical density (0 = glass): coloured, or dark whatever its colour.
 _STAIN_DENSITY, _DARK_DENSITY = 0.02, 0.08
 # Specks: pieces with less than 100 objects' worth of stain in a field 34 objects wide ...
@@ -142,7 +143,9 @@ def _on_glass(colours: NDArray[np.float32]) -> NDArray[np.bool_] | None:
     paper = darkest >= _PAPER  # nothing was scanned there, unless the glass itself is as white
     own = glass & ~paper
     if paper.mean() >= _MIN_BACKGROUND and own.mean() >= _MIN_GLASS:
-        white = np.percentile(colours[own], _NEARLY_ALL, axis=0)  # pale tissue on such glass is darker
+        dark, typical, light = np.percentile(colours[own], (10, 50, 90), axis=0)
+        if (light - dark).max() <= _EVEN and typical.max() - typical.min() <= _HARDLY_COLOURED:
+            white = typical  # else it may be pale tissue on glass that is white itself
     density = -np.log10(np.maximum(colours, 1.0) / white)  # (h, w, 3)
     strongest = density.max(axis=2)
     stain: NDArray[np.bool_] = (strongest - density.min(axis=2) > _STAIN_DENSITY) & (

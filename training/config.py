@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.intensity import IntensityRule
+from darcnn.runtime.manifest import check_name
 from darcnn.runtime.slab import Slab
 from darcnn.training.config_checks import problems_of
 
@@ -33,6 +34,7 @@ __all__ = [
 T = TypeVar("T")
 
 _FULL_RANGE = IntensityRule("full_range")
+_COLOURS = 3  # channels
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -208,7 +210,14 @@ def read_recipe(path: Path) -> Recipe:
         ) from err
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
         raise UsageError(f"is not TOML ({err})", where=path, fix="correct that line") from err
-    return recipe_from_table(table, where=str(path))
+    recipe = recipe_from_table(table, where=str(path))
+    try:
+        check_name(recipe.name)  # of checkpoints from before it was checked the name may be any
+    except ValueError as err:
+        raise UsageError(
+            f"name = {recipe.name!r}: {err}", where=path, fix="use letters, digits, - and _"
+        ) from err
+    return recipe
 
 
 def recipe_from_table(table: Mapping[str, Any], *, where: str) -> Recipe:
@@ -243,6 +252,8 @@ def relevant_part(recipe: Recipe, stage: str) -> tuple[object, ...]:
     )
     if recipe.source is not None and recipe.source.synthetic_fraction > 0:
         parts = (*parts, recipe.target)  # the source stage already sees crops of its images
+        if recipe.target.channels != _COLOURS:  # and takes them for what the recipe says
+            parts = (*parts, recipe.refine_stage.polarity == "dark")
     if stage == "source":
         return parts
     parts = (*parts, recipe.target, recipe.adapt_stage)

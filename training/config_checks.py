@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.load import names_bundle, shipped_models
-from darcnn.runtime.manifest import check_name
 from darcnn.runtime.tiling import halo_for
 from darcnn.training.model.presets import PRESETS, is_detectron2_file
 
@@ -24,10 +23,6 @@ _MAX_LABEL = 65535  # pseudo-labels are 16-bit pictures
 def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield what no run could make sense of, each with the fix."""
     target, refine = recipe.target, recipe.refine_stage
-    try:
-        check_name(recipe.name)
-    except ValueError as err:
-        yield f"name = {recipe.name!r}: {err}", "use letters, digits, - and _"
     yield from _start_problems(recipe)
     if recipe.source is not None:
         yield from _source_problems(recipe.source)

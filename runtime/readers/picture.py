@@ -8,7 +8,7 @@ from pathlib import Path
 
 import imagecodecs
 import numpy as np
-from PIL import ImageOps
+from PIL import ExifTags, ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.Image import Image
 from PIL.ImageFile import ImageFile
@@ -140,7 +140,8 @@ def _decode(path: Path) -> Pixels:
             with opener(stream) as picture:
                 _check_size(picture, head, path.stat().st_size)
                 if isinstance(picture, PngImageFile) and _is_wide_colour(head):
-                    return to_pixels(imagecodecs.png_decode(path.read_bytes())[:, :, :3])
+                    deep = imagecodecs.png_decode(path.read_bytes())[:, :, :3]
+                    return to_pixels(_turned(deep, picture.getexif().get(ExifTags.Base.Orientation, 1)))
                 picture.load()
                 return _to_array(picture)
         except _DAMAGED as err:
@@ -149,6 +150,17 @@ def _decode(path: Path) -> Pixels:
             raise InputError(
                 "is too large to be decoded at once", where=path, fix="export it as a tiled TIFF"
             ) from err
+
+
+def _turned(pixels: Pixels, orientation: int) -> Pixels:
+    """Return (H, W, C) the way up that EXIF says, as `ImageOps.exif_transpose` turns pictures."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
 
 
 def _is_wide_colour(head: bytes) -> bool:

@@ -179,6 +179,7 @@ def _serves_all_axes(model: ModelInput, view: View) -> bool:
     n_bytes = math.prod(info.shape) * info.dtype.itemsize
     return (
         model.slab is not None
+        and not info.is_series
         and info.is_cubic is not False  # tomograms whose header knows no size have cubes as well
         and min(info.shape) >= deep_px
         and n_bytes <= _MOST_BYTES

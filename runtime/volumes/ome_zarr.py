@@ -47,7 +47,7 @@ def unpack_zarr(
         path=path,
         layout=layout,
         section_um=None if section is None else section[0],
-        frame_interval_s=image.frame_interval_s(),
+        frame_interval_s=image.frame_interval_s() if image.planes().n_t > 1 else None,  # one has none
         is_rgb=False,  # one of its channels is read, also of colours
         grid=image.grid((layout.along, "y", "x")),
     )

@@ -137,7 +137,7 @@ class FakeTensorRt:
         owner = self
 
         class Logger:
-            ERROR = 1
+            INTERNAL_ERROR = 0
 
             def __init__(self, severity):
                 pass
@@ -154,6 +154,7 @@ class FakeTensorRt:
                 )
 
         self.Logger, self.Runtime = Logger, Runtime
+        self.ComputeCapability = SimpleNamespace(SM75=75, SM80=80, SM86=86, SM89=89)  # some of the real ones
 
 
 class FakeEngine:

@@ -265,4 +265,4 @@ def test_objects_are_measured_on_the_ground_that_is_asked_for(segmenter, picture
         found = estimate_diameter(segmenter, reader, touches=touches)
     with ArrayReader(wide[2400:, 2400:]) as reader:
         alone = estimate_diameter(segmenter, reader)
-    assert found == pytest.approx(alone, rel=0.1)
+    assert found == pytest.approx(alone, rel=0.25)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
 import imagecodecs
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Region
@@ -60,6 +62,19 @@ def test_sixteen_bits_of_colours_survive(tmp_path: Path, n_values: int) -> None:
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(InputError, match="is damaged"):
         PictureReader(path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_colours_of_sixteen_bits_are_turned_as_others_are(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    shallow = save(Image.fromarray(COLOUR), tmp_path / "shallow.png", exif=exif)
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    packed = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    content = imagecodecs.png_encode(COLOUR.astype(np.uint16) * 257)
+    at = content.index(b"IDAT") - 4
+    (tmp_path / "deep.png").write_bytes(content[:at] + packed + content[at:])
+    np.testing.assert_array_equal(whole(tmp_path / "deep.png"), whole(shallow).astype(np.uint16) * 257)
 
 
 def test_a_jpeg_is_what_pillow_decodes(tmp_path: Path) -> None:

@@ -322,7 +322,8 @@ def test_a_channel_called_by_a_number_is_found_by_its_name_first() -> None:
     assert [find_channel(of_wavelengths, name) for name in ("488", "2", 2)] == [1, 2, 2]
     assert [find_channel(counted_from_one, name) for name in ("1", "0", 1)] == [0, 0, 1]
     as_said = (RunOptions(channel="2"), RunOptions(channel=2))  # results of either are the same
-    assert len({repr(asked_options(options)) for options in as_said}) == 1
+    assert len({repr(asked_options(options, channel=2)) for options in as_said}) == 1
+    assert asked_options(RunOptions(channel="1"), channel=0)["channel"] == 0
 
 
 def test_a_channel_can_be_chosen() -> None:

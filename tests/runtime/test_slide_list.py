@@ -64,10 +64,12 @@ def test_what_folders_cannot_tell_apart_is_an_error(slides: list[str], message: 
 
 
 def test_folders_that_a_quoted_pattern_matches_stand_for_their_images(tmp_path):
-    for name in ("A1/a.png", "A2/b.png", "A2/notes.txt", "c.png"):
+    for name in ("A1/a.png", "A2/b.png", "A2/notes.txt", "notes/d.txt", "c.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     assert [path.name for path in list_slides([str(tmp_path / "*")])] == ["a.png", "b.png", "c.png"]
+    with pytest.raises(InputError, match="matches folders without images"):
+        list_slides([str(tmp_path / "n*")])
 
 
 def test_packed_volumes_and_bigtiffs_of_ome_are_images_of_a_folder(tmp_path):

@@ -176,24 +176,24 @@ def test_a_table_of_somebody_s_own_is_kept_beside(tmp_path):
 
 
 def test_a_result_that_was_left_as_it_is_keeps_its_line_with_the_error_beside_it(tmp_path):
-    done = SlideOutcome(tmp_path / "x" / "f.svs", summary(tmp_path, name="f"))
-    (tmp_path / "f").mkdir()
-    (tmp_path / "f" / "run.json").touch()
+    done = SlideOutcome(tmp_path / "x" / "f:g.svs", summary(tmp_path, name="f:g"))
+    (tmp_path / "f_g").mkdir()
+    (tmp_path / "f_g" / "run.json").touch()
     write_summary(tmp_path, [done])
     other = SlideOutcome(tmp_path / "g.svs", summary(tmp_path, name="g"))
     again = SlideOutcome(done.path, error="holds a complete result")
     write_summary(tmp_path, [again, other])
-    namesake = SlideOutcome(tmp_path / "y" / "f.svs", error="holds a complete result")
+    namesake = SlideOutcome(tmp_path / "y" / "f:g.svs", error="holds a complete result")
     write_summary(tmp_path, [namesake, other])
     with (tmp_path / "summary.csv").open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     told = [(line["slide"], line["state"], line["objects"], line["error"]) for line in lines]
     assert told == [
-        ("f", "done", "30", "holds a complete result"),
-        ("f", "failed", "", "holds a complete result"),
+        ("f:g", "done", "30", "holds a complete result"),
+        ("f:g", "failed", "", "holds a complete result"),
         ("g", "done", "30", ""),
     ]
-    (tmp_path / "f" / "run.json").unlink()  # it does not stand any more
+    (tmp_path / "f_g" / "run.json").unlink()  # it does not stand any more
     write_summary(tmp_path, [again, other])
     with (tmp_path / "summary.csv").open(newline="", encoding="utf-8") as file:
         states = [line["state"] for line in csv.DictReader(file)]

@@ -47,6 +47,10 @@ def test_a_folder_stands_for_its_images_and_an_ome_zarr_for_itself(tmp_path: Pat
     expected = ["a.png", "b.png", "c.tif/0", "c.tif/1", "d.zarr"]
     for found in (images_of_folder(folder), find_images(tmp_path, "images", key="x")):
         assert [path.relative_to(folder).as_posix() for path in found] == expected
+    (tmp_path / "images" / "labels").mkdir()
+    (tmp_path / "images" / "labels" / "a.png").touch()
+    found = find_images(tmp_path, "images/*", key="x")
+    assert [path.name for path in found if path.suffix == ".png"] == ["a.png", "b.png"]
     (one,) = find_images(tmp_path, "images/d.zarr", key="x")
     assert one.name == "d.zarr"
 

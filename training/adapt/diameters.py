@@ -70,7 +70,7 @@ def _read(folder: Path, depends_on: list[object]) -> dict[str, float] | None:
     if not path.is_file():
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    if content.get("depends_on") != depends_on:
+    if content.get("depends_on", depends_on) != depends_on:  # runs from before it was noted tell sizes alone
         return None
-    diameters: dict[str, float] = content["diameters"]
+    diameters: dict[str, float] = content.get("diameters", content)
     return diameters

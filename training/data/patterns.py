@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from glob import has_magic
 from pathlib import Path
 
 from darcnn.runtime.errors import InputError
@@ -38,7 +39,7 @@ def find_files(folder: Path, pattern: str, *, key: str) -> list[Path]:
 def find_images(folder: Path, pattern: str, *, key: str) -> list[Path]:
     """Return the places of the images in the files that a glob matches: of several in a file, each.
 
-    A folder stands for the images directly in it.
+    A folder that is named stands for the images directly in it; folders that a * matches count for nothing.
 
     Raises:
         InputError: it is no pattern.
@@ -46,16 +47,20 @@ def find_images(folder: Path, pattern: str, *, key: str) -> list[Path]:
     file, number = split_image(Path(pattern))
     if number is not None:
         return [found / str(number) for found in find_files(folder, str(file), key=key)]
-    found: list[Path] = []
-    for path in find_files(folder, pattern, key=key):
-        found += images_of_folder(path) if path.is_dir() and not is_ome_zarr(path) else expand_images([path])
-    return found
+    found = find_files(folder, pattern, key=key)
+    if not has_magic(pattern) and len(found) == 1 and _is_folder(found[0]):
+        return images_of_folder(found[0])
+    return expand_images(path for path in found if not _is_folder(path))
 
 
 def images_of_folder(folder: Path) -> list[Path]:
     """Return the places of the images directly in a folder, sorted by file: of several in a file, each."""
     files = (path for path in folder.iterdir() if is_readable(path) and not is_left_behind(path))
     return expand_images(sorted(files))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not is_ome_zarr(path)
 
 
 def is_left_behind(path: Path) -> bool:

@@ -219,7 +219,7 @@ def test_an_autofocus_moves_a_visit_away_from_the_plan(core, open_live, frame_of
 def test_of_several_channels_one_is_segmented_and_the_others_are_not_waited_for(
     core, open_live, frame_of, monkeypatch
 ):
-    monkeypatch.setattr("darcnn.runtime.live.micromanager._PATIENCE_S", 5.0)
+    monkeypatch.setattr("darcnn.runtime.live.micromanager._PATIENCE_S", 60.0)
 
     class OnDapi(SmartAcquisition):
         def accepts(self, event):
@@ -233,7 +233,7 @@ def test_of_several_channels_one_is_segmented_and_the_others_are_not_waited_for(
                 if event.channel is not None:
                     smart._on_frame(frame_of(), event, {})
             assert (smart.n_frames, smart.n_lost, len(smart.visits)) == (2, 0, 2)
-    assert time.monotonic() - start < 5.0
+    assert time.monotonic() - start < 50.0  # patience never ran out
 
 
 @pytest.mark.parametrize("known_by", ["core", "option"])

@@ -43,6 +43,18 @@ def test_time_points_are_not_averaged(oracle16: Segmenter, tmp_path: Path) -> No
     assert objects[["t_first", "t_last", "area_px"]].to_numpy().tolist() == [[0, 11, 100], [5, 7, 100]]
 
 
+def test_a_series_is_looked_at_along_time_alone_whatever_the_model_does_with_volumes(
+    oracle16: Segmenter, tmp_path: Path
+) -> None:
+    series = np.zeros((40, 40, 40), np.uint8)
+    series[:, 4:14, 4:14] = 1
+    tifffile.imwrite(tmp_path / "s.tif", series, imagej=True, metadata={"axes": "TYX"})
+    slabs = replace(oracle16.manifest.input, slab=Slab(0.5), nominal_diameter_px=12.0)
+    with Segmenter(oracle16.engine, replace(oracle16.manifest, input=slabs)) as segmenter:
+        folder = run_volume(segmenter, tmp_path / "s.tif", tmp_path / "out").folder
+    assert json.loads((folder / "run.json").read_text())["network"]["axes"] == ["z"]
+
+
 @pytest.mark.parametrize("kind", ["tiff", "zarr"])
 def test_sections_taken_for_time_points_keep_the_time_point_that_they_lie_in(
     oracle16: Segmenter, tmp_path: Path, kind: str
