@@ -243,8 +243,8 @@ def test_of_a_large_image_tiles_on_its_ground_are_looked_at_wherever_they_lie(n_
         assert _choose_tiles(model, plan, info, lambda region: False) == everywhere  # better than nothing
 
 
-def test_objects_are_measured_on_the_ground_that_is_asked_for(segmenter, picture) -> None:
-    image, _ = picture
+def test_objects_are_measured_on_the_ground_that_is_asked_for(segmenter, root: Path) -> None:
+    image = Image.open(root / "tests" / "data" / "evaluate" / "images" / f"{NAMES[0]}.png")
     wide = np.zeros((5000, 5000), np.uint8)
 
     def paste(x: int, y: int, size: int, enlarged: float) -> None:
