@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -91,13 +91,9 @@ def survey_ground(
             channels=(seen if plan.channel is None else (plan.channel,)) if is_separate else None,
         ).including(mended.holes)
     reach = model.nominal_diameter_px + 2 * SEAM_PX  # a tile owns objects whose centroid lies beyond its core
-    tiles = tuple(
-        tile
-        for tile in plan.tiles
-        for seen_px0 in [to_level0(tile.core, plan, info, reach_px=reach)]
-        if (mask is None or mask.touches(seen_px0)) and (roi is None or roi.touches(seen_px0))
-    )
-    return Ground(mask, roi, tiles, _area(info, mask, roi), has_holes=bool(mended.holes))
+    ground = Ground(mask, roi, (), _area(info, mask, roi), has_holes=bool(mended.holes))
+    tiles = (tile for tile in plan.tiles if ground.touches(to_level0(tile.core, plan, info, reach_px=reach)))
+    return replace(ground, tiles=tuple(tiles))
 
 
 def when_surveyed(survey: Callable[[], Ground]) -> Callable[[Region], bool]:

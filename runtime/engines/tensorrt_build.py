@@ -122,9 +122,11 @@ def build_engine(
     with suppress(OSError):
         known = timings.read_bytes() if is_built_on_gpu else b""
     plans, known = build_plans(bundle, options, timing_cache=known, progress=progress)
-    folder = store_engine(facts, plans) if out is None else out
-    if out is not None:
-        write_engine(out, facts, plans, overwrite=overwrite)
+    if out is None:
+        folder = store_engine(facts, plans)
+    else:
+        folder = out
+        write_engine(folder, facts, plans, overwrite=overwrite)
     if is_built_on_gpu:
         with suppress(OSError):  # the next build takes longer without
             timings.parent.mkdir(parents=True, exist_ok=True)

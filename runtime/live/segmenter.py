@@ -120,7 +120,6 @@ class LiveSegmenter(Closing):
                 called by `on_result` with the policy `block`.
         """
         start = time.perf_counter()
-        check_process(self._pid)
         _check_number("pixel_size_um", pixel_size_um, lowest=math.ulp(0.0))
         _check_number("deadline_ms", deadline_ms, lowest=0.0)
 

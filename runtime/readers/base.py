@@ -31,6 +31,7 @@ __all__ = [
     "needs_package",
     "pixel_type",
     "plausible_mpp",
+    "plausible_um",
     "settle_mpp",
     "suffix_of",
     "to_pixels",
@@ -188,15 +189,23 @@ def to_pixels(values: NDArray[Any]) -> Pixels:
     return pixels * np.uint8(255) if values.dtype.kind == "b" else pixels
 
 
+def plausible_um(step: float | None) -> float | None:
+    """Return micrometres from one pixel or plane to the next, None unless a microscope could have them.
+
+    >>> plausible_um(0.5), plausible_um(0.0), plausible_um(None)
+    (0.5, None, None)
+    """
+    return step if step is not None and math.isfinite(step) and 0 < step <= MAX_MPP else None
+
+
 def plausible_mpp(x: float | None, y: float | None) -> tuple[float, float] | None:
     """Return micrometres per pixel (x, y), None unless both are numbers that a microscope could have.
 
     >>> plausible_mpp(0.5, 0.5), plausible_mpp(0.0, 0.5), plausible_mpp(None, 0.5)
     ((0.5, 0.5), None, None)
     """
-    if x is None or y is None or not all(math.isfinite(v) and 0 < v <= MAX_MPP for v in (x, y)):
-        return None
-    return (x, y)
+    across, down = plausible_um(x), plausible_um(y)
+    return None if across is None or down is None else (across, down)
 
 
 def settle_mpp(

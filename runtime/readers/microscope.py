@@ -25,6 +25,7 @@ from darcnn.runtime.readers.base import (
     needs_package,
     pixel_type,
     plausible_mpp,
+    plausible_um,
     settle_mpp,
     to_pixels,
 )
@@ -151,8 +152,7 @@ class MicroscopeReader(PlaneReader):
         file = cls._open(path)
         try:
             planes = _choose(file, path).planes
-            section = plausible_mpp(planes.section_um, planes.section_um)
-            return replace(planes, section_um=None if section is None else section[0])
+            return replace(planes, section_um=plausible_um(planes.section_um))
         finally:
             file.close()
 

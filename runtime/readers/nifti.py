@@ -21,6 +21,7 @@ from darcnn.runtime.readers.base import (
     needs_package,
     pixel_type,
     plausible_mpp,
+    plausible_um,
     settle_mpp,
     suffix_of,
     to_pixels,
@@ -103,8 +104,8 @@ def open_nifti(path: Path) -> tuple[Any, Planes, tuple[float, float] | None, flo
     unit_um = _unit_um(image)
     section = None
     if unit_um is not None and len(zooms) > 2:
-        section = plausible_mpp(float(zooms[2]) * unit_um, float(zooms[2]) * unit_um)
-    return image, planes, _mpp(image), section[0] if section else None
+        section = plausible_um(float(zooms[2]) * unit_um)
+    return image, planes, _mpp(image), section
 
 
 def _open(path: Path) -> Any:

@@ -175,8 +175,7 @@ class Multiscale:
         An axis that the image lacks has one place, 0.
         """
         try:
-            steps = dict(zip(self.axes, self._scale() or (), strict=False))
-            origin = dict(zip(self.axes, self._translation(), strict=True))
+            steps, origin = self._scale(), self._translation()
         except (LookupError, TypeError, ValueError):  # it says something else
             return None
         units = self._units()
@@ -186,10 +185,10 @@ class Multiscale:
 
     def _steps(self, sizes: Mapping[str, float]) -> dict[str, float]:
         """Return the step of the first level along each axis whose unit has a size, in that size."""
-        units, steps = self._units(), dict(zip(self.axes, self._scale() or (), strict=False))
+        units = self._units()
         return {
             axis: sizes[str(units[axis])] * step
-            for axis, step in steps.items()
+            for axis, step in self._scale().items()
             if str(units.get(axis)) in sizes
         }
 
@@ -198,22 +197,23 @@ class Multiscale:
             axis["name"]: axis.get("unit") for axis in self.image.get("axes", ()) if isinstance(axis, Mapping)
         }
 
-    def _scale(self) -> tuple[float, ...] | None:
-        """Return the step of the first level along each axis, None where it is not told."""
+    def _scale(self) -> dict[str, float]:
+        """Return the step of the first level by axis, nothing where it is not told."""
         scales = [one for of in self._transformations() for one in _entries(of, "scale")]
         if not scales or any(len(scale) != len(self.axes) for scale in scales):
-            return None
-        return tuple(math.prod(float(one) for one in along) for along in zip(*scales, strict=True))
+            return {}
+        steps = (math.prod(float(one) for one in along) for along in zip(*scales, strict=True))
+        return dict(zip(self.axes, steps, strict=True))
 
-    def _translation(self) -> tuple[float, ...]:
-        """Return where the first pixel of the first level lies along each axis."""
+    def _translation(self) -> dict[str, float]:
+        """Return where the first pixel of the first level lies by axis."""
         place = [0.0] * len(self.axes)
         for of in self._transformations():  # each scales what the one before has shifted
             for factors in _entries(of, "scale"):
                 place = [one * float(factor) for one, factor in zip(place, factors, strict=False)]
             for shifts in _entries(of, "translation"):
                 place = [one + float(shift) for one, shift in zip(place, shifts, strict=False)]
-        return tuple(place)
+        return dict(zip(self.axes, place, strict=True))
 
     def _transformations(self) -> tuple[Sequence[Mapping[str, Any]], ...]:
         """Return those of the first level, then those of all levels, in the order in which they act."""

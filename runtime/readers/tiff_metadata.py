@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 from xml.etree import ElementTree
 
-from darcnn.runtime.readers.base import SECONDS, plausible_mpp
+from darcnn.runtime.readers.base import SECONDS, plausible_mpp, plausible_um
 
 __all__ = [
     "UM",
@@ -164,8 +164,7 @@ def section_um(ome: str | None, imagej: Mapping[str, Any] | None, number: int = 
             found = _um(pixels.get("PhysicalSizeZ"), pixels.get("PhysicalSizeZUnit", "µm"))
     elif imagej is not None and "spacing" in imagej:
         found = _um(str(imagej["spacing"]), str(imagej.get("unit", "")).lower())
-    size = plausible_mpp(found, found)
-    return None if size is None else size[0]
+    return plausible_um(found)
 
 
 def frame_interval_s(ome: str | None, imagej: Mapping[str, Any] | None, number: int = 0) -> float | None:

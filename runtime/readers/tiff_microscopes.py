@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from darcnn.runtime.readers.base import plausible_mpp
+from darcnn.runtime.readers.base import plausible_mpp, plausible_um
 from darcnn.runtime.readers.tiff_metadata import UM, PixelSize
 
 __all__ = ["MicroscopeTags", "read_microscope_tags"]
@@ -40,14 +40,12 @@ def read_microscope_tags(tiff: tifffile.TiffFile) -> MicroscopeTags | None:
 
 def _of_lsm(facts: Mapping[str, Any]) -> MicroscopeTags:
     x, y, z = (_micrometres(facts.get(f"VoxelSize{axis}"), _UM_PER_M) for axis in "XYZ")
-    section = plausible_mpp(z, z)
     names = facts.get("ChannelColors", {}).get("ColorNames", ())
-    interval = _mean_step(facts.get("TimeStamps")) or float(
-        facts.get("TimeIntervall", 0.0)
-    )  # Zeiss' spelling
+    planned_s = float(facts.get("TimeIntervall", 0.0))  # Zeiss' spelling
+    interval = _mean_step(facts.get("TimeStamps")) or planned_s
     return MicroscopeTags(
         _pixel_size(x, y, "LSM voxel size"),
-        None if section is None else section[0],
+        plausible_um(z),
         interval if interval > 0 else None,
         tuple(name or None for name in names),
     )

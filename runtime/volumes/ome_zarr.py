@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.planning import find_channel
-from darcnn.runtime.readers.base import make_slide_name, plausible_mpp, to_pixels
+from darcnn.runtime.readers.base import make_slide_name, plausible_um, to_pixels
 from darcnn.runtime.readers.ome_zarr import Multiscale, OmeZarrReader, open_multiscale, unreadable_zarr
 from darcnn.runtime.readers.protocol import Location, SlideInfo
 from darcnn.runtime.volumes.layout import Layout
@@ -40,13 +40,11 @@ def unpack_zarr(
     with OmeZarrReader(path, z=0, t=layout.t or 0) as reader:
         info = reader.info
     number = _choose_channel(info, channel)
-    z = image.steps_um().get("z")
-    section = plausible_mpp(z, z)
     facts = VolumeInfo.of_planes(
         info,
         path=path,
         layout=layout,
-        section_um=None if section is None else section[0],
+        section_um=plausible_um(image.steps_um().get("z")),
         frame_interval_s=image.frame_interval_s() if image.planes().n_t > 1 else None,  # one has none
         is_rgb=False,  # one of its channels is read, also of colours
         grid=image.grid((layout.along, "y", "x")),
