@@ -12,7 +12,7 @@ from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.readers.protocol import SlideInfo
 from darcnn.runtime.tiling import Tile, plan_tiles
 
-__all__ = ["SlidePlan", "find_channel", "plan_slide", "to_level0"]
+__all__ = ["SlidePlan", "check_square", "find_channel", "plan_slide", "to_level0"]
 
 SNAP = 0.02  # a scale within 2 % of a level's own is that level's: no resampling
 MIN_SCALE, MAX_SCALE = 1 / 64, 16.0  # beyond them the pixel size is a mistake
@@ -58,7 +58,7 @@ def plan_slide(
         scale = 1.0
     else:
         if mpp is None:
-            _check_square(info, where)
+            check_square(info, where)
         if known_mpp is None:
             raise InputError(
                 "no pixel size in the file",
@@ -131,7 +131,8 @@ def _choose_channel(model: ModelInput, info: SlideInfo, channel: int | None, whe
     return channel
 
 
-def _check_square(info: SlideInfo, where: str) -> None:
+def check_square(info: SlideInfo, where: str) -> None:
+    """Raise an InputError where the sides of a pixel, if known, differ by more than MAX_ANISOTROPY."""
     if info.mpp is not None and abs(info.mpp[0] / info.mpp[1] - 1) > MAX_ANISOTROPY:
         raise InputError(
             f"its pixels are not square: {info.mpp[0]:.4g} x {info.mpp[1]:.4g} um",

@@ -172,6 +172,7 @@ def _figures_of(arm: Arm, run: Run, folder: Path, options: Ablation) -> dict[str
         min_score=recipe.export.min_score,
         tile_px=recipe.export.tile_px,
         source_branch=info.is_source_only,
+        max_diameters=recipe.export.max_diameters,
     )
     with segmenter:
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -25,6 +25,7 @@ __all__ = [
     "SourceStage",
     "Target",
     "TargetSet",
+    "changed_keys",
     "read_recipe",
     "recipe_from_table",
     "recipe_to_table",
@@ -137,7 +138,8 @@ class RefineStage:
     # findings between this score and z teach neither "object" nor "background", but for the last round, in
     # which they are background; None: always background
     doubt_score: float | None = None
-    max_objects: int = 300  # pseudo-labels an image keeps, best first
+    # pseudo-labels of an image, best first; what is found beyond them is doubtful in every round. None: all
+    max_objects: int | None = None
     max_diameters: float | None = None  # what is larger than so many nominal diameters is no pseudo-label
     scales: tuple[float, ...] = (1.0,)  # the images are labelled at each of these scales, results merged
     # whether objects are brighter or darker than what surrounds them; findings of the other polarity are
@@ -252,12 +254,31 @@ def relevant_part(recipe: Recipe, stage: str) -> tuple[object, ...]:
     )
     if recipe.source is not None and recipe.source.synthetic_fraction > 0:
         parts = (*parts, recipe.target)  # the source stage already sees crops of its images
-        if recipe.target.channels != _COLOURS:  # and takes them for what the recipe says
-            parts = (*parts, recipe.refine_stage.polarity == "dark")
+        told = "bright" if recipe.target.channels == _COLOURS else "dark"  # what they are not taken for, else
+        parts = (*parts, recipe.refine_stage.polarity == told)
     if stage == "source":
         return parts
     parts = (*parts, recipe.target, recipe.adapt_stage)
     return parts if stage == "adapt" else (*parts, recipe.refine_stage)
+
+
+def changed_keys(before: Recipe, now: Recipe) -> list[str]:
+    """Return the keys that differ, among those that some stage depends on: "refine_stage.steps"."""
+    tables = [dict(_values(recipe_to_table(recipe))) for recipe in (before, now)]
+    beside = ("name", "data", "data_licence", "export", "ablation")
+    return sorted(
+        key
+        for key in tables[0].keys() | tables[1].keys()
+        if tables[0].get(key) != tables[1].get(key) and key.partition(".")[0] not in beside
+    )
+
+
+def _values(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _values(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _parse(kind: type[T], table: Any, where: str, prefix: str) -> T:

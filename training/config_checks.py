@@ -14,10 +14,10 @@ from darcnn.training.model.presets import PRESETS, is_detectron2_file
 if TYPE_CHECKING:
     from darcnn.training.config import Recipe, Source, Target
 
-__all__ = ["problems_of"]
+__all__ = ["MAX_OBJECTS", "problems_of"]
 
 _COLOURS = 3  # channels
-_MAX_LABEL = 65535  # pseudo-labels are 16-bit pictures
+MAX_OBJECTS = 65535  # pseudo-labels are 16-bit pictures
 
 
 def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -39,12 +39,21 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield f"weights = {recipe.weights!r} does not fit preset {recipe.preset}", "use preset resnet50"
     if not target.sets:
         yield "no target images", "give at least one [[target.sets]]"
-    if not refine.scales or min(refine.scales) <= 0:
-        yield "refine_stage.scales are not above 0", "use [1.0], say"
+    if not refine.scales or not all(0 < scale < math.inf for scale in refine.scales):
+        yield "refine_stage.scales are not above 0 and finite", "use [1.0], say"
     yield from _target_problems(target)
     yield from _tile_problems(recipe)
-    if recipe.seed < 0:
-        yield f"seed = {recipe.seed} is below 0", "give 0 or more"
+    if not 0 <= recipe.seed < 2**63:
+        yield f"seed = {recipe.seed} is not from 0 to 2^63 - 1", "use 1, say"
+    for name in ("source_every", "synthetic_every"):
+        if (every := getattr(refine, name)) < 0 or every == 1:
+            yield (
+                f"refine_stage.{name} = {every} leaves no batch to the pseudo-labels",
+                "give 2 or more, or 0 for none of these batches",
+            )
+    for name in ("alpha", "beta", "gamma"):
+        if not 0.0 <= (weight := getattr(recipe.adapt_stage, name)) < math.inf:
+            yield f"adapt_stage.{name} = {weight} is no weight", "give a number from 0 on; 0 leaves it out"
     if refine.source_every and refine.synthetic_every and refine.synthetic_every % refine.source_every == 0:
         yield (
             "refine_stage.synthetic_every would never act: photographs go first where both fall on one step",
@@ -52,8 +61,8 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if recipe.tile_px < 64 or recipe.tile_px % 64:
         yield "tile_px is no multiple of 64", "use 256, say"
-    if not 1 <= refine.max_objects <= _MAX_LABEL:
-        yield f"refine_stage.max_objects is not from 1 to {_MAX_LABEL}", "use 300, say"
+    if refine.max_objects is not None and not 1 <= refine.max_objects <= MAX_OBJECTS:
+        yield f"refine_stage.max_objects is not from 1 to {MAX_OBJECTS}", "leave it out to learn from all"
     sizes = {f"target.sets[{i}].diameter_px": one.diameter_px for i, one in enumerate(target.sets)}
     positive = {
         "target.nominal_diameter_px": target.nominal_diameter_px,
@@ -65,6 +74,7 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "ablation.diameter_px": recipe.ablation.diameter_px if recipe.ablation else None,
         "source_stage.accumulate": recipe.source_stage.accumulate,
         "adapt_stage.accumulate": recipe.adapt_stage.accumulate,
+        "adapt_stage.patience": recipe.adapt_stage.patience,
         "refine_stage.accumulate": refine.accumulate,
         "source_stage.batch": recipe.source_stage.batch,
         "adapt_stage.source_batch": recipe.adapt_stage.source_batch,
@@ -79,8 +89,8 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "target.slab.depth": target.slab.depth if target.slab else None,
     }
     for name, value in positive.items():
-        if value is not None and not value > 0:
-            yield f"{name} = {value} is not above 0", "give a number above 0"
+        if value is not None and not 0 < value < math.inf:
+            yield f"{name} = {value} is not above 0 and finite", "give a number above 0"
     if refine.doubt_score is not None and not 0.0 <= refine.doubt_score <= refine.min_score:
         yield (
             "refine_stage.doubt_score is not from 0 to refine_stage.min_score",
@@ -157,7 +167,7 @@ def _source_problems(source: Source) -> Iterator[tuple[str, str]]:
         yield "source.annotations and source.labels are both given", "remove one of them"
     if source.labels is None and source.intensity.kind != "full_range":
         yield "source.intensity is for images with label maps", "remove it, or give source.labels"
-    if not 0.0 < source.diameter_px[0] <= source.diameter_px[1]:
+    if not 0.0 < source.diameter_px[0] <= source.diameter_px[1] < math.inf:
         yield f"source.diameter_px = {source.diameter_px} is no range", "give two numbers above 0, in order"
     for name in ("scene_fraction", "grey_fraction", "synthetic_fraction"):
         if not 0.0 <= getattr(source, name) <= 1.0:

@@ -17,7 +17,9 @@ from darcnn.runtime.tiling import halo_for
 from darcnn.training.config import Target
 from darcnn.training.model.network import Darcnn
 
-__all__ = ["TorchEngine", "make_manifest", "make_segmenter"]
+__all__ = ["TILE_PX", "TorchEngine", "make_manifest", "make_segmenter"]
+
+TILE_PX = 512  # what a whole image is cut into, unless its objects need larger tiles
 
 
 class TorchEngine:
@@ -135,7 +137,7 @@ def make_segmenter(
     target: Target,
     *,
     min_score: float,
-    tile_px: int = 512,
+    tile_px: int = TILE_PX,
     source_branch: bool = False,
     max_diameters: float | None = None,
     found_diameter_px: float | None = None,

@@ -24,7 +24,7 @@ from darcnn.training.checkpoint import (
     record_recipe,
     save_checkpoint,
 )
-from darcnn.training.config import Recipe, relevant_part
+from darcnn.training.config import Recipe, changed_keys, relevant_part
 from darcnn.training.data.batches import prefetch
 from darcnn.training.history import History, Sheet
 from darcnn.training.model.network import Darcnn
@@ -228,7 +228,12 @@ def saved_progress(folder: Path, stage: str, recipe: Recipe) -> CheckpointInfo |
         return None
     info = read_info(folder)
     if relevant_part(info.recipe, stage) != relevant_part(recipe, stage):
-        raise UsageError("was begun with another recipe", where=folder, fix="choose another --out")
+        differ = ", ".join(changed_keys(info.recipe, recipe))
+        raise UsageError(
+            f"was begun with another recipe ({differ})",
+            where=folder,
+            fix="choose another --out, or set it back",
+        )
     return info
 
 

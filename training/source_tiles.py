@@ -36,7 +36,8 @@ class SourceTiles:
         self.cutouts = self.source.cutouts() if options.scene_fraction > 0 else []
         self.synthesized: SynthesizedSource | None = None
         if options.synthetic_fraction > 0:
-            is_dark = recipe.refine_stage.polarity == "dark"  # nothing has been found yet that would tell
+            told = {"dark": True, "bright": False}  # nothing has been found yet that would tell
+            is_dark = told.get(recipe.refine_stage.polarity)
             self.synthesized = SynthesizedSource(targets, is_dark=is_dark)
 
     def batch(self, stage: str, number: int, size: int) -> Batch:

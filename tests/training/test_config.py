@@ -329,6 +329,13 @@ def test_a_number_where_a_list_is_due_is_refused(table: dict[str, Any], path: st
         ("refine_stage.rounds", 0),
         ("refine_stage.max_objects", 70_000),
         ("refine_stage.min_score", float("nan")),
+        ("refine_stage.source_every", 1),
+        ("refine_stage.synthetic_every", -2),
+        ("refine_stage.scales", [float("inf")]),
+        ("adapt_stage.patience", -5),
+        ("adapt_stage.gamma", -0.1),
+        ("adapt_stage.learning_rate", float("inf")),
+        ("seed", 2**63),
     ],
 )
 def test_values_that_no_run_could_use_are_refused(table: dict[str, Any], path: str, value: Any) -> None:

@@ -142,6 +142,39 @@ def test_an_image_keeps_its_best_objects(
     assert all(found[35, 25] == 0 and found[85, 75] > 0 and found[25, 75] > 0 for found in labels.values())
 
 
+def test_what_an_image_has_beyond_its_best_objects_is_no_background(
+    network: Darcnn, script: Script, targets: tuple[Recipe, TargetImages], tmp_path: Path
+) -> None:
+    script.boxes = [(10, 20, 40, 50, 0.6), (60, 70, 90, 100, 0.9)]
+    recipe, images = targets
+    limited = replace(recipe, refine_stage=replace(recipe.refine_stage, max_objects=1))
+    label_images(network, limited, images, tmp_path / "labels", resume=False, keeps_doubt=False)
+    for found in read_labels(tmp_path / "labels").values():
+        assert found[85, 75] > 0
+        assert found[35, 25] < 0  # doubtful, in the last round as well
+
+
+def test_the_limit_of_size_is_the_same_at_every_scale(
+    network: Darcnn, script: Script, targets: tuple[Recipe, TargetImages], tmp_path: Path
+) -> None:
+    script.boxes = [(10, 10, 40, 40, 0.9)]  # network pixels: 60 px of the image at half its size
+    nominal = targets[0].target.nominal_diameter_px
+    (kept, *_) = label(network, targets, tmp_path / "a", scales=(0.5,), max_diameters=70 / nominal).values()
+    assert kept.max() == 1
+    with pytest.raises(InputError, match="no object"):
+        label(network, targets, tmp_path / "b", scales=(0.5,), max_diameters=40 / nominal)
+
+
+def test_labels_are_cut_into_tiles_as_large_as_the_objects_need(
+    network: Darcnn, script: Script, targets: tuple[Recipe, TargetImages], tmp_path: Path
+) -> None:
+    script.boxes = [(10, 20, 40, 50, 0.9)]
+    recipe, images = targets
+    large = replace(recipe, export=replace(recipe.export, tile_px=704))
+    label_images(network, large, images, tmp_path / "labels", resume=False)
+    assert script.tiles[0].shape[:2] == (704, 704)
+
+
 def test_images_without_an_object_are_left_out(
     network: Darcnn, script: Script, targets: tuple[Recipe, TargetImages], tmp_path: Path
 ) -> None:
@@ -264,6 +297,16 @@ def test_faint_findings_are_dropped_with_the_rarer_polarity(instances_of: Instan
     image[labels == 5] = 105  # of a contrast that is a twentieth of the others'
     (kept,) = keep_one_polarity([image], [instances_of(labels)])
     assert len(kept) == 4
+
+
+def test_what_others_surround_is_kept_whatever_the_polarity(instances_of: InstancesOf) -> None:
+    labels = np.kron(np.arange(1, 26).reshape(5, 5), np.ones((12, 12), int))  # cells side by side, no ground
+    image = np.random.default_rng(0).integers(90, 110, (60, 60, 3)).astype(np.uint8)
+    found = instances_of(labels)
+    assert [len(one) for one in keep_one_polarity([image], [found])] == [25]
+    (kept,), (pale,) = drop_unstained([image], [found], 0.5)
+    assert len(kept) == 25
+    assert not pale.any()
 
 
 def test_images_without_findings_have_no_polarity(instances_of: InstancesOf) -> None:

@@ -218,6 +218,24 @@ def test_a_photograph_of_another_size_than_annotated_is_refused(one_disc: Path) 
         open_photographs(one_disc)
 
 
+def test_a_picture_that_would_be_clipped_to_white_is_refused(one_disc: Path) -> None:
+    Image.fromarray(np.full((SIZE, SIZE), 3500, np.uint16)).save(one_disc / "1.png")
+    with pytest.raises(InputError, match=r"1\.png: has more than 8 bits, .* source\.labels"):
+        open_photographs(one_disc)
+
+
+def test_of_a_large_set_some_cutouts_of_each_part_are_kept(
+    tmp_path: Path, disc: Disc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = disc(SIZE, 100, 100, 30)
+    pictures = [np.full((SIZE, SIZE, 3), 10 * number, np.uint8) for number in range(8)]
+    write(tmp_path, pictures, [annotation(mask, n, n) for n in range(1, 9)])
+    photographs = open_photographs(tmp_path)
+    assert len(photographs.cutouts()) == 8
+    monkeypatch.setattr("darcnn.training.data.source._MAX_CUTOUTS", 4)
+    assert [int(one.image[0, 0, 0]) for one in photographs.cutouts()] == [10, 30, 50, 70]
+
+
 @pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_bytes(b"no picture")])
 def test_a_missing_or_damaged_photograph_is_named_before_training(
     one_disc: Path, harm: Callable[[Path], object]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,6 +265,25 @@ def test_a_round_synthesizes_objects_of_the_polarity_of_its_labels(
         assert 0 < covered.mean() < 0.9
         grey = picture.mean(axis=0)
         assert (np.median(grey[covered]) < np.median(grey[~covered])) == is_dark
+
+
+@pytest.mark.parametrize(
+    ("channels", "is_dark", "stained_too", "dark"),
+    [
+        (3, None, True, False),
+        (3, True, True, False),
+        (3, False, False, False),  # fluorescence saved in colour
+        (1, None, False, False),
+        (1, True, False, True),
+    ],
+)
+def test_colours_are_tissue_unless_objects_are_bright(
+    stained: TargetImages, channels: int, is_dark: bool | None, stained_too: bool, dark: bool
+) -> None:
+    targets = copy(stained)
+    targets.target = replace(targets.target, channels=channels)
+    options = SynthesizedSource(targets, is_dark=is_dark).options
+    assert (options.is_stained, options.is_dark) == (stained_too, dark)
 
 
 def test_the_source_draws_crops_of_the_target_until_one_has_nuclei(stained: TargetImages) -> None:

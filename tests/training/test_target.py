@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
+from skimage.segmentation import clear_border
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.intensity import IntensityRule, apply_window, measure_window
@@ -223,6 +225,72 @@ def test_an_image_that_the_tile_covers_exactly_gives_tiles(
     images = TargetImages(grey(tmp_path, noise(height, width)), target_of(), seed=0)
     for seed in range(200):
         assert images.tile(np.random.default_rng(seed), tile_px).image.shape[:2] == (tile_px, tile_px)
+
+
+def discs(side: int, diameter: int) -> np.ndarray:
+    """Return labels of discs apart from one another, `side` pixels square."""
+    y, x = np.indices((side, side))
+    pitch = round(1.6 * diameter)
+    inside = (y % pitch - pitch / 2) ** 2 + (x % pitch - pitch / 2) ** 2 < (diameter / 2) ** 2
+    labels: np.ndarray = clear_border(ndimage.label(inside)[0].astype(np.int32))
+    return labels
+
+
+def drawn_diameters(images: TargetImages, labels: np.ndarray) -> list[float]:
+    """Return the diameters of whole objects in tiles of the images, which are `labels` or crops of them."""
+    cropped = {}
+    for image in images.images:
+        x, y = (int(part[1:]) for part in image.name.split("_")[1:3]) if image.is_crop else (0, 0)
+        height, width = image.pixels.shape[:2]
+        cropped[image.name] = labels[y : y + height, x : x + width]
+    found = []
+    for seed in range(20):
+        for mask in images.tile(np.random.default_rng(seed), 256, cropped).masks:
+            if not (mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()):
+                found.append(2 * math.sqrt(mask.sum() / math.pi))
+    return found
+
+
+@pytest.mark.parametrize(("side", "diameter"), [(2048, 150), (2700, 150), (128, 42), (200, 100)])
+def test_objects_come_at_the_nominal_size_in_frames_of_any_size(
+    tmp_path: Path, side: int, diameter: int
+) -> None:
+    labels = discs(side, diameter)
+    folder = grey(tmp_path, np.where(labels > 0, 200, 20).astype(np.uint8))
+    target = target_of(diameter_px=float(diameter), nominal_diameter_px=42.0, jitter=1.4)
+    found = drawn_diameters(TargetImages(folder, target, seed=0), labels)
+    assert 42 / 1.45 < min(found) <= max(found) < 42 * 1.45
+
+
+def test_a_crop_whose_scale_is_found_shows_no_more_than_one_whose_scale_was_given(tmp_path: Path) -> None:
+    grey(tmp_path, noise(2700, 2800))
+    images = TargetImages(tmp_path, target_of(finds_diameter=True), seed=0)
+    assert {image.pixels.shape for image in images.images} == {(1024, 1024, 1)}
+    first, second, *_ = (image.name for image in images.images)
+    images.match({first: 20.0, second: 30.0})
+    by_name = {image.name: image.pixels.shape for image in images.images}
+    assert by_name[first] == (512, 512, 1)
+    assert by_name[second] == (768, 768, 1)
+
+
+def test_beyond_a_small_image_its_mirror_image_is_labelled_too(tmp_path: Path) -> None:
+    labels = np.zeros((90, 90), np.int32)
+    labels[20:40, 20:40], labels[60:90, 50:70] = 1, -2  # whole, and at the edge
+    images = TargetImages(
+        grey(tmp_path, np.where(labels, 200, 20).astype(np.uint8)), target_of(jitter=1.0), 0
+    )
+    tile = images.tile(np.random.default_rng(0), 160, {"image": labels})
+    assert len(tile.masks) == 4  # the object and its mirror images, each one
+    assert len(tile.doubtful) == 2  # joined with its mirror image at the edge
+    covered = tile.masks.any(axis=0) | tile.doubtful.any(axis=0)
+    assert np.array_equal(covered, tile.image[..., 0] == 200)
+
+
+def test_pixels_that_are_not_square_are_refused_where_their_size_decides(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", noise(96, 96), resolution=(40_000, 20_000), resolutionunit=3)
+    with pytest.raises(InputError, match="not square"):
+        TargetImages(tmp_path, target_of("*.tif", mpp=0.25), seed=0)
+    assert len(TargetImages(tmp_path, target_of("*.tif", diameter_px=20.0), seed=0).images) == 1
 
 
 def test_images_of_the_same_name_in_two_sets_are_told_apart(tmp_path: Path) -> None:
@@ -500,7 +568,7 @@ def test_a_slide_is_read_at_the_level_that_a_run_reads(tmp_path: Path) -> None:
 
 
 def test_crops_are_named_by_their_place_at_level_0(tmp_path: Path) -> None:
-    reduced = pyramid(tmp_path / "a.tif", noise(4400, 4200), 2)
+    reduced = pyramid(tmp_path / "a.tif", noise(5000, 5200), 2)
     images = TargetImages(tmp_path, target_of("*.tif", diameter_px=40.0), seed=0).images
     assert len(images) > 3
     for image in images:

@@ -25,13 +25,17 @@ Box = tuple[int, int, int, int]
 
 
 def contrast_of(image: NDArray[np.uint8], instances: Instances) -> NDArray[np.float32]:
-    """Return how many grey levels each object is brighter than its surroundings, (N,); negative if darker."""
+    """Return how many grey levels each object is brighter than its surroundings, (N,); negative if darker.
+
+    NaN where others surround it on all sides.
+    """
     return _above_surroundings(image.mean(axis=2), instances)
 
 
 def stain_of(image: NDArray[np.uint8], instances: Instances) -> NDArray[np.float32]:
     """Return how much denser in red light each object is than its surroundings, (N,), optical density (ln).
 
+    NaN where others surround it on all sides.
     Haematoxylin and DAB absorb red light, eosin hardly does (Ruifrok and Johnston 2001).
     """
     return _above_surroundings(-np.log((image[..., 0] + 1.0) / 256.0), instances)
@@ -44,9 +48,10 @@ def _above_surroundings(values: NDArray[np.floating], instances: Instances) -> N
     for row in range(len(instances)):
         x0, y0, x1, y1 = _window(instances, row)
         own, outside = _own_and_surroundings(predicted[y0:y1, x0:x1], row)
-        if own.any() and outside.any():
+        if own.any():
             near = values[y0:y1, x0:x1]
-            differences[row] = np.median(near[own]) - np.median(near[outside])
+            surroundings = np.median(near[outside]) if outside.any() else np.nan
+            differences[row] = np.median(near[own]) - surroundings
     return differences
 
 

@@ -17,12 +17,14 @@ from darcnn.runtime.boxes import non_maximum_suppression
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.masks import label_instances
+from darcnn.runtime.placement import is_small_enough
 from darcnn.runtime.sampling import spread_evenly
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.training.adapt.fit_masks import contrast_of, fit_masks, stain_of
 from darcnn.training.config import Recipe, RefineStage, relevant_part
+from darcnn.training.config_checks import MAX_OBJECTS
 from darcnn.training.data.target import TargetImage, TargetImages
-from darcnn.training.engine import make_segmenter
+from darcnn.training.engine import TILE_PX, make_segmenter
 from darcnn.training.model.network import Darcnn
 from darcnn.training.writing import disk_errors, new_file
 
@@ -57,7 +59,8 @@ def label_images(
     DARCNN, section 3.3: predictions of the stage-1 model on the clean image whose final score is above
     z become labels. Deviation: images without one are left out rather than taught as empty, and
     masks may be fitted to the image, and weaker findings may be kept apart as doubtful (not in the last
-    round: `keeps_doubt`; those that hold little stain in each), and what is far too large left out.
+    round: `keeps_doubt`; those that hold little stain, or are more than an image may have, in each), and
+    what is far too large left out.
     """
     stage = recipe.refine_stage
     finished = folder / "complete.json"
@@ -70,7 +73,11 @@ def label_images(
     as_they_are = recipe.target.with_intensity_done()
     least = stage.doubt_score if keeps_doubt and stage.doubt_score is not None else stage.min_score
     with make_segmenter(
-        network, as_they_are, min_score=least, max_diameters=stage.max_diameters
+        network,
+        as_they_are,
+        min_score=least,
+        tile_px=max(TILE_PX, recipe.export.tile_px),
+        max_diameters=stage.max_diameters,
     ) as segmenter:
         found = [
             _find(segmenter, image, recipe.target.nominal_diameter_px, stage)
@@ -82,7 +89,11 @@ def label_images(
     is_pale = [np.zeros(len(instances), bool) for instances in found]
     if stage.min_stain > 0:
         found, is_pale = drop_unstained(images, found, stage.min_stain)
-    sure = [(one.scores >= stage.min_score) & ~pale for one, pale in zip(found, is_pale, strict=True)]
+    most = MAX_OBJECTS if stage.max_objects is None else stage.max_objects
+    sure = [
+        (one.scores >= stage.min_score) & ~pale & (np.arange(len(one)) < most)
+        for one, pale in zip(found, is_pale, strict=True)
+    ]
     n_objects = sum(int(is_sure.sum()) for is_sure in sure)
     if n_objects == 0:
         raise InputError(
@@ -115,7 +126,7 @@ def keep_one_polarity(
     Not in the paper, which filters by mean intensity for one target (DARCNN, section 4). Objects of one
     target are all brighter or all darker than what surrounds them; which of the two is decided by the
     contrasts of all findings, weighted by score. What is left between dark nuclei looks like a bright
-    object to a network that has seen both.
+    object to a network that has seen both. What others surround on all sides is kept.
     """
     contrasts = [contrast_of(image, one) for image, one in zip(images, found, strict=True)]
     is_bright = share_of_bright(contrasts, found) >= 0.5 if polarity == "one" else polarity == "bright"
@@ -123,7 +134,7 @@ def keep_one_polarity(
     kept = []
     for contrast, one in zip(contrasts, found, strict=True):
         right = sign * contrast
-        kept.append(one.select(right > _FAINT * _typical(right)))
+        kept.append(one.select(~(right <= _FAINT * _typical(right))))  # NaN: no ground to compare with
     return kept
 
 
@@ -140,7 +151,7 @@ def drop_unstained(
     for image, one in zip(images, found, strict=True):
         stain = stain_of(image, one)
         typical = _typical(stain)
-        has_any = stain > 0.5 * share * typical
+        has_any = ~(stain <= 0.5 * share * typical)  # NaN: no ground to compare with
         kept.append(one.select(has_any))
         pale.append(stain[has_any] < share * typical)
     return kept, pale
@@ -202,7 +213,9 @@ def _find(
     diameter_px = nominal_diameter_px / image.scale
     found = [segmenter(image.pixels, diameter_px=diameter_px / scale) for scale in stage.scales]
     instances = merge_scales(found) if len(found) > 1 else found[0]
-    best = np.argsort(-instances.scores, kind="stable")[: stage.max_objects]
+    if stage.max_diameters is not None:  # at a smaller scale the segmenter lets larger ones pass
+        instances = instances.select(is_small_enough(instances.boxes, stage.max_diameters * diameter_px))
+    best = np.argsort(-instances.scores, kind="stable")[:MAX_OBJECTS]
     return instances.select(best)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from darcnn.runtime.errors import InputError
+from darcnn.runtime.sampling import spread_evenly
 from darcnn.training.config import Source
 
 __all__ = ["Cutout", "LabelledObject", "LabelledSource", "LabelledTile", "PhotographSource"]
@@ -33,6 +35,7 @@ _ROUNDING_PX = 1e-6
 _SLACK_PX = 1.0  # by which annotations may leave their image: rounding
 _MIN_CUTOUT_PX = 24.0  # cut-outs are at least this large, so that they are scaled down rather than up
 _MIN_CUTOUT_FILL = 0.5  # and fill their box, as cells and particles do
+_MAX_CUTOUTS = 20_000  # are held in memory, some 0.3 GB of photographs
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +125,17 @@ class LabelledSource(ABC):
         )
 
     def cutouts(self) -> list[Cutout]:
-        """Return the compact objects that lie whole inside their image."""
+        """Return the compact objects that lie whole inside their image; of a large set some of each part."""
+        compact = [
+            (number, one)
+            for number in self.images
+            for one in self._objects(number)
+            if one.area_px >= max(_MIN_CUTOUT_PX**2, _MIN_CUTOUT_FILL * one.width * one.height)
+        ]
         found = []
-        for number in self.images:
-            picture: Picture | None = None
-            for one in self._objects(number):
-                if one.area_px < max(_MIN_CUTOUT_PX**2, _MIN_CUTOUT_FILL * one.width * one.height):
-                    continue
-                if picture is None:
-                    picture, mask_of = np.asarray(self._open(number)), self._masks(number)
+        for number, group in itertools.groupby(spread_evenly(compact, _MAX_CUTOUTS), key=lambda one: one[0]):
+            picture, mask_of = np.asarray(self._open(number)), self._masks(number)
+            for _, one in group:
                 height, width = picture.shape[:2]
                 x1, y1 = one.x + one.width, one.y + one.height
                 if one.x > 1 and one.y > 1 and x1 < width - 1 and y1 < height - 1:
@@ -198,6 +203,12 @@ class PhotographSource(LabelledSource):
     def _check_size(self, number: int) -> None:
         image = self.coco.imgs[number]
         with self._reading(number) as picture:
+            if picture.mode[0] in "IF":  # Pillow would clip them to white
+                raise InputError(
+                    "has more than 8 bits, and COCO annotations are for photographs",
+                    where=self.folder / image["file_name"],
+                    fix="save the images with 8 bits, or give label maps: source.labels and source.intensity",
+                )
             if picture.size != (image["width"], image["height"]):
                 raise InputError(
                     f"is {picture.width} x {picture.height} px, its annotations are for "

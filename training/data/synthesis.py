@@ -59,13 +59,16 @@ class SynthesisOptions:
 class SynthesizedSource:
     """A labelled source that needs no label: synthesized tiles made of crops of unlabelled images."""
 
-    def __init__(self, targets: TargetImages, *, is_dark: bool = False) -> None:
-        """Draw from `targets`, whose objects are darker than what surrounds them if `is_dark`."""
+    def __init__(self, targets: TargetImages, *, is_dark: bool | None = None) -> None:
+        """Draw from `targets`, whose objects are darker than what surrounds them if `is_dark`.
+
+        None: nobody knows; colours are then taken for stained tissue, grey for fluorescence.
+        """
         self.targets = targets
         target = targets.target
-        is_stained = target.channels == 3
+        is_stained = target.channels == 3 and is_dark is not False
         self.options = SynthesisOptions(
-            target.nominal_diameter_px, is_stained=is_stained, is_dark=is_dark and not is_stained
+            target.nominal_diameter_px, is_stained=is_stained, is_dark=bool(is_dark) and not is_stained
         )
 
     def tile(self, rng: np.random.Generator, tile_px: int) -> LabelledTile:

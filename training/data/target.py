@@ -12,9 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from darcnn.runtime.errors import InputError, ShapeError
 from darcnn.runtime.geometry import Level, Region, choose_level
@@ -25,6 +23,7 @@ from darcnn.runtime.intensity import (
     sees_separate_channels,
     select_channels,
 )
+from darcnn.runtime.planning import check_square
 from darcnn.runtime.readers import Reader, SlideInfo, count_planes, open_source
 from darcnn.runtime.readers.base import make_slide_name
 from darcnn.runtime.sampling import check_white, join_samples, needs_sample, sample_slide, spread_evenly
@@ -35,17 +34,17 @@ from darcnn.runtime.volumes.stack import SAMPLED_PLANES, Stack, measure_stack
 from darcnn.training.config import Target, TargetSet
 from darcnn.training.data.patterns import find_images
 from darcnn.training.data.source import LabelledTile
-from darcnn.training.model.backbone import to_three_channels
+from darcnn.training.data.target_tile import cut_tile
 
 __all__ = ["TargetImage", "TargetImages"]
 
 _LOG = logging.getLogger(__name__)
 
-_CROP_PX = 512  # a slide larger than _WHOLE_PX is represented by crops of this side, pixels of its level
-_WHOLE_PX = 4_000_000
+_CROP_PX = 512  # side of the crops that stand for a large slide: at least so many pixels of level and network
+_OPEN_CROP_PX = 1024  # pixels of the level, where the scale is to be found: a crop must show a few objects
 _CROPS = 12
+_WHOLE_PX = 6_000_000  # a frame of a camera stays whole
 _PLAIN = 6.0  # a crop whose grey levels deviate less than this is glass, not tissue
-_MIN_AREA_PX = 12  # network pixels: less of a pseudo-label is left out
 _MIN_SIDE_PX = 64  # network pixels, the smallest tile of a recipe: below it an image would only be blown up
 
 _SAY_WHITE = 'set target.intensity = { kind = "range", low = 0, high = 4095 }, with the white of your camera'
@@ -59,6 +58,7 @@ class TargetImage:
     pixels: NDArray[np.uint8]
     scale: float
     is_scale_open: bool = False  # nobody gave it: 1 until the objects have been measured
+    is_crop: bool = False  # of a slide that is too large to hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,7 @@ class _Plane:
     suffix: str
     level: Level
     scale: float  # network pixels per pixel of the level
+    is_scale_open: bool
 
 
 class TargetImages:
@@ -113,18 +114,14 @@ class TargetImages:
             planes, window = self._open(path, group, stack)
             rng = np.random.default_rng(seed)
             found = [image for plane in planes for image in self._images(plane, window, rng)]
-            has_mpp = self.target.mpp is not None and planes[0].reader.info.mpp is not None
-        kept = [(suffix, pixels, scale) for suffix, pixels, scale in found if _has_contrast(pixels)]
+        kept = [image for image in found if _has_contrast(image.pixels)]
         if len(kept) < len(found):
             which = "no contrast" if len(found) == 1 else f"{len(found) - len(kept)} parts without contrast"
             _LOG.warning("%s: %s; left out of the training", path, which)
         stem, taken = make_slide_name(path), {image.name for image in self.images}
-        while any(stem + suffix in taken for suffix, _, _ in kept):
+        while any(stem + image.name in taken for image in kept):
             stem += "_"  # the same name in another set
-        is_open = group.diameter_px is None and not has_mpp
-        self.images.extend(
-            TargetImage(stem + suffix, pixels, scale, is_open) for suffix, pixels, scale in kept
-        )
+        self.images.extend(replace(image, name=stem + image.name) for image in kept)
 
     def _open(self, path: Path, group: TargetSet, stack: ExitStack) -> tuple[list[_Plane], Window]:
         """Return the planes of a file that are learned from, open until `stack` ends, and one window."""
@@ -146,7 +143,7 @@ class TargetImages:
         def reader_of(plane: NDArray[np.float32]) -> Reader:
             return stack.enter_context(plane_reader(volume, "z", plane))
 
-        scale = self._scale(reader_of(np.zeros((1, 1), np.float32)).info, group)
+        scale = self._scale(reader_of(np.zeros((1, 1), np.float32)).info, group) or 1.0
         whole = Stack.of(volume, "z", slab, self.target.nominal_diameter_px / scale)
         planes = [
             self._plane(reader_of(whole.plane(z)), f"_z{z:03d}", path, group)
@@ -166,7 +163,8 @@ class TargetImages:
             raise InputError(
                 str(err), where=path, fix=f"give images with {wanted}, or correct target.channels"
             ) from err
-        scale0 = self._scale(info, group)
+        given = self._scale(info, group)
+        scale0 = 1.0 if given is None else given
         level = choose_level(info.levels, 1.0 / scale0)  # the one that a run reads
         scale = scale0 * level.downsample
         side = min(level.width_px, level.height_px)
@@ -176,14 +174,16 @@ class TargetImages:
                 where=path,
                 fix=f"leave out what is below {_MIN_SIDE_PX} px there, or correct target.sets.diameter_px",
             )
-        return _Plane(reader, suffix, level, scale)
+        return _Plane(reader, suffix, level, scale, is_scale_open=given is None)
 
-    def _scale(self, info: SlideInfo, group: TargetSet) -> float:
+    def _scale(self, info: SlideInfo, group: TargetSet) -> float | None:
+        """Return network pixels per level-0 pixel; None where nobody gave the size of objects or pixels."""
         if group.diameter_px is not None:
             return self.target.nominal_diameter_px / group.diameter_px
         if self.target.mpp is not None and info.mpp is not None:
+            check_square(info, str(info.path or info.name))
             return info.mpp[0] / self.target.mpp
-        return 1.0
+        return None
 
     def _window(self, planes: Sequence[_Plane]) -> Window:
         """Return the raw values that become 0 and 255 on all `planes` of a file, as a run measures them."""
@@ -206,28 +206,31 @@ class TargetImages:
         )
         return measure_window(rule, sample, by_channel=by_channel)
 
-    def _images(
-        self, plane: _Plane, window: Window, rng: np.random.Generator
-    ) -> Iterator[tuple[str, NDArray[np.uint8], float]]:
-        """Yield the plane, or crops of one that is too large to hold: end of the name, pixels, scale."""
+    def _images(self, plane: _Plane, window: Window, rng: np.random.Generator) -> Iterator[TargetImage]:
+        """Yield the plane, or crops of one that is too large to hold, named by the end of their name."""
         width, height = plane.level.width_px, plane.level.height_px
-        if width * height <= _WHOLE_PX:
-            yield plane.suffix, self._read(plane, Region(0, 0, width, height), window), plane.scale
+        side = _crop_side(plane.scale)
+        if plane.is_scale_open and self.target.finds_diameter:
+            side = _OPEN_CROP_PX
+        if width * height <= max(_WHOLE_PX, _CROPS * _CROP_PX * side):
+            pixels = self._read(plane, Region(0, 0, width, height), window)
+            yield TargetImage(plane.suffix, pixels, plane.scale, plane.is_scale_open)
             return
-        for region, pixels in self._crops(plane, window, rng):
+        for region, pixels in self._crops(plane, side, window, rng):
             x, y = (round(n * plane.level.downsample) for n in (region.x0, region.y0))
-            yield f"{plane.suffix}_x{x}_y{y}", pixels, plane.scale
+            name = f"{plane.suffix}_x{x}_y{y}"
+            yield TargetImage(name, pixels, plane.scale, plane.is_scale_open, is_crop=True)
 
     def _crops(
-        self, plane: _Plane, window: Window, rng: np.random.Generator
+        self, plane: _Plane, side: int, window: Window, rng: np.random.Generator
     ) -> list[tuple[Region, NDArray[np.uint8]]]:
         """Return crops at random places, apart from one another, that show more than glass; at least one."""
         width, height = plane.level.width_px, plane.level.height_px
-        across, down = min(width, _CROP_PX), min(height, _CROP_PX)
+        across, down = min(width, side), min(height, side)
         found: list[tuple[Region, NDArray[np.uint8]]] = []
         for _ in range(50 * _CROPS):
             x, y = int(rng.integers(width - across + 1)), int(rng.integers(height - down + 1))
-            if all(abs(x - r.x0) >= _CROP_PX or abs(y - r.y0) >= _CROP_PX for r, _ in found):
+            if all(abs(x - r.x0) >= side or abs(y - r.y0) >= side for r, _ in found):
                 region = Region(x, y, x + across, y + down)
                 pixels = self._read(plane, region, window)
                 if pixels.mean(axis=2).std() > _PLAIN:
@@ -246,7 +249,7 @@ class TargetImages:
         """Scale the images named so that objects of these sizes, pixels of the image, become nominal."""
         nominal = self.target.nominal_diameter_px
         self.images = [
-            replace(image, scale=nominal / diameters_px[image.name]) if image.name in diameters_px else image
+            _at_scale(image, nominal / diameters_px[image.name]) if image.name in diameters_px else image
             for image in self.images
         ]
 
@@ -263,27 +266,30 @@ class TargetImages:
         """
         images = self.images if labels is None else [i for i in self.images if i.name in labels]
         image = images[rng.integers(len(images))]
-        height, width = image.pixels.shape[:2]
-        jitter = self.target.jitter
-        scale = image.scale * math.exp(rng.uniform(-math.log(jitter), math.log(jitter)))
-        scale = max(scale, tile_px / min(height, width))  # a small image is enlarged rather than padded
-        side = min(tile_px / scale, width, height)  # the quotient may exceed them by rounding
-        x, y = rng.uniform(0, width - side), rng.uniform(0, height - side)
-        if labels is not None:
-            x, y = _towards_object(labels[image.name], side, x, y, rng)
-        box = (x, y, x + side, y + side)
-        size = (tile_px, tile_px)
-        crop = _as_inputs(_resize(image.pixels, box, tile_px))
-        if labels is None:
-            return LabelledTile(crop, np.zeros((0, *size), bool))
-        drawn = Image.fromarray(labels[image.name]).resize(size, Image.Resampling.NEAREST, box=box)
-        numbers = np.asarray(drawn)
-        present, areas = np.unique(numbers, return_counts=True)
-        present = present[areas >= _MIN_AREA_PX]
-        sure, doubtful = present[present > 0], present[present < 0]
-        return LabelledTile(
-            crop, numbers[None] == sure[:, None, None], numbers[None] == doubtful[:, None, None]
+        return cut_tile(
+            image.pixels,
+            None if labels is None else labels[image.name],
+            rng,
+            tile_px=tile_px,
+            scale=image.scale,
+            jitter=self.target.jitter,
         )
+
+
+def _crop_side(scale: float) -> int:
+    """Return the side of a slide's crop, pixels of its level, that comes to `scale` network pixels each."""
+    return max(_CROP_PX, math.ceil(_CROP_PX / scale))
+
+
+def _at_scale(image: TargetImage, scale: float) -> TargetImage:
+    """Return the image at the scale that was found; of a crop no more than one has whose scale was given."""
+    pixels = image.pixels
+    if image.is_crop:
+        height, width = pixels.shape[:2]
+        side = _crop_side(scale)
+        x, y = max(0, width - side) // 2, max(0, height - side) // 2
+        pixels = np.ascontiguousarray(pixels[y : y + side, x : x + side])
+    return replace(image, pixels=pixels, scale=scale)
 
 
 def _draw_planes(path: Path) -> list[tuple[str, int | None, int | None]]:
@@ -310,37 +316,3 @@ def _digest(images: Sequence[TargetImage]) -> str:
 def _has_contrast(pixels: NDArray[np.uint8]) -> bool:
     """Tell whether any channel of (H, W, C) has more than one value."""
     return bool((pixels.max(axis=(0, 1)) > pixels.min(axis=(0, 1))).any())
-
-
-def _resize(
-    pixels: NDArray[np.uint8], box: tuple[float, float, float, float], side: int
-) -> NDArray[np.uint8]:
-    """Return `box` of (H, W, C) at (side, side, C); Pillow knows pictures of one and of three channels."""
-    n_channels = pixels.shape[2]
-    parts = [pixels] if n_channels == 3 else [pixels[:, :, band] for band in range(n_channels)]
-    return np.dstack(
-        [
-            np.asarray(Image.fromarray(part).resize((side, side), Image.Resampling.BILINEAR, box=box))
-            for part in parts
-        ]
-    )
-
-
-def _as_inputs(crop: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return (S, S, 3), what the network sees of (S, S, C); a tile holds bytes, so means are rounded."""
-    inputs = to_three_channels(torch.from_numpy(crop).permute(2, 0, 1)[None].float())[0]  # (3, S, S)
-    return np.ascontiguousarray(inputs.round().byte().permute(1, 2, 0).numpy())  # (S, S, 3)
-
-
-def _towards_object(
-    labels: NDArray[np.int32], side: float, x: float, y: float, rng: np.random.Generator
-) -> tuple[float, float]:
-    """Return the crop's corner, moved so that the crop holds a labelled pixel drawn at random."""
-    height, width = labels.shape
-    rows, columns = np.nonzero(labels > 0)
-    if len(rows) == 0:
-        return x, y
-    chosen = rng.integers(len(rows))
-    x = float(np.clip(columns[chosen] - side * rng.uniform(0.1, 0.9), 0, width - side))
-    y = float(np.clip(rows[chosen] - side * rng.uniform(0.1, 0.9), 0, height - side))
-    return x, y
