@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import shapely
 
+from darcnn.runtime.geometry import Grid
 from darcnn.runtime.parts import Parts, with_tile
 from darcnn.runtime.sinks.geojson import write_geojson
 from darcnn.runtime.sinks.ome_zarr import write_label_pyramid
@@ -62,11 +63,12 @@ def main(table: Path, objects: int, out: Path | None) -> None:
             rows = (final.table for final in parts.read(n_rows))
             write_parquet(folder / "objects.parquet", rows, source.schema.remove_metadata())
         made, shape = folder / "objects.parquet", (side * height, side * width)
+        grid = Grid.of_steps(None, "micrometer", n_axes=2)
         with _timed(record, "geojson and labels"), ThreadPoolExecutor(1) as pool:
             features = pool.submit(
                 write_geojson, folder / "a.geojson.gz", made, slide_name="a", class_name="b"
             )
-            write_label_pyramid(folder / "labels.ome.zarr", made, shape=shape, mpp=None, name="a")
+            write_label_pyramid(folder / "labels.ome.zarr", made, shape=shape, grid=grid, name="a")
             features.result()
         record["peak_gb"] = round(_peak_gb(), 2)
         record["load"] = os.getloadavg()

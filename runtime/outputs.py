@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from darcnn.runtime.closing import Closing
-from darcnn.runtime.geometry import Region
+from darcnn.runtime.geometry import Grid, Region
 from darcnn.runtime.manifest import Manifest
 from darcnn.runtime.measure import object_schema
 from darcnn.runtime.readers.protocol import Pixels, Reader, SlideInfo
@@ -104,7 +104,7 @@ class _Files:
                 self.folder / LABELS_FOLDER,
                 self.folder / TABLE_FILE,
                 shape=(info.height_px0, info.width_px0),
-                mpp=self.task.mpp,
+                grid=_label_grid(info, self.task.mpp),
                 name=info.name,
             )
 
@@ -134,6 +134,13 @@ class _Files:
                 mpp=self.task.mpp,
                 unreadable=tuple(self.tally.unreadable.values()),
             )
+
+
+def _label_grid(info: SlideInfo, mpp: tuple[float, float] | None) -> Grid:
+    """Return where labels lie: where the file has its pixels, in its units, unless `--mpp` says otherwise."""
+    if info.grid is not None and mpp == info.mpp:
+        return info.grid
+    return Grid.of_steps(None if mpp is None else mpp[::-1], "micrometer", n_axes=2)  # y x
 
 
 class _UntilStopped(Closing):

@@ -310,6 +310,7 @@ def _describe(stored: Multiscale, path: Location, mpp: float | None) -> SlideInf
         mpp=size,
         mpp_source=source,
         digest=_digest(stored),
+        grid=stored.grid("yx") if mpp is None else None,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from darcnn.runtime.geometry import Level, Region
+from darcnn.runtime.geometry import Grid, Level, Region
 
 __all__ = ["Location", "Pixels", "Planes", "Reader", "SlideInfo"]
 
@@ -40,6 +40,7 @@ class SlideInfo:
     origin_px0: tuple[int, int] = (0, 0)
     digest: str | None = None  # sha256 of the metadata of a source that is not one file
     image_name: str | None = None  # that one of several images has in its file
+    grid: Grid | None = None  # where the pixels lie, y x, if the file tells it as OME-Zarr does
 
     @property
     def width_px0(self) -> int:

@@ -35,7 +35,7 @@ def write_label_pyramid(
     objects: Path,
     *,
     shape: tuple[int, int],
-    mpp: tuple[float, float] | None,
+    grid: Grid,
     name: str,
     shard_px: int = _SHARD_PX,
 ) -> None:
@@ -49,13 +49,12 @@ def write_label_pyramid(
         path: folder to write; must not exist.
         objects: table of objects, level-0 pixels.
         shape: (H, W) of level 0.
-        mpp: micrometres per level-0 pixel (x, y), or None.
+        grid: where the pixels of level 0 lie, y x.
         name: of the multiscale image.
         shard_px: side of a shard, a multiple of 512.
     Raises:
         OSError: it cannot be written; nothing is left behind.
     """
-    grid = Grid.of_steps(None if mpp is None else mpp[::-1], "micrometer", n_axes=2)  # y x
     with atomic_folder(path) as folder:
         shapes = [shape]
         while max(shapes[-1]) > _SMALLEST_PX:

@@ -19,7 +19,7 @@ from ome_zarr_models.v05.image_label import ImageLabel
 from PIL import Image
 
 from darcnn.runtime.errors import OutputError
-from darcnn.runtime.geometry import Region
+from darcnn.runtime.geometry import Grid, Region
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.masks import label_instances
@@ -205,7 +205,8 @@ def test_geojson_without_objects_is_an_empty_collection(no_objects, tmp_path):
 
 def write_labels(tmp_path, objects, shape=SHAPE, mpp=MPP, **options):
     path = tmp_path / "labels.ome.zarr"
-    write_label_pyramid(path, objects, shape=shape, mpp=mpp, name="slide", **options)
+    grid = Grid.of_steps(None if mpp is None else mpp[::-1], "micrometer", n_axes=2)
+    write_label_pyramid(path, objects, shape=shape, grid=grid, name="slide", **options)
     return path
 
 

@@ -12,7 +12,7 @@ from darcnn.runtime.cli import main
 from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_oracle_manifest
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Region
-from darcnn.runtime.pipeline import run_slide
+from darcnn.runtime.pipeline import RunOptions, run_slide
 from darcnn.runtime.readers import count_planes, open_source
 from darcnn.runtime.readers.ome_zarr import OmeZarrReader
 from darcnn.runtime.segmenter import Segmenter
@@ -83,6 +83,36 @@ def test_scales_of_the_image_and_of_the_level_multiply(tmp_path):
 
 def test_without_a_unit_the_pixel_size_is_unknown(tmp_path):
     assert read_all(write(tmp_path / "a.zarr", np.zeros((8, 9), np.uint8), "yx", units={}))[0].mpp is None
+
+
+@pytest.mark.parametrize("unit", ["micrometer", "nanometer", None])
+@pytest.mark.parametrize("axes", ["yx", "cyx", "zyx"])
+def test_labels_lie_over_the_plane_they_are_of(tmp_path, unit, axes):
+    pixels = np.zeros((60, 50) if axes == "yx" else (3, 60, 50), np.uint8)
+    scale, place = [4.0, 0.5, 0.25][-len(axes) :], [7.0, 1000.0, 2000.0][-len(axes) :]
+    path = write(tmp_path / "a.zarr", pixels, axes, units={"unit": unit} if unit else {}, scale=scale)
+    group = zarr.open_group(path)
+    content = group.attrs["ome"]
+    (level,) = content["multiscales"][0]["datasets"]
+    level["coordinateTransformations"].append({"type": "translation", "translation": place})
+    group.attrs["ome"] = content
+    engine = OracleEngine(tile_px=64, channels=1)
+    manifest = make_oracle_manifest(engine, halo_px=16)
+    for mpp in (None, 2.0):
+        options = RunOptions(channel=0 if "c" in axes else None, mpp=mpp, pixels=True)
+        with (
+            Segmenter(engine, manifest) as segmenter,
+            open_source(path, z=1 if "z" in axes else None) as reader,
+        ):
+            folder = run_slide(segmenter, reader, tmp_path / str(mpp), options=options).folder
+        (found,) = zarr.open_group(folder / "labels.ome.zarr", mode="r").attrs["ome"]["multiscales"]
+        told = found["datasets"][0]["coordinateTransformations"]
+        if mpp is None:
+            assert [axis.get("unit") for axis in found["axes"]] == [unit, unit]
+            assert [one[one["type"]] for one in told] == [[0.5, 0.25], [1000.0, 2000.0]]
+        else:  # what the user says goes before the file
+            assert [axis["unit"] for axis in found["axes"]] == ["micrometer", "micrometer"]
+            assert [one[one["type"]] for one in told] == [[2.0, 2.0]]
 
 
 def test_three_bytes_are_colours_unless_the_file_says_other_ones(tmp_path):
