@@ -18,6 +18,7 @@ from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, 
 from darcnn.runtime.options import BACKENDS, read_diameter, read_window
 from darcnn.runtime.pipeline import RunOptions
 from darcnn.runtime.progress import JsonLines, Terminal
+from darcnn.runtime.readers.ome_zarr import is_url
 from darcnn.runtime.record import installed_version
 from darcnn.runtime.run_options import EXTRA_FORMATS
 from darcnn.runtime.segmenter import Segmenter
@@ -56,9 +57,8 @@ def _read_voxel_size(
 )
 @click.option(
     "--out",
-    "out_dir",
     required=True,
-    type=click.Path(path_type=Path),
+    metavar="PATH",
     help="Where results go: OUT/<slide name>/.",
 )
 @click.option(
@@ -175,7 +175,7 @@ def main(
     inputs: tuple[str, ...],
     *,
     model: str,
-    out_dir: Path,
+    out: str,
     device: str,
     backend: str,
     engine: Path | None,
@@ -249,7 +249,7 @@ def main(
     try:
         from darcnn.runtime.load import load  # here, so that --help need not load an engine
 
-        slides = list_slides(inputs)
+        out_dir, slides = _read_out(out), list_slides(inputs)
         for line in find_unread(inputs):
             terminal.warn(line)
         if build and engine is not None:
@@ -280,6 +280,13 @@ def main(
         terminal.fail(_after_interruption(overwrite=overwrite, restart=restart))
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def _read_out(text: str) -> Path:
+    """Return the folder that --out names: not every shell expands the `~` of --out=~/results."""
+    if is_url(text):
+        raise UsageError("is a URL", where="--out", fix="give a folder and upload the results")
+    return Path(os.path.expanduser(text))  # noqa: PTH111  # raises of no name
 
 
 def _after_interruption(*, overwrite: bool, restart: bool) -> str:

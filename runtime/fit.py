@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.manifest import ModelInput
 
-__all__ = ["ModelFit", "warn_of_kind", "warn_of_size"]
+__all__ = ["ModelFit", "warn_of_kind", "warn_of_none", "warn_of_size"]
 
 _MIN_OBJECTS = 10  # fewer tell nothing
 _MAX_RATIO = 1.6  # of typical and nominal diameter; the shipped models learned from 1.4 either way
@@ -57,6 +57,11 @@ class ModelFit:
                 f"the model is unsure (half of the objects score below {score:.2f}): look at the overview; "
                 f"another --diameter, channel or model may fit better"
             )
+
+
+def warn_of_none(n_found: int) -> str:
+    """Return what a user should know where no object is reported, though so many may have been found."""
+    return f"--filter leaves out every object that was found ({n_found})" if n_found else "no objects found"
 
 
 def warn_of_size(model: ModelInput, diameter_px: float | None, *, has_pixel_size: bool) -> str | None:

@@ -18,12 +18,13 @@ from darcnn.runtime.errors import OutputError
 from darcnn.runtime.measure import object_schema
 from darcnn.runtime.seams import drop_twins
 from darcnn.runtime.sinks.atomic import atomic_file
+from darcnn.runtime.sinks.parquet import open_table
 
-__all__ = ["FinalRow", "Parts", "empty_part", "with_tile"]
+__all__ = ["TILE", "FinalRow", "Parts", "empty_part", "with_tile"]
 
 _JOURNAL = "journal.json"
 # columns of the parts that the result does not have
-_TILE, _SEAM, _SATURATED = "tile", "near_seam", "from_saturated_tile"
+TILE, _SEAM, _SATURATED = "tile", "near_seam", "from_saturated_tile"
 _MARKED = b"darcnn.marked"  # in the metadata of a part: its tiles that are told of in the end
 
 
@@ -39,7 +40,7 @@ def with_tile(
         is_saturated: whether the tile holds as many objects as the model can report.
     """
     return (
-        table.append_column(_TILE, pa.array(np.full(table.num_rows, tile, np.int64)))
+        table.append_column(TILE, pa.array(np.full(table.num_rows, tile, np.int64)))
         .append_column(_SEAM, pa.array(near_seam))
         .append_column(_SATURATED, pa.array(np.full(table.num_rows, is_saturated)))
     )
@@ -55,7 +56,6 @@ class FinalRow:
     """The N objects of a row of tiles that are reported."""
 
     table: pa.Table  # numbered
-    tiles: NDArray[np.int64]  # (N,) the tile of each
     n_saturated: int  # tiles that hold as many objects as the model can report
 
 
@@ -100,8 +100,12 @@ class Parts:
             file.write(json.dumps({"asked": asked, "found": found}, indent=1).encode())
 
     def has(self, row: int) -> bool:
-        """Tell whether a row of tiles is done."""
-        return self._path(row).is_file()
+        """Tell whether a row of tiles is done; a part that a failing disk has cut off is none."""
+        try:
+            with open_table(self._path(row)):
+                return True
+        except (OSError, OutputError):
+            return False
 
     def write(self, row: int, table: pa.Table, marked: Sequence[int] = ()) -> None:
         """Write the objects of a row of tiles, in the order of the lattice, each from `with_tile`.
@@ -129,25 +133,28 @@ class Parts:
         for row in range(n_rows):
             assert current is not None
             after = self.load(row + 1) if row + 1 < n_rows else None
-            n_saturated = len(np.unique(current[_TILE].filter(current[_SATURATED])))
+            n_saturated = len(np.unique(current[TILE].filter(current[_SATURATED])))
             table = current.filter(pa.array(_stays(before, current, after)))
             if keep is not None:
                 table = table.filter(pa.array(keep(table)))
-            tiles = table[_TILE].to_numpy()
             ids = pa.array(np.arange(first, first + table.num_rows), pa.int64())
             numbered = table.set_column(table.schema.get_field_index("id"), table.schema.field("id"), ids)
-            yield FinalRow(numbered.drop_columns([_TILE, _SEAM, _SATURATED]), tiles, n_saturated)
+            yield FinalRow(numbered.drop_columns([TILE, _SEAM, _SATURATED]), n_saturated)
             first += table.num_rows
             before, current = current, after
 
     def load(self, row: int) -> pa.Table:
         """Return the table that `write` wrote."""
-        return pq.read_table(self._path(row)).replace_schema_metadata(None)
+        with open_table(self._path(row)) as file:
+            return file.read().replace_schema_metadata(None)
 
     def marked(self, n_rows: int) -> tuple[int, ...]:
         """Return what `write` was told to mark, of all rows."""
-        found = [(pq.read_schema(self._path(row)).metadata or {}).get(_MARKED) for row in range(n_rows)]
-        return tuple(tile for tiles in found if tiles is not None for tile in json.loads(tiles))
+        tiles: list[int] = []
+        for row in range(n_rows):
+            with open_table(self._path(row)) as file:
+                tiles += json.loads((file.schema_arrow.metadata or {}).get(_MARKED, "[]"))
+        return tuple(tiles)
 
     def _path(self, row: int) -> Path:
         return self.folder / f"row-{row:05d}.parquet"
@@ -161,7 +168,7 @@ def _stays(before: pa.Table | None, current: pa.Table, after: pa.Table | None) -
     start = sum(table.num_rows for table in near[:own])
     joint = pa.concat_tables(near)
     kept = drop_twins(
-        shapely.from_wkb(joint["geometry"].to_numpy()), joint["score"].to_numpy(), joint[_TILE].to_numpy()
+        shapely.from_wkb(joint["geometry"].to_numpy()), joint["score"].to_numpy(), joint[TILE].to_numpy()
     )
     stays = np.ones(current.num_rows, np.bool_)
     stays[np.flatnonzero(current[_SEAM].to_numpy())] = kept[start : start + near[own].num_rows]

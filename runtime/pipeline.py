@@ -20,7 +20,7 @@ from darcnn.runtime.ground import Ground, survey_ground, when_surveyed
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.measure import object_schema
 from darcnn.runtime.outputs import add_formats, write_outputs
-from darcnn.runtime.parts import Parts
+from darcnn.runtime.parts import TILE, Parts
 from darcnn.runtime.planning import SlidePlan, find_channel, to_level0
 from darcnn.runtime.readers.base import settle_mpp
 from darcnn.runtime.readers.mended import MendedReader
@@ -295,6 +295,7 @@ def _final_tables(
 
     def keep(table: pa.Table) -> NDArray[np.bool_]:
         kept = ground.keep(table)
+        tally.find(table.select([TILE, "area_px", "score"]).filter(pa.array(kept)))
         return kept if row_filter is None else kept & row_filter.keep(table)
 
     for row in parts.read(n_rows, keep):

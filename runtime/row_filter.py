@@ -161,13 +161,18 @@ def _number(node: ast.expr, table: pa.Table) -> NDArray[np.float64]:
             return np.full(table.num_rows, value, np.float64)
         case ast.Name():
             names = [node.id] if node.id in table.column_names else _of(node.id, table.column_names)
-            columns = [table[name].to_numpy().astype(np.float64) for name in names]
-            return np.asarray(np.mean(columns, axis=0))
+            return np.asarray(np.mean([_as_written(table[name]) for name in names], axis=0))
         case ast.UnaryOp(operand=operand):
             return -_number(operand, table)
         case ast.BinOp(left=left, op=sign, right=right):
             return np.asarray(_ARITHMETIC[type(sign)](_number(left, table), _number(right, table)))
     raise AssertionError(f"{node} was let through")
+
+
+def _as_written(column: pa.ChunkedArray) -> NDArray[np.float64]:
+    """Return a column as the CSV has it: 0.9 is 0.9, and not the float32 beside it."""
+    written = column.cast(pa.string()).cast(pa.float64()) if column.type == pa.float32() else column
+    return np.asarray(written.to_numpy().astype(np.float64))
 
 
 def _of(name: str, columns: list[str]) -> list[str]:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 
-from darcnn.runtime.fit import ModelFit
+from darcnn.runtime.fit import ModelFit, warn_of_none
 from darcnn.runtime.geometry import Region
-from darcnn.runtime.parts import FinalRow
+from darcnn.runtime.parts import TILE, FinalRow
 from darcnn.runtime.stage_seconds import StageSeconds
 
 __all__ = ["Tally"]
@@ -25,7 +26,8 @@ class Tally(StageSeconds):
     fit: ModelFit
     n_tiles: int  # that are looked at
     n_tiles_skipped: int
-    n_objects: int = 0
+    n_found: int = 0  # objects, before a filter
+    n_objects: int = 0  # that are reported
     n_truncated: int = 0
     n_tiles_with_objects: int = 0
     n_tiles_saturated: int = 0
@@ -33,18 +35,23 @@ class Tally(StageSeconds):
     doubts: tuple[str, ...] = ()  # about the model and the objects' size, before any was found
     has_holes: bool = False  # damage where tissue, brightness or overview are seen
 
+    def find(self, part: pa.Table) -> None:
+        """Take all objects of a row of tiles: how the model fits does not depend on a filter."""
+        self.n_found += part.num_rows
+        self.n_tiles_with_objects += len(np.unique(part[TILE]))
+        self.fit.add(*(part[name].to_numpy().astype(np.float64) for name in ("area_px", "score")))
+
     def count(self, row: FinalRow) -> None:
-        """Take the final objects of a row of tiles."""
+        """Take those of them that are reported."""
         self.n_objects += row.table.num_rows
         self.n_truncated += int(row.table["truncated"].to_numpy().sum())
-        self.n_tiles_with_objects += len(np.unique(row.tiles))
         self.n_tiles_saturated += row.n_saturated
-        self.fit.add(*(row.table[name].to_numpy().astype(np.float64) for name in ("area_px", "score")))
 
     def counts(self) -> dict[str, int]:
         """Return the counts that run.json holds."""
         return {
             "objects": self.n_objects,
+            "filtered": self.n_found - self.n_objects,
             "truncated": self.n_truncated,
             "tiles": self.n_tiles,
             "tiles_skipped": self.n_tiles_skipped,
@@ -71,7 +78,7 @@ class Tally(StageSeconds):
         if not self.n_tiles:
             warnings.append("no tissue found where it was looked for; --no-tissue looks at everything")
         elif not self.n_objects:
-            warnings.append("no objects found")
+            warnings.append(warn_of_none(self.n_found))
         elif self.n_tiles >= _MANY_TILES and self.n_tiles_with_objects < _FEW_OBJECTS * self.n_tiles:
             warnings.append(f"only {self.n_tiles_with_objects} of {self.n_tiles} tiles hold objects")
         if self.n_truncated:

@@ -265,10 +265,12 @@ def make_slide_name(path: Location) -> str:
     ['b.1', 'c', 'd', 'e-3']
     >>> make_slide_name("s3://bucket/e.ome.zarr/?version=1"), make_slide_name(Path("p/plate.zarr/A/1/0"))
     ('e', 'plate-A-1-0')
+
+    Bytes that are no UTF-8 become text that every format can hold.
     """
     if isinstance(path, str):
         path = Path(urlsplit(path).path.rstrip("/"))
-    return name_image(path, _name_file)
+    return name_image(path, _name_file).encode(errors="backslashreplace").decode()
 
 
 _OF_MRC = (".mrc", ".rec", ".map", ".st")

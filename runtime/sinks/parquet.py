@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
+from darcnn.runtime.errors import OutputError
 from darcnn.runtime.sinks.atomic import atomic_file
 
-__all__ = ["count_objects", "read_objects", "write_parquet"]
+__all__ = ["count_objects", "open_table", "read_objects", "write_parquet"]
 
 _GEOPARQUET = "1.1.0"
 _ROWS = 65536  # at most so many objects are in memory at once
@@ -46,9 +48,25 @@ def write_parquet(path: Path, parts: Iterable[pa.Table], schema: pa.Schema) -> i
     return n_rows
 
 
+@contextmanager
+def open_table(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open the table at `path`, whatever its name: pyarrow takes paths with `~` or `:` for other places.
+
+    Raises:
+        OutputError: it is cut off or holds something else.
+        OSError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file, pq.ParquetFile(file) as table:
+            yield table
+    except pa.ArrowInvalid as err:
+        raise OutputError("is damaged", where=path, fix="pass --overwrite --restart to make it anew") from err
+
+
 def count_objects(path: Path) -> int:
-    """Return the number of rows of the table at `path`."""
-    return int(pq.read_metadata(path).num_rows)
+    """Return the number of rows of the table at `path`; raises as `open_table`."""
+    with open_table(path) as table:
+        return int(table.metadata.num_rows)
 
 
 def read_objects(
@@ -57,9 +75,9 @@ def read_objects(
     """Yield the table at `path` row group by row group, with `columns` only.
 
     With `rows_px0` (y0, y1), row groups without an object in these level-0 rows are not read; those
-    that are read still hold objects elsewhere.
+    that are read still hold objects elsewhere. Raises as `open_table`.
     """
-    with pq.ParquetFile(path) as file:
+    with open_table(path) as file:
         for index in range(file.metadata.num_row_groups):
             if rows_px0 is None or _reaches(file, index, rows_px0):
                 yield file.read_row_group(index, columns=None if columns is None else list(columns))

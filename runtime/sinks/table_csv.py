@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from pyarrow import csv
 
 from darcnn.runtime.sinks.atomic import atomic_file
-from darcnn.runtime.sinks.parquet import read_objects
+from darcnn.runtime.sinks.parquet import open_table, read_objects
 
 __all__ = ["write_csv"]
 
@@ -19,9 +18,11 @@ def write_csv(path: Path, objects: Path) -> None:
     """Write the table `objects` (objects.parquet) as comma-separated values; what is not known is empty.
 
     Raises:
+        OutputError: the table is damaged.
         OSError: the file cannot be written; nothing is left behind.
     """
-    schema = pq.read_schema(objects)
+    with open_table(objects) as table:
+        schema = table.schema_arrow
     if _OUTLINE in schema.names:  # objects of volumes have none
         schema = schema.remove(schema.get_field_index(_OUTLINE))
     with atomic_file(path) as file, csv.CSVWriter(file, schema) as writer:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import zarr
 
 from darcnn.runtime.errors import UsageError
@@ -18,7 +17,7 @@ from darcnn.runtime.run_options import check_formats
 from darcnn.runtime.sinks.atomic import translated
 from darcnn.runtime.sinks.ctc import write_ctc
 from darcnn.runtime.sinks.labels_tiff import write_label_stack
-from darcnn.runtime.sinks.parquet import count_objects
+from darcnn.runtime.sinks.parquet import count_objects, open_table
 from darcnn.runtime.sinks.result_folder import (
     CSV_FILE,
     CTC_FOLDER,
@@ -115,9 +114,10 @@ def _step_um(described: Mapping[str, Any]) -> dict[str, float]:
 
 def _parents(table: Path) -> dict[int, int]:
     """Return the `id` of each object that came of a division to that of its mother."""
-    if "parent" not in pq.read_schema(table).names:  # results from before divisions were told
-        return {}
-    rows = pq.read_table(table, columns=["id", "parent"])
+    with open_table(table) as file:
+        if "parent" not in file.schema_arrow.names:  # results from before divisions were told
+            return {}
+        rows = file.read(columns=["id", "parent"])
     ids, parents = (rows[name].to_pylist() for name in rows.column_names)
     return {number: parent for number, parent in zip(ids, parents, strict=True) if parent is not None}
 

@@ -215,11 +215,7 @@ def _summarize(
 
 def _asked(segmenter: Segmenter, path: Location, chosen: VolumeOptions) -> dict[str, Any]:
     """Return all that the objects depend on."""
-    return {
-        **asked_model(segmenter),
-        "slide": _fingerprint(path),
-        "options": asked_options(chosen),
-    }
+    return {**asked_model(segmenter), "slide": _fingerprint(path), "options": asked_options(chosen)}
 
 
 def _fingerprint(path: Location) -> dict[str, Any]:
@@ -337,7 +333,8 @@ def _finish(
             write_scroll(built / SCROLL_FILE, stacks[0], views[0].window, numbered)
     n_planes, n_full = sum(len(view.stack) for view in views), len(parts.marked(len(plan_blocks(views))))
     n_divisions = pc.count_distinct(table["parent"]).as_py() if info.is_series else None
-    return VolumeCounts(len(numbered.rows), joined.agreement, n_planes, n_full, n_divisions)
+    n_found, n_objects = len(joined.solids), len(numbered.rows)
+    return VolumeCounts(n_found, n_objects, joined.agreement, n_planes, n_full, n_divisions)
 
 
 def _draw_series(built: Path, view: View, numbered: Numbered, objects: pa.Table, model: str) -> None:

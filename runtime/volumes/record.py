@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from darcnn.runtime.diameter import is_size_measured
-from darcnn.runtime.fit import warn_of_size
+from darcnn.runtime.fit import warn_of_none, warn_of_size
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.readers.base import suffix_of
 from darcnn.runtime.volumes.agree import Agreement
@@ -61,7 +61,8 @@ def describe_views(views: Sequence[View], diameter_px: float | None) -> dict[str
 class VolumeCounts:
     """What is counted on the way, and what of it a user is warned of."""
 
-    n_objects: int  # reported
+    n_found: int  # objects, before a filter
+    n_objects: int  # that are reported
     agreement: Agreement  # before a filter
     n_planes: int  # of all axes
     n_full: int = 0  # planes with tiles that hold as many objects as the model can report
@@ -73,6 +74,7 @@ class VolumeCounts:
         several = {"by_axis": dict(by_axis)} if len(by_axis) > 1 else {}
         return {
             "objects": self.n_objects,
+            "filtered": self.n_found - self.n_objects,
             "planes": self.n_planes,
             "planes_saturated": self.n_full,
             **({} if self.n_divisions is None else {"divisions": self.n_divisions}),
@@ -92,7 +94,7 @@ class VolumeCounts:
         if not (volume.info.is_series or can_write_star()):
             warnings.append("particles.star is left out: pip install 'darcnn[volumes]', then --overwrite")
         if not self.n_objects:
-            warnings.append("no objects found")
+            warnings.append(warn_of_none(self.n_found))
         if self.agreement.is_little:
             warnings.append(self._warn_of_noise())
         if self.n_full:

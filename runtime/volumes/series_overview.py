@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from darcnn.runtime.intensity import Window
 from darcnn.runtime.sinks.atomic import atomic_file
+from darcnn.runtime.sinks.parquet import open_table
 from darcnn.runtime.volumes.labels import Numbered
 from darcnn.runtime.volumes.overview import (
     GAP_PX,
@@ -59,7 +59,8 @@ def write_series_overview(
     n_times, height, width = stack.volume.info.shape
     factor = max(1, _PANEL_PX // max(height, width))
     colours = colours_of(numbered)
-    table = pq.read_table(tracks, columns=["id", "t", "x", "y"])
+    with open_table(tracks) as file:
+        table = file.read(columns=["id", "t", "x", "y"])
     rows = np.stack([table[name].to_numpy().astype(np.float64) for name in table.column_names], axis=1)
     shown = tuple(dict.fromkeys((0, n_times // 2, n_times - 1)))
     panels = []

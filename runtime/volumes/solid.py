@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,7 @@ class SolidFile:
     """
 
     def __init__(self, path: Path) -> None:
-        with pa.memory_map(str(path)) as source:
+        with pa.memory_map(os.fsencode(path)) as source:  # as text it would have to be UTF-8
             self._table = pa.ipc.open_file(source).read_all()
         columns = {name: self._table[name].to_numpy() for name in _SCHEMA.names[:7]}
         low = np.stack([columns[name] for name in ("z", "y", "x")], axis=1).reshape(-1, 3)

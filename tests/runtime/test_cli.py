@@ -1,6 +1,7 @@
 """`darcnn-run`: one line a slide, one line a failure, and an exit code that says how it went."""
 
 import json
+import os
 import sys
 import types
 from contextlib import contextmanager
@@ -92,6 +93,30 @@ def test_one_bad_slide_among_several_is_one_line_and_exit_1(loaded, slides, tmp_
     assert "a2.png" in errors[0]
     assert "Traceback" not in result.output
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a", "b", "summary.csv"]
+
+
+def test_results_go_home_and_never_to_a_url(loaded, slides, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))  # where Windows has it
+    monkeypatch.chdir(tmp_path)
+    assert run("slides/a.png", "--model", "oracle", "--out", "~/results").exit_code == 0
+    assert (tmp_path / "home" / "results" / "a" / "run.json").is_file()
+    result = run("slides/a.png", "--model", "oracle", "--out", "s3://bucket/out")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "Error: --out: is a URL; give a folder and upload the results\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "slides"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_no_utf_8_stops_no_slide(loaded, slides, tmp_path):
+    (slides / "a.png").rename(slides / os.fsdecode(b"Pr\xe4parat.png"))
+    ask = (slides, "--model", "oracle", "--out", tmp_path / "out", "--also", "csv", "--also", "labels-tiff")
+    assert run(*ask).exit_code == 0
+    folder = tmp_path / "out" / "Pr_udce4parat"
+    assert {path.name for path in folder.iterdir()} == NAMES | {"objects.csv", "labels.ome.tiff"}
+    again = run(*ask)
+    assert again.exit_code == 0
+    assert (tmp_path / "out" / "summary.csv").read_text().count("done before") == 2
 
 
 def test_only_bad_slides_are_exit_2(loaded, slides, tmp_path):

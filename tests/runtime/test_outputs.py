@@ -83,6 +83,13 @@ def test_overwriting_without_a_format_removes_its_earlier_file(segmenter, reader
     assert (folder / "objects.parquet").exists()
 
 
+def test_a_table_that_is_cut_off_is_one_line(segmenter, reader, tmp_path):
+    path = run_slide(segmenter, reader, tmp_path).folder / "objects.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(OutputError, match=r"objects\.parquet: is damaged; pass --overwrite"):
+        run_slide(segmenter, reader, tmp_path, options=BOTH)
+
+
 def test_an_unknown_format_is_refused_before_any_work(segmenter, reader, tmp_path):
     with pytest.raises(UsageError, match="choose from csv, labels-tiff"):
         run_slide(segmenter, reader, tmp_path / "out", options=RunOptions(also=("svg",)))

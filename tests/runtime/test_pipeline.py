@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import sys
 import threading
+from pathlib import Path
 
 import geopandas
 import numpy as np
@@ -383,6 +385,26 @@ def test_a_filter_leaves_out_objects_and_their_numbers(segmenter, reader, tmp_pa
     assert not (tmp_path / "new").exists()
 
 
+def test_a_filter_changes_nothing_of_what_is_said_of_the_model(segmenter, tmp_path):
+    labels = np.zeros((600, 600), np.int32)  # 29 objects as large as the model expects, and one far larger
+    for number, (row, column) in enumerate(np.ndindex(5, 6)):
+        side = 90 if not number else 28
+        labels[100 * row + 5 : 100 * row + 5 + side, 100 * column + 5 : 100 * column + 5 + side] = number + 1
+    with ArrayReader(encode_labels(labels), name="a", mpp=0.5) as reader:
+        runs = {
+            limit: run_slide(
+                segmenter, reader, tmp_path / str(limit), options=RunOptions(row_filter=f"area_px > {limit}")
+            )
+            for limit in (0, 1000, 10000)
+        }
+    assert {limit: run.n_objects for limit, run in runs.items()} == {0: 30, 1000: 1, 10000: 0}
+    assert runs[0].warnings == runs[1000].warnings
+    assert runs[10000].warnings == ("--filter leaves out every object that was found (30)", *runs[0].warnings)
+    counts = [json.loads((run.folder / "run.json").read_text())["counts"] for run in runs.values()]
+    assert [one["filtered"] for one in counts] == [0, 29, 30]
+    assert len({one["tiles_with_objects"] for one in counts}) == 1
+
+
 def test_another_question_does_not_go_on_with_the_parts_of_the_first(
     segmenter, reader, tmp_path, monkeypatch
 ):
@@ -394,6 +416,36 @@ def test_another_question_does_not_go_on_with_the_parts_of_the_first(
         run_slide(segmenter, reader, tmp_path, options=RunOptions(mpp=0.3))
     run_slide(segmenter, reader, tmp_path, options=RunOptions(mpp=0.3, restart=True))
     assert {path.name for path in (tmp_path / "slide 1").iterdir()} == NAMES
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+def test_a_part_that_is_cut_off_is_done_again(segmenter, reader, tmp_path, monkeypatch, kept):
+    before = contents(run_slide(segmenter, reader, tmp_path / "whole").folder)
+    monkeypatch.setattr("darcnn.runtime.outputs.write_overview", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_slide(segmenter, reader, tmp_path)
+    monkeypatch.undo()
+    part = tmp_path / "slide 1" / ".parts" / "row-00001.parquet"
+    part.write_bytes(part.read_bytes()[: int(kept * part.stat().st_size)])
+    rows, original = [], segmenter.stream
+
+    def stream(*arguments, **options):
+        rows.append(options["tiles"][0].core.y0)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(segmenter, "stream", stream)
+    after = contents(run_slide(segmenter, reader, tmp_path).folder)
+    assert len(rows) == 1
+    assert after["objects.parquet"] == before["objects.parquet"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse some of these names")
+@pytest.mark.parametrize("name", ["~", "run:1", "s3:", "a%20b", b"\xe4".decode(errors="surrogateescape")])
+def test_the_name_of_the_folder_is_taken_as_it_is(segmenter, reader, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    folder = run_slide(segmenter, reader, Path(name, "x"), options=RunOptions(also=("csv",))).folder
+    assert folder == Path(name, "x", "slide 1")
+    assert {path.name for path in (tmp_path / folder).iterdir()} == NAMES | {"objects.csv"}
 
 
 def test_a_run_stopped_in_any_row_ends_as_one_that_never_stopped(segmenter, reader, tmp_path, monkeypatch):

@@ -1,8 +1,14 @@
 """Conditions on measurements: what they keep, and that they are never run as code."""
 
+import io
+
 import numpy as np
+import pandas
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import csv
 
 from darcnn.runtime.errors import UsageError
 from darcnn.runtime.row_filter import parse_filter
@@ -108,3 +114,17 @@ def test_what_is_no_condition_on_measurements_is_refused(text):
 def test_conditions_hold_row_by_row_and_never_by_what_is_not_known(text, kept):
     table = pa.table({"area_px": [5, 30, 40], "mean_intensity_a": [10.0, 90.0, None]})
     assert parse_filter(text, table.column_names).keep(table).tolist() == kept
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.integers(0, 1000), min_size=1, max_size=20),
+    st.integers(0, 1000),
+    st.sampled_from(["<", "<=", "==", "!=", ">=", ">"]),
+)
+def test_a_condition_holds_for_what_stands_in_the_csv(thousandths, limit, sign):
+    table = pa.table({"score": pa.array(np.array(thousandths) / 1000, pa.float32())})
+    text, written = f"score {sign} {limit / 1000}", io.BytesIO()
+    csv.write_csv(table, written)
+    expected = pandas.read_csv(io.BytesIO(written.getvalue())).eval(text)
+    assert parse_filter(text, table.column_names).keep(table).tolist() == expected.tolist()

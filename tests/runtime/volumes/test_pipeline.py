@@ -642,6 +642,11 @@ def test_a_filter_leaves_out_objects_and_numbers_the_others_anew(
     assert table["id"].to_pylist() == list(range(1, table.num_rows + 1))
     labels = zarr.open_group(folder / "labels.ome.zarr", mode="r")["0"][:]
     assert len(np.unique(labels)) == table.num_rows + 1
+    counts = json.loads((folder / "run.json").read_text())["counts"]
+    assert (counts["objects"], counts["filtered"]) == (table.num_rows, len(sizes) - table.num_rows)
+    none = VolumeOptions(row_filter="volume_voxels < 0", overwrite=True)
+    summary = run_volume(oracle16, mrc_file, tmp_path / "out", options=none)
+    assert summary.warnings[0] == f"--filter leaves out every object that was found ({len(sizes)})"
     with pytest.raises(UsageError, match="--filter"):
         run_volume(oracle16, mrc_file, tmp_path / "no", options=VolumeOptions(row_filter="area_px > 3"))
 
@@ -706,13 +711,13 @@ def test_a_volume_too_large_for_the_memory_is_looked_at_along_z(
 def test_axes_that_disagree_are_told(mrc_file: Path, tmp_path: Path) -> None:
     with open_volume(mrc_file, tmp_path) as volume:
         found = Agreement({"z": 100, "y": 60, "x": 80}, n_agreed=79)
-        (warning,) = VolumeCounts(3, found, 9).warnings(volume)
+        (warning,) = VolumeCounts(3, 3, found, 9).warnings(volume)
         assert warning.startswith("two axes agree on 79 objects where one alone finds 100")
         assert "alone" not in warning.split("finds 100")[1]
-        (warning,) = VolumeCounts(3, replace(found, is_of_one=True), 9).warnings(volume)
+        (warning,) = VolumeCounts(3, 3, replace(found, is_of_one=True), 9).warnings(volume)
         assert warning.endswith("; these are the objects of planes across z alone")
-        assert not VolumeCounts(3, replace(found, n_agreed=80), 9).warnings(volume)
-        assert not VolumeCounts(0, Agreement({"z": 1}), 9).warnings(volume)[1:]  # no objects, and that is all
+        assert not VolumeCounts(3, 3, replace(found, n_agreed=80), 9).warnings(volume)
+        assert not VolumeCounts(0, 0, Agreement({"z": 1}), 9).warnings(volume)[1:]  # that there are none
 
 
 @pytest.mark.parametrize("axis", ["auto", "all"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,22 @@ def test_a_series_is_looked_at_along_time_alone_whatever_the_model_does_with_vol
     with Segmenter(oracle16.engine, replace(oracle16.manifest, input=slabs)) as segmenter:
         folder = run_volume(segmenter, tmp_path / "s.tif", tmp_path / "out").folder
     assert json.loads((folder / "run.json").read_text())["network"]["axes"] == ["z"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse these names")
+@pytest.mark.parametrize("name", ["run:1", b"\xe4".decode(errors="surrogateescape")])
+def test_the_name_of_the_folder_is_taken_as_it_is(
+    oracle16: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    series = np.zeros((3, 40, 40), np.uint8)
+    series[:, 4:14, 4:14] = 1
+    tifffile.imwrite(tmp_path / "s.tif", series, imagej=True, metadata={"axes": "TYX"})
+    monkeypatch.chdir(tmp_path)
+    options = VolumeOptions(also=("csv", "ctc"))
+    folder = run_volume(oracle16, Path("s.tif"), Path(name), options=options).folder
+    assert folder == Path(name, "s")
+    names = {path.name for path in (tmp_path / folder).iterdir()}
+    assert names >= {"objects.parquet", "objects.csv", "tracks.csv", "ctc", "overview.png", "run.json"}
 
 
 @pytest.mark.parametrize("kind", ["tiff", "zarr"])
