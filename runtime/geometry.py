@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Grid", "Level", "Region", "choose_level"]
+__all__ = ["Grid", "Level", "Region", "choose_level", "span_px0", "whole_factor"]
 
 # A level whose pixels are up to this much coarser than asked for still serves: 0.499 um/px is "0.5".
 _COARSER_BY = 1.05
@@ -54,6 +54,34 @@ class Level:
     width_px: int
     height_px: int
     downsample: float
+
+
+def whole_factor(full: tuple[int, int], reduced: tuple[int, int]) -> int | None:
+    """Return the whole number of pixels of `full` (width, height) that one of `reduced` stands for.
+
+    None where no whole number explains both sides, rounded up or down.
+
+    >>> whole_factor((2220, 2967), (1110, 1484)), whole_factor((100, 100), (40, 40))
+    (2, None)
+    """
+    pairs = list(zip(full, reduced, strict=True))
+    factor = max(round(sum(whole / part for whole, part in pairs) / len(pairs)), 1)
+    explains = all(part in (whole // factor, -(-whole // factor)) for whole, part in pairs)
+    return factor if explains else None
+
+
+def span_px0(level: Level, full: Level) -> tuple[int, int]:
+    """Return the level-0 pixels (width, height) that `level` shows; `full` is level 0.
+
+    A size that was rounded changes no pixel: 320 pixels of 8 show 2560 of 2567, not all of them stretched.
+    One rounded up goes beyond the slide. Of other reduced images all that is known is that they show all.
+
+    >>> span_px0(Level(1, 320, 250, 8.0), Level(0, 2567, 1999, 1.0))
+    (2560, 2000)
+    """
+    sides = (full.width_px, full.height_px)
+    factor = whole_factor(sides, (level.width_px, level.height_px))
+    return sides if factor is None else (level.width_px * factor, level.height_px * factor)
 
 
 @dataclass(frozen=True, slots=True)

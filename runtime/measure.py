@@ -14,7 +14,7 @@ import shapely
 from numpy.typing import NDArray
 
 from darcnn.runtime.errors import ShapeError
-from darcnn.runtime.geometry import Level, Region
+from darcnn.runtime.geometry import Level, Region, span_px0
 from darcnn.runtime.instances import Instances
 from darcnn.runtime.readers.protocol import Reader
 
@@ -35,7 +35,7 @@ def measure(
     instances: Instances,
     pixels: NDArray[Any],
     region: Region,
-    downsample: float,
+    factor: tuple[float, float],
     channel_names: Sequence[str],
     mpp: tuple[float, float] | None,
 ) -> pa.Table:
@@ -50,7 +50,7 @@ def measure(
         instances: objects, level-0 pixels.
         pixels: (H, W, C), raw values of `region`.
         region: where `pixels` lie, in pixels of their own level.
-        downsample: level-0 pixels per pixel of that level.
+        factor: level-0 pixels per pixel of that level, along x and y.
         channel_names: C names.
         mpp: micrometres per level-0 pixel (x, y); None makes every um column null.
     Raises:
@@ -60,7 +60,7 @@ def measure(
     >>> ring = np.array([[2, 1], [6, 1], [6, 5], [2, 5], [2, 1]], float)
     >>> one = Instances((8, 8), np.array([[2, 1, 6, 5]], "f4"), np.array([0.9], "f4"), np.array([[2, 1]]),
     ...                 (square,), (ring,), np.array([False]))
-    >>> table = measure(one, np.full((8, 8, 1), 7), Region(0, 0, 8, 8), 1.0, ["DAPI"], (0.5, 0.5))
+    >>> table = measure(one, np.full((8, 8, 1), 7), Region(0, 0, 8, 8), (1, 1), ["DAPI"], (0.5, 0.5))
     >>> row = table.to_pylist()[0]
     >>> [row[name] for name in ("x", "y", "area_px", "area_um2", "perimeter_um", "mean_intensity_DAPI")]
     [4.0, 3.0, 16, 4.0, 8.0, 7.0]
@@ -79,7 +79,7 @@ def measure(
         "area_px": ground.area.astype(np.int64),
         **_shapes(ground, polygons, mpp),
     }
-    columns |= _brightness(ground, pixels, region, downsample, name_columns(channel_names))
+    columns |= _brightness(ground, pixels, region, factor, name_columns(channel_names))
     columns["truncated"] = instances.truncated
     schema = object_schema(channel_names)
     arrays = [_column(columns[field.name], field.type, len(instances)) for field in schema]
@@ -113,6 +113,8 @@ def measure_on_slide(
     names = reader.info.channel_names
     if not len(instances):
         return object_schema(names).empty_table()
+    span = span_px0(level, reader.info.levels[0])
+    factor = (span[0] / level.width_px, span[1] / level.height_px)
     step = _BLOCK_PX * level.downsample
     cells = np.floor((instances.origins - instances.origins.min(axis=0)) / step).astype(np.int64)  # (N, 2)
     _, block = np.unique(cells, axis=0, return_inverse=True)
@@ -120,17 +122,17 @@ def measure_on_slide(
     tables = []
     for number in range(int(block.max()) + 1):
         members = instances.select(block == number)
-        region = _cover(members, level)
+        region = _cover(members, level, factor)
         pixels = reader.read(region, level=level.index)
-        tables.append(measure(members, pixels, region, level.downsample, names, mpp))
+        tables.append(measure(members, pixels, region, factor, names, mpp))
     order = np.argsort(np.argsort(block, kind="stable"), kind="stable")  # back to the order found
     return pa.concat_tables(tables).take(order)
 
 
-def _cover(instances: Instances, level: Level) -> Region:
+def _cover(instances: Instances, level: Level, factor: tuple[float, float]) -> Region:
     """Return the region of the level that holds all masks; at least one pixel."""
-    low = np.floor(instances.origins.min(axis=0) / level.downsample).astype(int)
-    high = np.ceil(instances.ends.max(axis=0) / level.downsample).astype(int)
+    low = np.floor(instances.origins.min(axis=0) / factor).astype(int)
+    high = np.ceil(instances.ends.max(axis=0) / factor).astype(int)
     last = np.array([level.width_px, level.height_px]) - 1
     low = np.clip(low, 0, last)
     high = np.clip(high, low + 1, last + 1)
@@ -246,10 +248,14 @@ def _axes(
 
 
 def _brightness(
-    ground: _Ground, pixels: NDArray[Any], region: Region, downsample: float, names: Sequence[str]
+    ground: _Ground,
+    pixels: NDArray[Any],
+    region: Region,
+    factor: tuple[float, float],
+    names: Sequence[str],
 ) -> dict[str, NDArray[np.float64]]:
-    column = np.floor((ground.x + 0.5) / downsample).astype(np.int64) - region.x0
-    row = np.floor((ground.y + 0.5) / downsample).astype(np.int64) - region.y0
+    column = np.floor((ground.x + 0.5) / factor[0]).astype(np.int64) - region.x0
+    row = np.floor((ground.y + 0.5) / factor[1]).astype(np.int64) - region.y0
     inside = (column >= 0) & (column < region.width) & (row >= 0) & (row < region.height)
     owner, cell = ground.owner[inside], row[inside] * region.width + column[inside]
     seen_pixels = pixels.reshape(-1, len(names))[cell]  # (P, C)

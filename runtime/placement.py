@@ -73,8 +73,7 @@ def place(
     """Return the objects of one tile at level 0, without those that have no pixel there or lie in another."""
     height, width = shape
     truncated = is_cut(boxes, tile, plan)
-    factor_x, factor_y = width / plan.width, height / plan.height
-    boxes0 = to_slide(boxes, tile) * np.array([factor_x, factor_y] * 2)
+    boxes0 = to_slide(boxes, tile) * np.array(plan.factor * 2)
     outlined = outline_probabilities(masks, boxes0, shape)
     rows = [row for row, found in enumerate(outlined) if found is not None]
     placed = [found for found in outlined if found is not None]

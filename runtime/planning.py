@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from darcnn.runtime.errors import InputError, UsageError
-from darcnn.runtime.geometry import Level, Region, choose_level
+from darcnn.runtime.geometry import Level, Region, choose_level, span_px0
 from darcnn.runtime.intensity import sees_separate_channels
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.readers.protocol import SlideInfo
@@ -28,10 +28,16 @@ class SlidePlan:
     scale: float  # network pixels per level-0 pixel
     width: int  # of the slide, network pixels
     height: int
+    span_px0: tuple[int, int]  # level-0 pixels (width, height) that the level shows: nearly all
     tiles: tuple[Tile, ...]
     channel: int | None  # the chosen one; None: colours or the only one
     mpp: float | None  # micrometres per level-0 pixel, where known
     mpp_source: str | None
+
+    @property
+    def factor(self) -> tuple[float, float]:
+        """Level-0 pixels per network pixel along x and y: the one way from the lattice to the slide."""
+        return self.span_px0[0] / self.width, self.span_px0[1] / self.height
 
 
 def plan_slide(
@@ -74,16 +80,18 @@ def plan_slide(
             fix="check the pixel size, or pass the right one (--mpp, of volumes --voxel-size) or --diameter",
         )
     level = choose_level(info.levels, 1 / scale)
+    span = span_px0(level, info.levels[0])
     if abs(scale * level.downsample - 1) < SNAP:
         scale = 1 / level.downsample
         width, height = level.width_px, level.height_px
     else:
-        width, height = (max(1, round(n * scale)) for n in (info.width_px0, info.height_px0))
+        width, height = (max(1, round(n * scale)) for n in span)
     return SlidePlan(
         level=level,
         scale=scale,
         width=width,
         height=height,
+        span_px0=span,
         tiles=plan_tiles(width, height, tile_px=model.tile_px, halo_px=model.halo_px),
         channel=channel,
         mpp=known_mpp,
@@ -93,7 +101,7 @@ def plan_slide(
 
 def to_level0(region: Region, plan: SlidePlan, info: SlideInfo, *, reach_px: float = 0.0) -> Region:
     """Return the level-0 pixels of a region in network pixels, grown by `reach_px` of them, on the slide."""
-    factor_x, factor_y = info.width_px0 / plan.width, info.height_px0 / plan.height
+    factor_x, factor_y = plan.factor
     return Region(
         math.floor((region.x0 - reach_px) * factor_x),
         math.floor((region.y0 - reach_px) * factor_y),

@@ -132,12 +132,7 @@ def find_rows_here(
 
 def _measure_tile(tile: Tile, instances: Instances, reader: Reader, task: SlideTask) -> pa.Table:
     """Measure the objects of one tile, for its part file."""
-    plan, (height, width) = task.plan, instances.shape
-    near = lies_near_seam(
-        tile,
-        instances.boxes,
-        factor=(width / plan.width, height / plan.height),
-        extent=(plan.width, plan.height),
-    )
+    plan = task.plan
+    near = lies_near_seam(tile, instances.boxes, factor=plan.factor, extent=(plan.width, plan.height))
     table = measure_on_slide(instances, reader, plan.level, task.mpp)
     return with_tile(table, tile.index, near, is_saturated=instances.is_saturated)

@@ -104,8 +104,7 @@ def look_wider(
         return seen
     (found,) = look([replace(sampled, tile=wide, pixels=pixels, zoom=2)])
     whole = found.select(_covering(seen.select(seen.truncated).boxes, found.boxes))
-    factor = np.array([sampled.shape[1] / plan.width, sampled.shape[0] / plan.height] * 2)
-    boxes = whole.boxes / factor
+    boxes = whole.boxes / np.array(plan.factor * 2)
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     near = owns(tile, centres, margin_px=SEAM_PX) & ~whole.truncated
     reported = (owns(tile, centres) | near) & is_small_enough(boxes, max_diameter_px)

@@ -26,7 +26,7 @@ class SeamSettler:
     def __init__(self, plan: SlidePlan, shape: tuple[int, int]) -> None:
         """Begin; `shape` is (H, W) of level 0."""
         self._shape = shape
-        self._factor = (shape[1] / plan.width, shape[0] / plan.height)
+        self._factor = plan.factor
         self._extent = (plan.width, plan.height)
         self._n_columns = len({tile.core.x0 for tile in plan.tiles})
         self._open = {tile.index for tile in plan.tiles}  # not done

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.closing import Closing
 from darcnn.runtime.errors import InputError, ShapeError, UsageError
-from darcnn.runtime.geometry import Level, Region
+from darcnn.runtime.geometry import Level, Region, whole_factor
 from darcnn.runtime.readers.image_places import name_image
 from darcnn.runtime.readers.protocol import Location, Pixels, Planes, SlideInfo
 
@@ -314,13 +314,10 @@ def exact_downsample(full: tuple[int, int], reduced: tuple[int, int]) -> float:
     >>> exact_downsample((2220, 2967), (1110, 1484)), exact_downsample((100, 100), (40, 40))
     (2.0, 2.5)
     """
-    ratios = [whole / part for whole, part in zip(full, reduced, strict=True)]
-    mean = sum(ratios) / len(ratios)
-    factor = max(round(mean), 1)
-    explains = (
-        part in (whole // factor, -(-whole // factor)) for whole, part in zip(full, reduced, strict=True)
-    )
-    return float(factor) if all(explains) else mean
+    factor = whole_factor(full, reduced)
+    if factor is not None:
+        return float(factor)
+    return sum(whole / part for whole, part in zip(full, reduced, strict=True)) / len(full)
 
 
 def _check_region(region: Region, level: int, levels: tuple[Level, ...]) -> None:

@@ -78,7 +78,7 @@ def measure_tracks(numbered: Numbered, volume: Volume) -> Iterator[pa.Table]:
         found = label_instances(labels.astype(np.int64))
         found = replace(found, scores=scores[ids - 1], truncated=_is_cut(found.boxes, width, height))
         pixels = channels if info.several_channels else volume.read("z", moment)[:, :, None]
-        table = measure(found, pixels, Region(0, 0, width, height), 1.0, names, mpp)
+        table = measure(found, pixels, Region(0, 0, width, height), (1.0, 1.0), names, mpp)
         table = table.set_column(0, "id", pa.array(ids))
         table = table.add_column(1, "t", pa.array(np.full(len(ids), moment, np.int32)))
         time_s = None if info.frame_interval_s is None else moment * info.frame_interval_s

@@ -58,7 +58,7 @@ def numbered(table, first=1):
 def make_table(instances, mpp=MPP):
     height, width = instances.shape
     pixels = np.random.default_rng(3).integers(0, 999, (height, width, 1)).astype(np.uint16)
-    return numbered(measure(instances, pixels, Region(0, 0, width, height), 1.0, ["DAPI"], mpp))
+    return numbered(measure(instances, pixels, Region(0, 0, width, height), (1.0, 1.0), ["DAPI"], mpp))
 
 
 def in_parts(table, rows=20):

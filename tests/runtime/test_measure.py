@@ -50,7 +50,7 @@ def pixels():
 
 
 def test_shape_and_brightness_agree_with_scikit_image(labels, pixels):
-    table = measure(from_labels(labels), pixels, Region(0, 0, 160, 120), 1.0, ["a", "b"], (1.0, 1.0))
+    table = measure(from_labels(labels), pixels, Region(0, 0, 160, 120), (1.0, 1.0), ["a", "b"], (1.0, 1.0))
     for row, truth in zip(table.to_pylist(), regionprops(labels, pixels), strict=True):
         assert row["y"] - 0.5 == pytest.approx(truth.centroid[0])
         assert row["x"] - 0.5 == pytest.approx(truth.centroid[1])
@@ -66,7 +66,7 @@ def test_shape_and_brightness_agree_with_scikit_image(labels, pixels):
 
 
 def test_columns_come_in_the_order_of_the_schema(labels, pixels):
-    table = measure(from_labels(labels), pixels, Region(0, 0, 160, 120), 1.0, ["a", "b"], None)
+    table = measure(from_labels(labels), pixels, Region(0, 0, 160, 120), (1.0, 1.0), ["a", "b"], None)
     assert table.schema == object_schema(["a", "b"])
     assert " ".join(table.column_names) == (
         "id geometry score x y bbox_x0 bbox_y0 bbox_x1 bbox_y1 area_px perimeter_px major_axis_px "
@@ -79,7 +79,7 @@ def test_columns_come_in_the_order_of_the_schema(labels, pixels):
 def test_lengths_follow_the_pixel_size_of_each_axis():
     square = from_labels(np.pad(np.ones((10, 10), np.int32), 5))
     pixels = np.zeros((20, 20, 1), np.uint8)
-    row = measure(square, pixels, Region(0, 0, 20, 20), 1.0, ["a"], (0.5, 0.25)).to_pylist()[0]
+    row = measure(square, pixels, Region(0, 0, 20, 20), (1.0, 1.0), ["a"], (0.5, 0.25)).to_pylist()[0]
     assert row["area_um2"] == pytest.approx(100 * 0.125)
     assert row["perimeter_um"] == pytest.approx(2 * (5.0 + 2.5))
     assert row["major_axis_um"] == pytest.approx(2 * row["minor_axis_um"])
@@ -88,7 +88,7 @@ def test_lengths_follow_the_pixel_size_of_each_axis():
 
 
 def test_um_columns_are_null_without_a_pixel_size(labels, pixels):
-    table = measure(from_labels(labels), pixels, Region(0, 0, 160, 120), 1.0, ["a", "b"], None)
+    table = measure(from_labels(labels), pixels, Region(0, 0, 160, 120), (1.0, 1.0), ["a", "b"], None)
     for name in table.column_names:
         expected = len(table) if "_um" in name or name == "id" else 0
         assert table[name].null_count == expected, name
@@ -107,7 +107,7 @@ def test_solidity_is_the_outline_over_its_hull():
         (ring,),
         np.ones(1, bool),
     )
-    row = measure(bent, np.zeros((8, 8, 1)), Region(0, 0, 8, 8), 1.0, ["a"], None).to_pylist()[0]
+    row = measure(bent, np.zeros((8, 8, 1)), Region(0, 0, 8, 8), (1.0, 1.0), ["a"], None).to_pylist()[0]
     assert row["solidity"] == pytest.approx(12 / 14)
     assert row["truncated"] is True
 
@@ -119,27 +119,29 @@ def test_brightness_is_read_from_a_coarser_level_and_an_inner_region():
     level[8:10, 4:6] = 100
     level[8, 4] = 200
     part = Region(3, 7, 12, 13)
-    table = measure(from_labels(labels), level[part.y0 : part.y1, part.x0 : part.x1], part, 4.0, ["a"], None)
+    table = measure(
+        from_labels(labels), level[part.y0 : part.y1, part.x0 : part.x1], part, (4.0, 4.0), ["a"], None
+    )
     assert table["mean_intensity_a"][0].as_py() == pytest.approx(125.0)
     assert table["std_intensity_a"][0].as_py() == pytest.approx(np.std([200, 100, 100, 100]))
 
 
 def test_an_object_outside_the_pixels_has_no_brightness(labels, pixels):
     part = Region(0, 0, 60, 60)
-    table = measure(from_labels(labels), pixels[:60, :60], part, 1.0, ["a", "b"], None)
+    table = measure(from_labels(labels), pixels[:60, :60], part, (1.0, 1.0), ["a", "b"], None)
     assert table["mean_intensity_a"].to_pylist()[0] is not None
     assert table["mean_intensity_a"].to_pylist()[3] is None
 
 
 def test_no_objects_make_an_empty_table(pixels):
-    table = measure(Instances.empty(SHAPE), pixels, Region(0, 0, 160, 120), 1.0, ["a", "b"], (1, 1))
+    table = measure(Instances.empty(SHAPE), pixels, Region(0, 0, 160, 120), (1.0, 1.0), ["a", "b"], (1, 1))
     assert table.num_rows == 0
     assert table.schema == object_schema(["a", "b"])
 
 
 def test_pixels_that_do_not_fit_are_refused(labels, pixels):
     with pytest.raises(ShapeError, match="1 channels"):
-        measure(from_labels(labels), pixels, Region(0, 0, 160, 120), 1.0, ["a"], None)
+        measure(from_labels(labels), pixels, Region(0, 0, 160, 120), (1.0, 1.0), ["a"], None)
 
 
 def test_channel_names_become_distinct_plain_columns():

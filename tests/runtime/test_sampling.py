@@ -26,6 +26,7 @@ def make_plan(level: Level, width: int, height: int, *, tile_px: int = 24, halo_
         scale=width / level.width_px,
         width=width,
         height=height,
+        span_px0=(level.width_px, level.height_px),
         tiles=plan_tiles(width, height, tile_px=tile_px, halo_px=halo_px),
         channel=None,
         mpp=None,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import shapely
+import tifffile
 
 from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_oracle_manifest
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
@@ -15,9 +17,11 @@ from darcnn.runtime.errors import InputError, ShapeError, UsageError
 from darcnn.runtime.geometry import Level, Region
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.runtime.manifest import Manifest
+from darcnn.runtime.measure import measure_on_slide
 from darcnn.runtime.planning import find_channel
 from darcnn.runtime.polygons import draw_polygon
 from darcnn.runtime.readers.array import ArrayReader
+from darcnn.runtime.readers.open import open_source
 from darcnn.runtime.readers.protocol import SlideInfo
 from darcnn.runtime.run_options import RunOptions, asked_options
 from darcnn.runtime.segmenter import Segmenter
@@ -172,6 +176,28 @@ def test_an_object_lies_at_level_0_where_it_was_drawn(scale: float) -> None:
     assert found.polygons()[0].area == pytest.approx(80, rel=0.2)
     assert found.polygons()[0].centroid.distance(shapely.Point(95, 64)) < 0.5
     assert np.array_equal(draw_polygon(found.outlines[0], whole(image)), found.labels() == 1)
+
+
+@pytest.mark.parametrize("rounds_up", [False, True])
+def test_a_level_of_rounded_size_puts_objects_where_they_are(tmp_path: Path, rounds_up: bool) -> None:
+    reduced = np.zeros((30 + rounds_up, 40 + rounds_up), np.uint8)
+    reduced[24:28, 32:36] = 200  # near the far corner, where a stretched level would be off by five pixels
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
+        file.write(np.zeros((247, 327), np.uint8), metadata={"axes": "YX"}, subifds=1)
+        file.write(reduced, subfiletype=1)
+
+    def script(tile: np.ndarray) -> list[tuple[float, float, float, float, float]]:
+        ys, xs = np.nonzero(tile[:, :, 0] == 200)  # beyond the slide's edge lies a mirror image
+        return [(xs.min(), ys.min(), xs.min() + 4, ys.min() + 4, 0.9)] if xs.size else []
+
+    with open_source(tmp_path / "a.ome.tif") as reader:
+        some = segmenter(script)
+        plan = some.plan(reader.info, diameter_px=20 * 8)
+        assert (plan.level.index, plan.scale) == (1, 1 / 8)
+        found = some.segment(reader, plan)
+        np.testing.assert_allclose(found.boxes, [[256, 192, 288, 224]], atol=1e-3)
+        row = measure_on_slide(found, reader, plan.level, None).to_pylist()[0]
+    assert (row["mean_intensity_grey"], row["std_intensity_grey"]) == (200, 0)
 
 
 def whole(image: np.ndarray) -> Region:
