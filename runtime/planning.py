@@ -135,7 +135,8 @@ def _choose_channel(model: ModelInput, info: SlideInfo, channel: int | None, whe
         names = ", ".join(f"{index} {name}" for index, name in enumerate(info.channel_names[:_NAMED]))
         names += ", ..." if n_channels > _NAMED else ""
         option = "channel= (they come last)" if info.path is None else "--channel"
-        raise InputError("several channels", where=where, fix=f"choose one with {option}: {names}")
+        fix = "; ".join((f"choose one with {option}: {names}", *info.doubts))
+        raise InputError("several channels", where=where, fix=fix)
     return channel
 
 

@@ -138,7 +138,7 @@ def make_record(
             for tile, core in tally.unreadable.items()
         ],
         "seconds": rounded_seconds(tally.seconds),
-        "warnings": tally.warnings(has_pixel_size=mpp is not None),
+        "warnings": (*info.doubts, *tally.warnings(has_pixel_size=mpp is not None)),
     }
 
 

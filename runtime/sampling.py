@@ -82,7 +82,8 @@ class TileSampler:
     def read(self, tile: Tile) -> NDArray[np.uint8]:
         """Return (S, S, C) for the tile's read region; beyond the slide's edges its pixels are reflected.
 
-        The same network pixel has the same value in every tile, to one grey level.
+        The same network pixel has the same value in every tile, to one grey level; not where OpenSlide reads
+        a level whose downsample is no whole number (`SlideReader`).
         """
         x, y, needed = self._needed(tile)
         pixels = self._sample(needed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,7 +124,7 @@ def find_tissue(
     seen: NDArray[np.bool_] | None = None
     rule: Rule = "bright on dark"
     if info.is_rgb and channels is None:
-        seen, rule = _on_glass(thumbnail), "stain on glass"
+        seen, rule = _on_glass(_to_levels(thumbnail, info.dtype)), "stain on glass"
     if seen is None:
         seen, rule = _on_dark(thumbnail), "bright on dark"
     if seen is None or seen.mean() > 1.0 - _MIN_BACKGROUND:
@@ -133,8 +133,16 @@ def find_tissue(
     return TissueMask(grown, seen, info.width_px0, info.height_px0, rule)
 
 
+def _to_levels(colours: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[np.float32]:
+    """Return colours (h, w, 3), of a slide of `dtype`, in grey levels of 255; of floats 1 is white."""
+    if dtype == np.uint8:
+        return colours
+    white = np.float32(np.iinfo(dtype).max if dtype.kind == "u" else 1)
+    return colours * np.float32(255) / white  # in this order white is 255 exactly
+
+
 def _on_glass(colours: NDArray[np.float32]) -> NDArray[np.bool_] | None:
-    """Return which of (h, w, 3) pixels hold stain, None if there is no glass."""
+    """Return which of (h, w, 3) pixels, grey levels of 255, hold stain, None if there is no glass."""
     darkest, brightest = colours.min(axis=2), colours.max(axis=2)
     glass = (darkest >= _GLASS_LEVEL) & (brightest - darkest <= _GLASS_CHROMA)
     if glass.mean() < _MIN_BACKGROUND:

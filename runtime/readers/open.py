@@ -21,7 +21,7 @@ from darcnn.runtime.readers.ome_zarr_images import list_zarr_images
 from darcnn.runtime.readers.picture import PictureReader, is_picture
 from darcnn.runtime.readers.protocol import Location, Planes, Reader
 from darcnn.runtime.readers.slide import SlideReader, detect_vendor, is_slide
-from darcnn.runtime.readers.tiff import TiffReader, is_tiff
+from darcnn.runtime.readers.tiff import TiffReader, is_deep, is_tiff
 
 __all__ = [
     "MRC",
@@ -176,7 +176,8 @@ def _czi(path: Path, head: bytes) -> _Format:
 
 def _tiff(path: Path, head: bytes) -> _Format:
     """Scanners and microscopes share the ending: OpenSlide reads what a scanner's vendor marked."""
-    if detect_vendor(path) not in (None, "generic-tiff"):
+    vendor = detect_vendor(path)
+    if vendor not in (None, "generic-tiff") and not (vendor == "aperio" and is_deep(path)):
         return SlideReader
     if is_tiff(head):
         return TiffReader

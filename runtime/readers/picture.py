@@ -55,7 +55,8 @@ _DAMAGED = (
 # before that is noticed. Deflate, of PNG, packs 1032 bytes into one. A byte of a JPEG holds parts of eight
 # blocks of 64 pixels at most (half of this), a run of a BMP 128 pixels.
 _MOST_PACKED = 1032
-_PNG_COLOURS = (2, 6)  # colour types: red, green and blue, without alpha or with it
+_PNG_GREY_ALPHA = 4  # a colour type
+_PNG_CUT = (2, _PNG_GREY_ALPHA, 6)  # types of which Pillow drops eight bits of 16; 2 and 6 are colours
 _PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # colour type to values per pixel
 _HEAD_BYTES = 26  # of a PNG: to the end of bit depth and colour type
 _GREY_MODES = {"1": "L", "L": "L", "LA": "L", "I;16": "I;16", "I;16L": "I;16", "I;16B": "I;16"}
@@ -139,8 +140,9 @@ def _decode(path: Path) -> Pixels:
         try:
             with opener(stream) as picture:
                 _check_size(picture, head, path.stat().st_size)
-                if isinstance(picture, PngImageFile) and _is_wide_colour(head):
-                    deep = imagecodecs.png_decode(path.read_bytes())[:, :, :3]
+                if isinstance(picture, PngImageFile) and _is_deep(head):
+                    n_channels = 1 if head[25] == _PNG_GREY_ALPHA else 3
+                    deep = imagecodecs.png_decode(path.read_bytes())[:, :, :n_channels]
                     return to_pixels(_turned(deep, picture.getexif().get(ExifTags.Base.Orientation, 1)))
                 picture.load()
                 return _to_array(picture)
@@ -163,9 +165,9 @@ def _turned(pixels: Pixels, orientation: int) -> Pixels:
     return pixels
 
 
-def _is_wide_colour(head: bytes) -> bool:
-    """Tell whether a PNG that begins with `head` holds colours of 16 bits, of which Pillow drops eight."""
-    return head[24] == 16 and head[25] in _PNG_COLOURS
+def _is_deep(head: bytes) -> bool:
+    """Tell whether a PNG that begins with `head` holds values of 16 bits, of which Pillow drops eight."""
+    return head[24] == 16 and head[25] in _PNG_CUT
 
 
 def _check_size(picture: ImageFile, head: bytes, n_bytes: int) -> None:

@@ -26,7 +26,8 @@ class SlideInfo:
     tells where it came from ("openslide.mpp-x", "OME PhysicalSizeX", "--mpp", ...). `is_rgb` is True
     when the three channels are red, green and blue of one brightfield-like picture, False when they are
     separate (fluorescence) channels or a single grey one. `origin_px0` is the level-0 pixel (x, y) that
-    QuPath shows in the upper left corner: it crops a slide to what the scanner says was scanned.
+    QuPath shows in the upper left corner: it crops a slide to what the scanner says was scanned. `doubts`
+    are what the reader had to decide and the user may have meant otherwise, a warning each.
     """
 
     path: Location | None
@@ -37,6 +38,7 @@ class SlideInfo:
     is_rgb: bool
     mpp: tuple[float, float] | None = None
     mpp_source: str | None = None
+    doubts: tuple[str, ...] = ()
     origin_px0: tuple[int, int] = (0, 0)
     digest: str | None = None  # sha256 of the metadata of a source that is not one file
     image_name: str | None = None  # that one of several images has in its file

@@ -75,8 +75,9 @@ class SlideReader(PlaneReader):
     """One slide, RGB uint8, all levels of its pyramid; glass that was not scanned is white.
 
     OpenSlide places a region of a reduced level by whole pixels of level 0, so where a level's
-    downsample is not a whole number, pixels shift by up to half a pixel of level 0. It may be read from
-    several threads without a lock. After one damaged tile a handle of OpenSlide's refuses the whole file;
+    downsample is not a whole number, pixels shift by up to half a pixel of level 0, otherwise in each region:
+    on sharp edges the same pixel differs by some tens of grey levels. It may be read from several threads
+    without a lock. After one damaged tile a handle of OpenSlide's refuses the whole file;
     the next read takes a new one.
 
     Raises:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import tifffile
-from numpy.typing import NDArray
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.geometry import Level, Region
@@ -27,6 +26,7 @@ from darcnn.runtime.readers.base import (
 )
 from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.protocol import Pixels, Planes, SlideInfo
+from darcnn.runtime.readers.tiff_colours import Levels, Stored, give_meaning
 from darcnn.runtime.readers.tiff_files import files_of_images
 from darcnn.runtime.readers.tiff_images import TiffImage, axes_of, choose_image, find_images, open_tiff
 from darcnn.runtime.readers.tiff_metadata import (
@@ -41,27 +41,12 @@ from darcnn.runtime.readers.tiff_metadata import (
 from darcnn.runtime.readers.tiff_microscopes import read_microscope_tags
 from darcnn.runtime.readers.tiff_pages import UNREADABLE, PageFiles, PageSource
 from darcnn.runtime.readers.tiff_recorded import count_recorded
-from darcnn.runtime.readers.tiff_segments import JPEG, locate_page
+from darcnn.runtime.readers.tiff_scanners import aperio_pixel_size, qptiff_channel_names
+from darcnn.runtime.readers.tiff_segments import locate_page
 
-__all__ = [
-    "TiffReader",
-    "is_tiff",
-    "read_own_files",
-]
+__all__ = ["TiffReader", "is_deep", "is_tiff", "read_own_files"]
 
-_PHOTOMETRIC = tifffile.PHOTOMETRIC
-_ALPHA = ((1,), (2,))  # ExtraSamples: alpha, associated or not
-_Levels = tuple[tuple[tuple[PageSource, int], ...], ...]  # level, channel: page and slice of its volume
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A plane as it lies in the file: for each level, the page and slice of each channel."""
-
-    levels: _Levels
-    n_channels: int  # how many of the stored values are delivered; alpha comes behind them
-    is_rgb: bool
-    tint: Callable[[NDArray[Any]], NDArray[Any]] | None = None  # stored values to what they mean
+_BITS = 8  # of a value in what OpenSlide delivers
 
 
 class TiffReader(PlaneReader):
@@ -69,9 +54,9 @@ class TiffReader(PlaneReader):
 
     Axes come from the metadata: C and the samples of a pixel are channels, T is time, all other axes
     (Z, pages without a name) count together as z. Reduced images (SubIFDs, or pages that halve, third
-    or quarter the one before) are levels. RGB loses alpha and other extra samples, a palette becomes
-    RGB (but in ImageJ files, where it only tints), white-is-zero is inverted. uint8 and uint16 stay,
-    bits become 0 and 255, all other real numbers float32.
+    or quarter the one before) are levels. What the values mean tells `give_meaning`: RGB loses alpha, a
+    palette becomes RGB, white-is-zero is inverted. uint8 and uint16 stay, one bit, two and four reach from
+    0 to 255, all other real numbers become float32.
 
     A region reads and decodes only the strips or tiles under it, from several threads at once.
 
@@ -169,6 +154,15 @@ def read_own_files(path: Path) -> tuple[tuple[str, ...], ...]:
         raise _unreadable(path, err) from err
 
 
+def is_deep(path: Path) -> bool:
+    """Tell whether a TIFF has more bits a value than OpenSlide delivers; False where it does not say."""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return tiff.pages.first.bitspersample > _BITS
+    except UNREADABLE:  # whoever opens it says why
+        return False
+
+
 def is_tiff(head: bytes) -> bool:
     """Tell whether a file that begins with `head` (4 bytes or more) is a TIFF or BigTIFF."""
     return head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -176,7 +170,7 @@ def is_tiff(head: bytes) -> bool:
 
 def _describe(
     tiff: tifffile.TiffFile, path: Path, *, z: int | None, t: int | None, mpp: float | None
-) -> tuple[SlideInfo, _Stored]:
+) -> tuple[SlideInfo, Stored]:
     """Return the facts and the pages of one plane of an open file."""
     image = choose_image(tiff, path)
     series, axes = image.series, image.axes
@@ -191,7 +185,7 @@ def _describe(
     pages = tuple(_pages_of(s, path, z=plane_z, t=plane_t) for s in reduced)
     n_values = sum(page.grid.n_samples * page.grid.n_contiguous for page, _ in pages[0])
     first = locate_channels(axes, z=plane_z, t=plane_t)[0].page
-    stored = _colours(series, path, pages, n_values, first)
+    stored = give_meaning(series, path, pages, n_values, first)
     size, names = _facts(tiff, image)
     found, source = settle_mpp(size.mpp if size else None, size.source if size else None, override=mpp)
     info = SlideInfo(
@@ -204,6 +198,7 @@ def _describe(
         mpp=found,
         mpp_source=source,
         image_name=series.name or None if split_image(path)[1] is not None else None,
+        doubts=tuple(filter(None, (stored.doubt, image.doubt))),
     )
     return info, stored
 
@@ -218,7 +213,7 @@ def _same_planes(full: Axes, reduced: Axes | None) -> bool:
     return reduced is not None and all(full.count(role) == reduced.count(role) for role in "ZTC")
 
 
-def _levels(pages: _Levels) -> tuple[Level, ...]:
+def _levels(pages: Levels) -> tuple[Level, ...]:
     sizes = [(channels[0][0].grid.width, channels[0][0].grid.height) for channels in pages]
     return tuple(Level(i, *size, exact_downsample(sizes[0], size)) for i, size in enumerate(sizes))
 
@@ -238,61 +233,6 @@ def _pages_of(
     return tuple((sources[place.page], place.depth) for place in places)
 
 
-def _colours(
-    series: tifffile.TiffPageSeries, path: Path, levels: _Levels, n_values: int, page: int
-) -> _Stored:
-    """Return the plane, `page` its first page, with the meaning that the photometric tag gives its values."""
-    keyframe = series.keyframe
-    photometric, samples = keyframe.photometric, keyframe.samplesperpixel
-    has_one_page = samples == n_values
-    if photometric == _PHOTOMETRIC.PALETTE and n_values == 1 and series.kind != "imagej":
-        return _Stored(levels, 3, is_rgb=True, tint=_make_palette(_page_of(series, page)))
-    is_decoded_ycbcr = photometric == _PHOTOMETRIC.YCBCR and keyframe.compression in JPEG
-    if photometric == _PHOTOMETRIC.RGB or is_decoded_ycbcr:
-        is_rgb = samples >= 3 and has_one_page
-        return _Stored(levels, 3 if is_rgb else n_values, is_rgb=is_rgb)
-    is_grey_with_alpha = has_one_page and samples == 2 and keyframe.extrasamples[:1] in _ALPHA
-    n_channels = 1 if is_grey_with_alpha else n_values
-    if photometric in (_PHOTOMETRIC.MINISBLACK, _PHOTOMETRIC.PALETTE, _PHOTOMETRIC.MASK):
-        return _Stored(levels, n_channels, is_rgb=False)
-    if photometric == _PHOTOMETRIC.MINISWHITE:
-        is_told = "PhotometricInterpretation" in keyframe.tags  # tifffile takes a missing one for this
-        # only types without a sign have a white to count down from
-        invert = _make_inverter(keyframe) if series.dtype.kind in "ub" and is_told else None
-        return _Stored(levels, n_channels, is_rgb=False, tint=invert)
-    kind = getattr(photometric, "name", photometric)
-    raise InputError(
-        f"has colours of an unsupported kind ({kind})", where=path, fix="export it as RGB or grey"
-    )
-
-
-def _make_inverter(keyframe: tifffile.TiffPage) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """Return the function that counts values down from the white of their bits."""
-    bits = keyframe.bitspersample
-    if keyframe.dtype is None or keyframe.dtype.kind != "u" or bits >= 8 * keyframe.dtype.itemsize:
-        return np.invert
-    white = keyframe.dtype.type((1 << bits) - 1)
-    return lambda values: white - values
-
-
-def _page_of(series: tifffile.TiffPageSeries, number: int) -> tifffile.TiffPage:
-    """Return a page with its own tags; each page of a stack may have a palette of its own."""
-    page = series.pages[number]
-    if page is None:
-        raise ValueError(f"page {number} is missing")
-    return page.aspage()
-
-
-def _make_palette(keyframe: tifffile.TiffPage) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """Return the function from (H, W, 1) indices to (H, W, 3) uint8 colours."""
-    if keyframe.colormap is None:
-        raise ValueError("a palette image without a palette")
-    table = (np.asarray(keyframe.colormap).T >> 8).astype(np.uint8)  # (n, 3); TIFF has colours of 16 bits
-    if table.shape != (1 << keyframe.bitspersample, 3):
-        raise ValueError(f"a palette of shape {table.shape} for {keyframe.bitspersample} bits")
-    return lambda indices: table[indices[:, :, 0].astype(np.intp)]  # a bit would be a mask
-
-
 def _facts(tiff: tifffile.TiffFile, image: TiffImage) -> tuple[PixelSize | None, tuple[str | None, ...]]:
     """Return the pixel size and the channel names: of LSM, STK or OME, of ImageJ, or the resolution tags'."""
     tags_of_microscope = read_microscope_tags(tiff)
@@ -304,6 +244,10 @@ def _facts(tiff: tifffile.TiffFile, image: TiffImage) -> tuple[PixelSize | None,
         x, y = (_ratio(tags.valueof(name)) for name in ("XResolution", "YResolution"))
         unit = int(tags.valueof("ResolutionUnit", 2))  # 2, inch, is the default of the standard
         size = tag_pixel_size((x, y), unit=unit, imagej=tiff.imagej_metadata)
+    if tiff.is_svs:
+        size = aperio_pixel_size(image.series.keyframe.description) or size
+    if tiff.is_qpi:
+        names = qptiff_channel_names(image.series)
     return size, names
 
 

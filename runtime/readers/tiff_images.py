@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tifffile
@@ -19,7 +20,9 @@ __all__ = ["TiffImage", "axes_of", "choose_image", "find_images", "open_tiff"]
 
 _LSM_POSITIONS = "PM"  # tifffile's letters; they are not planes of a stack
 _SIDE_KINDS = 0b101  # NewSubfileType: a reduced image, a mask
-_LESSER = 0.25  # values of a page by those of the first image: labels and thumbnails have fewer
+_LESSER = 0.25  # values of a page by those of the first image: labels and thumbnails have no more
+_SIDE_NAMES = re.compile(r"\b(label|macro|overview|thumbnail)\b", re.IGNORECASE)
+_NAMED = 3  # images that a message names
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class TiffImage:
     series: tifffile.TiffPageSeries
     axes: Axes
     number: int
+    doubt: str | None = None  # whether what lies beside it in the file are images too
 
 
 def open_tiff(path: Path) -> tifffile.TiffFile:
@@ -76,7 +80,19 @@ def find_images(tiff: tifffile.TiffFile, path: Path) -> list[TiffImage]:
     described = [(one, axes_of(one), number) for one, number in zip(series, numbers, strict=True)]
     found = [TiffImage(one, axes, number) for one, axes, number in described if axes is not None]
     own = [image for image in found if _begins_in(image.series, tiff)] or found
-    return [image for image in own if image is own[0] or _is_main(image.series, own[0].series)]
+    is_main = [image is own[0] or _is_main(image.series, own[0].series) for image in own]
+    doubt = _doubt_of([image.series for image, main in zip(own, is_main, strict=True) if not main])
+    return [replace(image, doubt=doubt) for image, main in zip(own, is_main, strict=True) if main]
+
+
+def _doubt_of(left_out: list[tifffile.TiffPageSeries]) -> str | None:
+    """Return a warning where series are left out for their size alone: nothing says that they are labels."""
+    pages = [series.keyframe for series in left_out if not _is_told_aside(series)]
+    if not pages:
+        return None
+    sizes = ", ".join(f"{page.imagewidth} x {page.imagelength}" for page in pages[:_NAMED])
+    more = ", ..." if len(pages) > _NAMED else ""
+    return f"smaller images in the file were taken for thumbnails or labels and left out ({sizes}{more} px)"
 
 
 def _begins_in(series: tifffile.TiffPageSeries, tiff: tifffile.TiffFile) -> bool:
@@ -86,10 +102,19 @@ def _begins_in(series: tifffile.TiffPageSeries, tiff: tifffile.TiffFile) -> bool
 
 
 def _is_main(series: tifffile.TiffPageSeries, first: tifffile.TiffPageSeries) -> bool:
-    """Tell whether a series shows something of its own, beside the first."""
-    return not series.keyframe.subfiletype & _SIDE_KINDS and bool(
-        series.keyframe.size > _LESSER * first.keyframe.size
-    )
+    """Tell whether a series shows something of its own, beside the first.
+
+    What OME-XML describes and does not call a label or the like does, however small.
+    """
+    if series.keyframe.subfiletype & _SIDE_KINDS:
+        return False
+    is_lesser = series.keyframe.size <= _LESSER * first.keyframe.size
+    return not is_lesser or (series.kind == "ome" and not _is_told_aside(series))
+
+
+def _is_told_aside(series: tifffile.TiffPageSeries) -> bool:
+    """Tell whether the file says that a series is a reduced image, a mask, a label or a thumbnail."""
+    return bool(series.keyframe.subfiletype & _SIDE_KINDS or _SIDE_NAMES.search(series.name))
 
 
 def axes_of(series: tifffile.TiffPageSeries) -> Axes | None:

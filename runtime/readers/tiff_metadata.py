@@ -28,8 +28,8 @@ __all__ = [
 # Micrometres in the units of OME (PhysicalSizeXUnit) and ImageJ; relative units (pixel) are missing.
 UM = {
     "pm": 1e-6,
-    "Å": 1e-4,
-    "nm": 1e-3,
+    **dict.fromkeys(("Å", "å", "angstrom"), 1e-4),  # units of ImageJ are looked up in lower case
+    **dict.fromkeys(("nm", "nanometer"), 1e-3),
     "µm": 1.0,  # micro sign
     "μm": 1.0,  # Greek mu
     "\\u00b5m": 1.0,  # as ImageJ escapes it
@@ -43,7 +43,9 @@ UM = {
     "in": 25400.0,
     "m": 1e6,
 }
-_TAG_UM = {2: 25400.0, 3: 1e4}  # ResolutionUnit: inch, centimetre; 1 is "none"
+# ResolutionUnit: inch, centimetre, and beyond the standard millimetre and micrometre; 1 is "none".
+_TAG_UM = {2: 25400.0, 3: 1e4, 4: 1e3, 5: 1.0}
+_PRINT_UNITS_UM = (25400.0, 1e4)
 # Resolutions of a screen, a printer or a default (72, 96, 300, 1200 dpi) mean pixels beyond 10 um: a
 # resolution in inches or centimetres is believed only below that.
 _MAX_PRINT_UM = 10.0
@@ -220,7 +222,7 @@ def tag_pixel_size(
 
     Args:
         resolution: pixels per unit, x and y; zero where the tag is absent.
-        unit: ResolutionUnit: 1 none, 2 inch, 3 centimetre.
+        unit: ResolutionUnit: 1 none, 2 inch, 3 centimetre, 4 millimetre, 5 micrometre.
         imagej: ImageJ's own metadata, whose `unit` replaces the tag.
     """
     if min(resolution) <= 0:
@@ -232,7 +234,7 @@ def tag_pixel_size(
     if unit_um is None:
         return None
     mpp = plausible_mpp(unit_um / resolution[0], unit_um / resolution[1])
-    if mpp is None or (unit_um in _TAG_UM.values() and max(mpp) > _MAX_PRINT_UM):
+    if mpp is None or (unit_um in _PRINT_UNITS_UM and max(mpp) > _MAX_PRINT_UM):
         return None
     return PixelSize(mpp, source)
 

@@ -183,12 +183,12 @@ class PageFiles:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        n_bytes = page.byte_counts[segment.index]
-        if n_bytes == 0:
+        n_bytes, offset = page.byte_counts[segment.index], page.offsets[segment.index]
+        if n_bytes == 0 or offset == 0:  # nothing lies at 0 but the head of the file
             return None
         with self._file_lock:
             stream = self._files[page.path]
-            stream.seek(page.offsets[segment.index])
+            stream.seek(offset)
             encoded = stream.read(n_bytes)
         if len(encoded) != n_bytes:  # it was whole when it was opened
             raise damaged(page.path, "ends before its last pixel")

@@ -10,6 +10,7 @@ import geopandas
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 import zarr
 from filelock import FileLock
 from PIL import Image
@@ -78,6 +79,15 @@ def test_a_run_writes_what_the_segmenter_finds(segmenter, reader, labels, tmp_pa
     assert summary.n_objects == len(found) == labels.max()
     features = json.loads(gzip.decompress((summary.folder / "objects.geojson.gz").read_bytes()))["features"]
     assert len(features) == len(found)
+
+
+def test_what_a_reader_doubts_is_a_warning(segmenter, labels, tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(encode_labels(labels), photometric="rgb", metadata=None)
+        file.write(np.zeros((20, 30), np.uint8), metadata=None)
+    with open_source(tmp_path / "a.tif") as reader:
+        summary = run_slide(segmenter, reader, tmp_path)
+    assert summary.warnings[0].endswith("left out (30 x 20 px)")
 
 
 def test_brightness_is_that_of_the_raw_pixels_of_every_object(segmenter, reader, labels, tmp_path):

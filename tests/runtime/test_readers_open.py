@@ -47,6 +47,16 @@ def test_any_other_tiff_goes_to_tifffile(tmp_path: Path, name: str) -> None:
     assert kind_of(tiff_file(tmp_path / name)) is TiffReader
 
 
+def test_a_scanners_tiff_of_sixteen_bits_keeps_them(tmp_path: Path) -> None:
+    path, values = tmp_path / "a.svs", np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    said = "Aperio Image Library v12.0.16\r\n64x64 (32x32) RAW|AppMag = 20|MPP = 0.5"
+    tifffile.imwrite(path, values, tile=(32, 32), description=said, metadata=None, photometric="minisblack")
+    with open_source(path) as reader:
+        assert (reader.info.dtype, reader.info.channel_names) == (np.uint16, ("grey",))
+        assert (reader.info.mpp, reader.info.mpp_source) == ((0.5, 0.5), "Aperio MPP")
+        np.testing.assert_array_equal(reader.read(reader.info.whole, level=0)[:, :, 0], values)
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.PNG", "a.jpg", "a.unknown", "a"])
 def test_a_picture_goes_to_pillow(tmp_path: Path, name: str) -> None:
     assert kind_of(picture_file(tmp_path / name)) is PictureReader

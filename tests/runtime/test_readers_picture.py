@@ -50,6 +50,15 @@ def test_sixteen_bits_of_grey_survive(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels[:, :, 0], deep)
 
 
+def test_sixteen_bits_of_grey_with_alpha_survive(tmp_path: Path) -> None:
+    deep = GREY.astype(np.uint16) * 14 + 3  # a camera of 12 bits
+    path = tmp_path / "a.png"
+    path.write_bytes(imagecodecs.png_encode(np.stack([deep, np.full_like(deep, 65535)], axis=2)))
+    with PictureReader(path) as reader:
+        assert (reader.info.dtype, reader.info.channel_names) == (np.uint16, ("grey",))
+    np.testing.assert_array_equal(whole(path)[:, :, 0], deep)
+
+
 @pytest.mark.parametrize("n_values", [3, 4])
 def test_sixteen_bits_of_colours_survive(tmp_path: Path, n_values: int) -> None:
     deep = COLOUR.astype(np.uint16) * 14 + 3  # a camera of 12 bits

@@ -176,16 +176,50 @@ def test_bits_are_black_and_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("planar", ["contig", "separate"])
-@pytest.mark.parametrize("alpha", [0, 1])
-def test_rgb_is_told_by_the_photometric_tag_and_loses_alpha(tmp_path: Path, planar: str, alpha: int) -> None:
-    values = noise(20, 30, 3 + alpha)
+@pytest.mark.parametrize("alpha", ["", "unassalpha", "unspecified"])
+def test_rgb_is_told_by_the_photometric_tag_and_loses_alpha(tmp_path: Path, planar: str, alpha: str) -> None:
+    values = noise(20, 30, 4 if alpha else 3, dtype=np.uint8)
     stored = values if planar == "contig" else np.moveaxis(values, 2, 0)
-    extra: dict[str, Any] = {"extrasamples": ["unassalpha"]} if alpha else {}
+    extra: dict[str, Any] = {"extrasamples": [alpha]} if alpha else {}
     path = write(tmp_path / "a.tif", stored, photometric="rgb", planarconfig=planar, **extra)
     with TiffReader(path) as reader:
         assert reader.info.is_rgb
         assert reader.info.channel_names == ("red", "green", "blue")
         np.testing.assert_array_equal(whole(reader), values[:, :, :3])
+
+
+@pytest.mark.filterwarnings("ignore:<tifffile.TiffWriter.write>:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("n_values", "dtype", "axes", "is_rgb"),
+    [
+        (3, np.uint8, None, True),
+        (4, np.uint8, None, True),
+        (3, np.uint16, None, False),
+        (4, np.uint16, None, False),
+        (4, np.float32, None, False),
+        (3, np.uint16, "SYX", True),
+        (3, np.uint8, "CYX", False),
+    ],
+)
+def test_an_array_of_planes_is_colours_in_eight_bits_or_if_its_axes_say_so(
+    tmp_path: Path, n_values: int, dtype: Any, axes: str | None, is_rgb: bool
+) -> None:
+    values = noise(n_values, 20, 30, dtype=dtype)
+    path = write(tmp_path / "a.tif", values, metadata={"axes": axes} if axes else {})
+    n_channels = 3 if is_rgb else n_values
+    with TiffReader(path) as reader:
+        assert (reader.info.is_rgb, len(reader.info.channel_names)) == (is_rgb, n_channels)
+        assert bool(reader.info.doubts) == (not is_rgb and axes is None)
+        np.testing.assert_array_equal(whole(reader), np.moveaxis(values[:n_channels], 0, 2))
+
+
+def test_colours_with_more_than_alpha_are_channels(tmp_path: Path) -> None:
+    for n_values, dtype in ((6, np.uint8), (4, np.uint16)):
+        values = noise(20, 30, n_values, dtype=dtype)
+        extra: dict[str, Any] = {"extrasamples": ["unspecified"] * (n_values - 3)}
+        path = write(tmp_path / "a.tif", values, photometric="rgb", planarconfig="contig", **extra)
+        with TiffReader(path) as reader:
+            assert (reader.info.is_rgb, len(reader.info.channel_names)) == (False, n_values)
 
 
 def test_three_grey_samples_are_channels_not_colours(tmp_path: Path) -> None:
@@ -276,10 +310,22 @@ def test_a_resolution_in_centimetres_of_a_microscope_is_believed(tmp_path: Path)
         assert (reader.info.mpp, reader.info.mpp_source) == ((0.25, 0.5), "TIFF XResolution")
 
 
-@pytest.mark.parametrize(("unit", "mpp"), [("µm", 0.25), ("μm", 0.25), ("nm", 0.00025), ("furlong", None)])
+@pytest.mark.parametrize(
+    ("unit", "mpp"),
+    [("µm", 0.25), ("μm", 0.25), ("nm", 0.00025), ("Å", 0.000025), ("Angstrom", 0.000025), ("furlong", None)],
+)
 def test_imagej_units_are_lengths(unit: str, mpp: float | None) -> None:
     size = tag_pixel_size((4.0, 4.0), unit=1, imagej={"unit": unit})
     assert (size and size.mpp) == (None if mpp is None else pytest.approx((mpp, mpp)))
+
+
+@pytest.mark.parametrize(("unit", "um"), [("millimeter", 1e3), ("micrometer", 1.0)])
+def test_resolutions_in_millimetres_and_micrometres_are_believed(
+    tmp_path: Path, unit: str, um: float
+) -> None:
+    path = write(tmp_path / "a.tif", noise(20, 30), resolution=(2.0, 2.0), resolutionunit=unit)
+    with TiffReader(path) as reader:
+        assert reader.info.mpp == (um / 2, um / 2)
 
 
 @pytest.mark.parametrize("unit", [1, 2, 3])
@@ -332,6 +378,17 @@ def test_tiles_that_were_left_out_are_empty(tmp_path: Path) -> None:
     tifffile.imwrite(path, tiles, shape=(32, 32), dtype=np.uint8, tile=(16, 16), compression="zlib")
     pixels = read(path)[:, :, 0]
     assert [pixels[y, x] for y in (0, 20) for x in (0, 20)] == [1, 0, 0, 3]
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_a_tile_at_offset_0_was_left_out(tmp_path: Path, compression: str | None) -> None:
+    path = write(tmp_path / "a.tif", noise(32, 32), tile=(16, 16), compression=compression)
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        offsets = list(tiff.pages.first.dataoffsets)
+        tiff.pages.first.tags["TileOffsets"].overwrite([*offsets[:3], 0])
+    expected = noise(32, 32)
+    expected[16:, 16:] = 0
+    np.testing.assert_array_equal(read(path)[:, :, 0], expected)
 
 
 # -- damage -------------------------------------------------------------------------------------------
@@ -492,11 +549,12 @@ def test_where_another_file_of_the_image_is_not_there_all_planes_count(tmp_path,
 
 
 def scenes(path: Path) -> Path:
-    """Write two scenes and a thumbnail, each of its own size and with its own facts."""
+    """Write two scenes and a label, each of its own size and with its own facts."""
     with tifffile.TiffWriter(path) as file:
         for side, um in ((100, 0.5), (90, 0.25), (20, 2.0)):
+            name = f"well {side}" if um < 1 else "label image"
             facts = {
-                "axes": "ZYX", "Name": f"well {side}", "PhysicalSizeX": um, "PhysicalSizeY": um,
+                "axes": "ZYX", "Name": name, "PhysicalSizeX": um, "PhysicalSizeY": um,
                 "PhysicalSizeZ": 2 * um, "Channel": {"Name": f"dye {side}"},
             }  # fmt: skip
             file.write(np.full((3, side, 120), side, np.uint8), metadata=facts, photometric="minisblack")
@@ -634,6 +692,27 @@ def test_files_of_other_images_are_not_opened(tmp_path: Path, caplog: pytest.Log
     assert not caplog.records  # tifffile tells what it could not open
 
 
+@pytest.mark.parametrize("sides", [(64, 32, 16), (16, 32, 64)])
+def test_small_images_that_ome_describes_are_images(tmp_path: Path, sides: tuple[int, ...]) -> None:
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path) as file:
+        for side in sides:
+            file.write(noise(side, side), metadata={"axes": "YX", "Name": f"Position {side}"})
+    assert list_images(path) == [path / str(number) for number in range(3)]
+
+
+def test_small_images_that_nothing_describes_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as file:
+        file.write(noise(64, 60), metadata=None)
+        file.write(noise(28, 50), metadata=None, subfiletype=1)
+        file.write(noise(16, 20), metadata=None)
+    with TiffReader(path) as reader:
+        assert reader.info.height_px0 == 64
+        assert len(reader.info.doubts) == 1
+        assert reader.info.doubts[0].endswith("left out (20 x 16 px)")
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [(1, np.uint8), (4, bool)])
 def test_reduced_images_and_masks_are_no_images(tmp_path: Path, kind: int, dtype: Any) -> None:
     path = tmp_path / "a.tif"
@@ -703,4 +782,23 @@ def test_white_is_zero_counts_down_from_the_white_of_its_bits(tmp_path, bits):
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="miniswhite", bitspersample=bits, metadata=None)
     with open_source(tmp_path / "a.tif") as reader:
         seen = reader.read(Region(0, 0, 4, 2), level=0)[:, :, 0]
-    assert seen.tolist() == ((1 << bits) - 1 - values.astype(int)).tolist()
+    white = (1 << bits) - 1
+    assert seen.tolist() == ((white - values.astype(int)) * (17 if bits == 4 else 1)).tolist()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_of_few_bits_reaches_from_black_to_white(tmp_path, bits):
+    values = np.arange(1 << bits, dtype=np.uint8)[None]
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack", bitspersample=bits, metadata=None)
+    assert read(tmp_path / "a.tif")[0, :, 0].tolist() == list(range(0, 256, 255 // values.max()))
+
+
+def test_channels_of_qptiff_are_called_what_their_pages_say(tmp_path: Path) -> None:
+    said = ("<Name>DAPI</Name>", "<Name>Opal 520</Name><Biomarker>CD8</Biomarker>", "")
+    path = tmp_path / "a.qptiff"
+    with tifffile.TiffWriter(path) as file:
+        for names in said:
+            one = f"<PerkinElmer-QPI-ImageDescription>{names}</PerkinElmer-QPI-ImageDescription>"
+            file.write(noise(32, 32), description=one, software="PerkinElmer-QPI", metadata=None)
+    with TiffReader(path) as reader:
+        assert reader.info.channel_names == ("DAPI", "CD8", "channel_2")

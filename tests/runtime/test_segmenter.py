@@ -138,6 +138,7 @@ def test_pixels_as_they_are_need_no_size() -> None:
         (slide(mpp=(0.001, 0.001)), {}, "scaled by 0.002"),
         (slide(mpp=(50.0, 50.0)), {}, "scaled by 100"),
         (slide(mpp=(0.5, 0.5), channels=2), {}, r"choose one with channel= \(they come last\): 0 c0, 1 c1"),
+        (replace(slide(mpp=(0.5, 0.5), channels=2), doubts=("or colours?",)), {}, r"1 c1; or colours\?"),
     ],
 )
 def test_a_slide_that_does_not_fit_is_refused(info: SlideInfo, options: Any, message: str) -> None:

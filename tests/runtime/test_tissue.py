@@ -41,6 +41,16 @@ def test_stain_is_tissue_and_glass_is_not():
     assert not lies_on(mask, 1400, 1100)
 
 
+@pytest.mark.parametrize("white", [np.uint16(65535), np.float32(1)])
+def test_tissue_does_not_depend_on_how_colours_are_stored(white):
+    picture = on_glass([(300, 200, 900, 700, PINK)])
+    expected = mask_of(picture)
+    with ArrayReader(picture * (white / 255).astype(white.dtype), is_rgb=True) as reader:
+        found = find_tissue(reader, diameter_px0=14.0)
+    assert found.rule == "stain on glass"
+    assert (found.seen == expected.seen).mean() > 0.999  # means of pixels round otherwise
+
+
 def test_a_speck_far_from_tissue_is_left_out_and_a_long_thin_strand_is_not():
     strand = (700, 400, 1300, 420, PINK)
     mask = mask_of(on_glass([(200, 200, 700, 700, PINK), strand, (1300, 1000, 1330, 1030, GREY)]))
