@@ -167,7 +167,8 @@ def separation_of(image: NDArray[Any], is_object: NDArray[np.bool_]) -> float:
     """Return |2 AUC - 1| of telling pixels inside from pixels outside by their value, 0 to 1.
 
     AUC is that of Mann and Whitney (1947): the chance that a pixel inside is brighter than one outside,
-    ties half. Colours and channels are first joined as Fisher's discriminant joins them.
+    ties half. Colours and channels are first joined as Fisher's discriminant joins them. Pixels without a
+    value (NaN, of stitched images) take no part.
 
     Args:
         image: (H, W, C), any real type.
@@ -177,7 +178,8 @@ def separation_of(image: NDArray[Any], is_object: NDArray[np.bool_]) -> float:
     >>> separation_of(image, np.array([[False, False, True, True]]))
     1.0
     """
-    inside, outside = (image[part].astype(np.float64) for part in (is_object, ~is_object))  # (N, C)
+    known = np.isfinite(image).all(axis=2)
+    inside, outside = (image[known & part].astype(np.float64) for part in (is_object, ~is_object))  # (N, C)
     if not len(inside) or not len(outside):
         return 0.0
     spread = sum(np.atleast_2d(np.cov(part.T, bias=True)) for part in (inside, outside))  # (C, C)

@@ -39,6 +39,7 @@ def halves(inside: list[float], outside: list[float]) -> tuple[np.ndarray, np.nd
         ([2, 4], [1, 3], 0.5),  # three of four pairs in order
         ([], [1, 2], 0.0),
         ([1, 2], [], 0.0),
+        ([5, 6, np.nan], [1, 2, -np.inf, np.nan], 1.0),  # what has no value tells nothing
     ],
 )
 def test_separation_is_two_auc_minus_one(inside: list[float], outside: list[float], wanted: float) -> None:
