@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# The same examples in every run: a red one is about the change. HYPOTHESIS_PROFILE=default searches on.
-settings.register_profile("repeatable", derandomize=True)
+# The same examples in every run, and no limit of time on a busy machine: a red one is about the change.
+# HYPOTHESIS_PROFILE=default searches on.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 ROOT = Path(__file__).resolve().parent.parent
