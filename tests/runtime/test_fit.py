@@ -26,7 +26,7 @@ def test_what_fits_gives_no_warning() -> None:
     assert warnings_of([15.0, 20.0, 26.0] * 10, [0.99] * 30) == []
 
 
-@pytest.mark.parametrize(("diameter", "said"), [(60.0, "60 px wide"), (6.0, "6 px wide")])
+@pytest.mark.parametrize(("diameter", "said"), [(33.0, "33 px wide"), (12.0, "12 px wide")])
 def test_objects_of_another_size_are_told_with_the_option_to_pass(diameter: float, said: str) -> None:
     (warning,) = warnings_of([diameter] * 30, [0.99] * 30)
     assert said in warning
@@ -35,13 +35,13 @@ def test_objects_of_another_size_are_told_with_the_option_to_pass(diameter: floa
 
 
 def test_low_scores_are_told() -> None:
-    (warning,) = warnings_of([20.0] * 30, [0.55] * 20 + [0.99] * 10)
+    (warning,) = warnings_of([20.0] * 10, [0.775] * 7 + [0.99] * 3)
     assert "unsure" in warning
-    assert "0.56" in warning or "0.55" in warning
+    assert "0.78" in warning or "0.77" in warning
 
 
 def test_a_handful_of_objects_tells_nothing() -> None:
-    assert warnings_of([100.0] * 5, [0.5] * 5) == []
+    assert warnings_of([100.0] * 9, [0.5] * 9) == []
 
 
 @FAST

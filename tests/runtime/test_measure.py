@@ -8,7 +8,8 @@ from skimage.measure import regionprops
 from darcnn.runtime.errors import ShapeError
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.instances import Instances
-from darcnn.runtime.measure import measure, name_columns, object_schema
+from darcnn.runtime.measure import measure, measure_on_slide, name_columns, object_schema
+from darcnn.runtime.readers.array import ArrayReader
 
 SHAPE = (120, 160)
 
@@ -142,6 +143,36 @@ def test_no_objects_make_an_empty_table(pixels):
 def test_pixels_that_do_not_fit_are_refused(labels, pixels):
     with pytest.raises(ShapeError, match="1 channels"):
         measure(from_labels(labels), pixels, Region(0, 0, 160, 120), (1.0, 1.0), ["a"], None)
+
+
+def on_slide(objects, values, mpp=None):
+    with ArrayReader(values.astype(np.float32)) as reader:
+        return measure_on_slide(objects, reader, reader.info.levels[0], mpp)
+
+
+def test_pixels_of_two_sizes_measure_as_square_ones_that_show_the_same():
+    bar = np.zeros((20, 25), np.int32)
+    for row in range(20):
+        bar[row, row // 2 : row // 2 + 4] = 1  # slanted: x and y vary together
+    found = [
+        on_slide(from_labels(labels), labels, mpp).to_pylist()[0]
+        for labels, mpp in ((bar, (1.0, 2.0)), (np.repeat(bar, 2, axis=0), (1.0, 1.0)))
+    ]
+    for name in ("area_um2", "perimeter_um", "major_axis_um", "minor_axis_um"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5), name
+
+
+def test_objects_keep_their_order_in_blocks_and_pixels_without_value_tell_nothing(monkeypatch):
+    labels = np.zeros((40, 40), np.int32)
+    for number, (y, x) in enumerate(((0, 0), (0, 30), (30, 0), (30, 30)), start=1):
+        labels[y : y + 3, x : x + 4] = number
+    order = np.array([3, 0, 1, 2])
+    values = 10.0 * labels
+    values[1, 1:3] = np.nan, np.inf
+    monkeypatch.setattr("darcnn.runtime.measure._BLOCK_PX", 16)
+    table = on_slide(from_labels(labels).select(order), values)
+    assert table["mean_intensity_grey"].to_pylist() == [40.0, 10.0, 20.0, 30.0]
+    assert table["bbox_x0"].to_pylist() == [30, 0, 30, 0]
 
 
 def test_channel_names_become_distinct_plain_columns():

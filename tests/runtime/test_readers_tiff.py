@@ -275,10 +275,11 @@ def test_cmyk_and_complex_numbers_are_refused(tmp_path: Path) -> None:
     [("µm", 0.5, 0.5), ("nm", 250.0, 0.25), ("mm", 0.001, 1.0), ("pixel", 1.0, None), ("µm", 0.0, None)],
 )
 def test_ome_pixel_sizes_have_units(tmp_path: Path, unit: str, value: float, mpp: float | None) -> None:
-    size = {f"PhysicalSize{axis}": value for axis in "XY"}
-    units = {f"PhysicalSize{axis}Unit": unit for axis in "XY"}
-    path = write(tmp_path / "a.ome.tif", noise(20, 30), metadata={"axes": "YX", **size, **units})
-    with TiffReader(path) as reader:
+    size = {f"PhysicalSize{axis}": value for axis in "XYZ"}
+    units = {f"PhysicalSize{axis}Unit": unit for axis in "XYZ"}
+    path = write(tmp_path / "a.ome.tif", noise(2, 20, 30), metadata={"axes": "ZYX", **size, **units})
+    assert count_planes(path).section_um == (None if mpp is None else pytest.approx(mpp))
+    with TiffReader(path, z=0) as reader:
         assert reader.info.mpp == (None if mpp is None else pytest.approx((mpp, mpp)))
         assert reader.info.mpp_source == (None if mpp is None else "OME PhysicalSizeX")
 
@@ -295,13 +296,14 @@ def test_broken_or_empty_ome_xml_says_nothing() -> None:
     assert ome_facts("<OME/>") == (None, ())
 
 
-@pytest.mark.parametrize("unit", ["micron", "um", "\\u00B5m"])
-def test_imagej_pixel_sizes_have_units(tmp_path: Path, unit: str) -> None:
-    path = write(
-        tmp_path / "a.tif", noise(20, 30), imagej=True, resolution=(4.0, 2.0), metadata={"unit": unit}
-    )
-    with TiffReader(path) as reader:
-        assert (reader.info.mpp, reader.info.mpp_source) == ((0.25, 0.5), "ImageJ unit")
+@pytest.mark.parametrize(("unit", "um"), [("micron", 1), ("um", 1), ("\\u00B5m", 1), ("nm", 1e-3)])
+def test_imagej_pixel_sizes_have_units(tmp_path: Path, unit: str, um: float) -> None:
+    told = {"unit": unit, "spacing": 3.0, "axes": "ZYX"}
+    path = write(tmp_path / "a.tif", noise(2, 20, 30), imagej=True, resolution=(4.0, 2.0), metadata=told)
+    assert count_planes(path).section_um == pytest.approx(3 * um)
+    with TiffReader(path, z=0) as reader:
+        assert reader.info.mpp == pytest.approx((0.25 * um, 0.5 * um))
+        assert reader.info.mpp_source == "ImageJ unit"
 
 
 def test_a_resolution_in_centimetres_of_a_microscope_is_believed(tmp_path: Path) -> None:

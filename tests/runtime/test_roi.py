@@ -1,6 +1,7 @@
 """`--roi`: a rectangle or what was drawn in QuPath, and one line where it is neither."""
 
 import gzip
+import hashlib
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from darcnn.runtime.roi import read_roi
 
 SQUARE = shapely.geometry.mapping(shapely.box(10, 20, 30, 40))
 HOLED = shapely.geometry.mapping(shapely.box(0, 0, 9, 9).difference(shapely.box(3, 3, 6, 6)))
+FOUND = {"type": "Polygon", "coordinates": [[[50, 50], [90, 50], [90, 90], [50, 50]]]}
 
 
 def feature(geometry, kind="annotation"):
@@ -48,18 +50,17 @@ def test_a_rectangle_is_read():
         feature({"type": "GeometryCollection", "geometries": [SQUARE, HOLED]}),
         {"type": "MultiPolygon", "coordinates": [SQUARE["coordinates"], HOLED["coordinates"]]},
         [feature(SQUARE), feature(HOLED), feature({"type": "Point", "coordinates": [1, 1]})],
-        [
-            feature(SQUARE),
-            feature(HOLED),
-            feature(SQUARE | {"coordinates": [[[50, 50], [90, 50], [90, 90], [50, 50]]]}, "detection"),
-        ],
+        [feature(SQUARE), feature(HOLED), *(feature(FOUND, kind) for kind in ("detection", "cell", "tile"))],
     ],
 )
 @pytest.mark.parametrize("name", ["drawn.geojson", "drawn.geojson.gz"])
 def test_polygons_of_every_form_of_geojson_count_and_what_was_found_does_not(tmp_path, content, name):
     roi = read_roi(write(tmp_path, content, name))
     assert inside(roi, (11, 21), (1, 1), (4, 4), (80, 70)) == [True, True, False, False]
-    assert roi.record["file"] == name
+    assert roi.record == {
+        "file": name,
+        "sha256": hashlib.sha256((tmp_path / name).read_bytes()).hexdigest(),
+    }
 
 
 def test_polygons_count_from_where_qupath_begins(tmp_path):

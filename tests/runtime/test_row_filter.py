@@ -105,6 +105,7 @@ def test_what_is_no_condition_on_measurements_is_refused(text):
         ("1 > 0", [True, True, True]),
         ("mean_intensity_a > 20", [False, True, False]),
         ("not mean_intensity_a > 20", [True, False, False]),  # of what is not known neither holds
+        ("not 50 > mean_intensity_a", [False, True, False]),
         ("mean_intensity_a != 10", [False, True, False]),
         ("not (mean_intensity_a > 20 or area_px > 25)", [True, False, False]),
         ("mean_intensity_a > 20 or area_px > 35", [False, True, True]),

@@ -214,8 +214,14 @@ def test_a_large_level_is_measured_by_regions_spread_evenly(monkeypatch: pytest.
     assert window.high == pytest.approx(54000, abs=2000)
 
 
-def test_percentiles_come_from_a_level_that_still_shows_objects() -> None:
-    levels = tuple(Level(k, 8192 >> k, 8192 >> k, float(1 << k)) for k in range(7))
+@pytest.mark.parametrize(
+    ("width", "scale", "expected"),
+    [(8192, 1.0, 2), (8192, 0.5, 3), (8192, 0.1, 4), (400, 1.0, 0)],  # of 0.25 Mpx, or else the finest
+)
+def test_brightness_comes_from_a_level_that_still_shows_objects(
+    width: int, scale: float, expected: int
+) -> None:
+    levels = tuple(Level(k, width >> k, width >> k, float(1 << k)) for k in range(7))
     asked: list[int] = []
 
     class Pyramid:
@@ -236,11 +242,11 @@ def test_percentiles_come_from_a_level_that_still_shows_objects() -> None:
             assert region.x1 <= levels[level].width_px
             return np.zeros((region.height, region.width, 1), np.uint16)
 
-    rule = IntensityRule("percentile", 1, 99)
     reader: Any = Pyramid()
-    measure_slide(reader, make_plan(levels[1], 4096, 4096, tile_px=512), rule, channels=1)
-    # scale is network px over level px in `make_plan`: 1, so at most 4 times coarser than level 0
-    assert set(asked) == {2}
+    side = round(width * scale)
+    plan = make_plan(levels[0], side, side, tile_px=512)
+    measure_slide(reader, plan, IntensityRule("percentile", 1, 99), channels=1)
+    assert set(asked) == {expected}  # at most 4 times coarser than the model's pixels
 
 
 def test_tiles_are_read_ahead_in_their_order_and_errors_are_raised():

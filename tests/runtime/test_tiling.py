@@ -61,6 +61,14 @@ def test_every_point_has_one_owner(width: int, height: int, lattice: tuple[int, 
     assert (np.sum([owns(tile, points) for tile in tiles], axis=0) == 1).all()
 
 
+def test_a_margin_reaches_as_far_on_every_side() -> None:
+    tile = plan_tiles(200, 200, tile_px=48, halo_px=8)[7]  # in the middle
+    low, high = np.array([tile.core.x0, tile.core.y0]), np.array([tile.core.x1, tile.core.y1])
+    for side in ([2, 0], [0, 2]):
+        points = np.array([low - side, high - 1 + side, low - np.multiply(side, 1.5), high + side])
+        assert owns(tile, points, margin_px=2.0).tolist() == [True, True, False, False]
+
+
 @pytest.mark.parametrize(
     ("width", "height", "tile_px", "halo_px"), [(0, 5, 8, 2), (5, 0, 8, 2), (5, 5, 8, 4), (5, 5, 8, -1)]
 )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from darcnn.runtime.errors import InputError
 from darcnn.runtime.instances import Instances
+from darcnn.runtime.metrics import score_labels
 from darcnn.runtime.readers import Reader
 from darcnn.training.evaluate import evaluate_folder, kinds, labelled_images
 
@@ -79,6 +80,20 @@ def test_mean_is_over_images_and_pooled_over_objects(data: Path, perfect: Segmen
         for s in evaluate_folder(data / "evaluate", perfect).scores
     )
     assert result.pooled.object_f1 == pytest.approx(2 * n_dim / (2 * n_dim + n_u2os))
+
+
+def test_findings_are_held_against_the_truth_and_not_the_other_way_round(
+    data: Path, perfect: Segment, instances_of: InstancesOf
+) -> None:
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def two_as_one(reader: Reader) -> Instances:
+        truth = perfect(reader).labels()
+        pairs.append((truth, np.isin(truth, (1, 2)).astype(np.int32)))
+        return instances_of(pairs[-1][1])
+
+    result = evaluate_folder(data / "evaluate", two_as_one)
+    assert [scores.aji for scores in result.scores] == [score_labels(*pair).aji for pair in pairs]
 
 
 def test_kinds_of_a_mixed_folder_are_scored_apart(data: Path, perfect: Segment) -> None:

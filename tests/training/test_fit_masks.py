@@ -53,13 +53,36 @@ def test_predicted_mask_stays_where_the_image_shows_no_contrast(
     assert np.array_equal(fit_masks(flat, instances_of(predicted)), predicted)
 
 
+@pytest.mark.parametrize(
+    ("radius", "level", "quarters", "stays"),
+    [
+        (17.0, 200, 4, False),
+        (15.0, 200, 4, True),  # 0.56 of what was predicted
+        (20.0, 200, 3, True),  # ragged: a disc without a quarter
+        (17.0, 103, 4, True),  # three grey levels
+        (6.0, 200, 4, True),  # a speck: most of the object looks like what is round it
+    ],
+)
 def test_predicted_mask_stays_where_the_image_tells_of_something_else(
-    disc: Disc, instances_of: InstancesOf
+    disc: Disc, instances_of: InstancesOf, radius: float, level: int, quarters: int, stays: bool
 ) -> None:
-    # a small bright speck inside a large predicted object: the threshold would shrink it to the speck
-    predicted = disc(SIZE, 48, 48, 20.0).astype(np.int32)
-    image = picture(disc(SIZE, 48, 48, 6.0), 250, 50)
-    assert np.array_equal(fit_masks(image, instances_of(predicted)), predicted)
+    shown, predicted = disc(SIZE, 48, 48, radius), disc(SIZE, 48, 48, 20.0).astype(np.int32)
+    if quarters == 3:
+        shown[:48, :48] = False
+    fitted = fit_masks(picture(shown, level, 100, noise=0.0), instances_of(predicted))
+    assert np.array_equal(fitted, predicted) == stays
+
+
+@pytest.mark.parametrize("scores", [[0.9, 0.5], [0.5, 0.9]])
+def test_ground_that_two_objects_claim_is_the_better_one_s(
+    instances_of: InstancesOf, scores: list[float]
+) -> None:
+    predicted = np.zeros((40, 40), np.int32)
+    predicted[8:30, 4:18], predicted[8:30, 20:34] = 1, 2
+    bright = np.zeros((40, 40), np.bool_)
+    bright[8:30, 4:34] = True
+    fitted = fit_masks(picture(bright, 200, 30), instances_of(predicted, scores))
+    assert (fitted[10:28, 18:20] == 1 + np.argmax(scores)).all()
 
 
 def test_object_that_fills_the_image_keeps_its_mask(instances_of: InstancesOf) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from darcnn.runtime.outlines import outline_probabilities
 from darcnn.training.data.batches import Batch
+from darcnn.training.model import heads
 from darcnn.training.model.network import Darcnn
 from darcnn.training.model.presets import PRESETS
 from darcnn.training.model.targets import crop_masks, draw_balanced, generator_of, leave_doubtful
@@ -67,6 +70,29 @@ def test_background_on_something_doubtful_is_left_out_and_objects_stay() -> None
     target = {"doubtful": torch.tensor([[0.0, 0.0, 12.0, 12.0]])}
     assert leave_doubtful(labels, boxes, target).tolist() == [-1.0, 0.0, -1.0, 0.0, 1.0]
     assert leave_doubtful(labels, boxes, {"doubtful": torch.zeros(0, 4)}).tolist() == labels.tolist()
+
+
+def test_what_is_doubtful_is_background_neither_to_the_proposer_nor_to_the_heads(
+    network: Darcnn, small_batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_background: list[int] = []
+
+    def draw(labels: torch.Tensor, *how: Any) -> torch.Tensor:
+        n_background.append(int((labels == 0).sum()))
+        return draw_balanced(labels, *how)
+
+    monkeypatch.setattr(heads, "draw_balanced", draw)
+    everywhere = torch.tensor([[-999.0, -999.0, 999.0, 999.0]])
+    targets = [target | {"doubtful": everywhere} for target in small_batch.targets]
+    source_losses(network, Batch(small_batch.images, targets))
+    assert n_background == [0] * 2 * len(targets)
+
+
+def test_boxes_are_learned_in_the_rows_that_are_read_of_objects(network: Darcnn, small_batch: Batch) -> None:
+    source_losses(network, small_batch)["head_box"].backward()
+    background, objects = network.source_heads.box_predictor.bbox_pred.weight.grad.split(4)
+    assert objects.any()
+    assert not background.any()
 
 
 def test_what_is_neither_object_nor_background_is_never_drawn() -> None:

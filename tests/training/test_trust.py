@@ -21,7 +21,7 @@ from darcnn.training.unlabelled import Trust
 
 @pytest.fixture
 def run(tmp_path: Path, recipe: Recipe, network: Darcnn) -> Path:
-    for name in ("refine-1", "refine-2", "refine"):
+    for name in ("refine-2", "refine-10", "refine"):
         (tmp_path / name).mkdir()
         save_checkpoint(tmp_path / name, network, CheckpointInfo("refine", 1, True, recipe))
     return tmp_path
@@ -36,9 +36,9 @@ def note(run: Path, **trust: float) -> None:
 @pytest.mark.parametrize(
     ("trust", "wanted"),
     [
-        ({"refine_1": 0.5, "refine_2": 0.7, "refine": 0.6}, "refine-2"),
-        ({"refine_1": 0.5, "refine_2": 0.7, "refine": 0.7}, "refine"),
-        ({"refine_1": 0.8, "refine_2": 0.8, "refine": 0.7}, "refine-2"),
+        ({"refine_2": 0.5, "refine_10": 0.7, "refine": 0.6}, "refine-10"),
+        ({"refine_2": 0.5, "refine_10": 0.7, "refine": 0.7}, "refine"),
+        ({"refine_2": 0.8, "refine_10": 0.8, "refine": 0.7}, "refine-10"),
         ({"refine": 0.1}, "refine"),
         ({}, "refine"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,8 +54,14 @@ def test_a_section_without_gap_is_preferred_to_one_behind_a_gap() -> None:
 
 
 def test_a_merger_of_one_plane_is_cut_between_its_chains() -> None:
-    planes = [[square(0, 0, 0), square(0, 8, 0)], [wide(1, 0, 0, 14)], [square(2, 0, 0), square(2, 8, 0)]]
-    assert places(list(link_sections(planes))) == [[(0, 0), (1, 0), (2, 0)], [(0, 8), (1, 7), (2, 8)]]
+    pair = [[square(z, 40, 7), square(z, 48, 7)] for z in range(4)]
+    planes = [pair[0], [wide(1, 40, 7, 14)], pair[2]]
+    assert places(list(link_sections(planes))) == [[(0, 40), (1, 40), (2, 40)], [(0, 48), (1, 47), (2, 48)]]
+    touched = [pair[0], [wide(1, 40, 7, 14)], [wide(2, 40, 7, 14), square(2, 53, 12)]]
+    assert sorted(len(chain) for chain in link_sections(touched)) == [1, 1, 3]  # not cut for what hardly does
+    missed = [pair[0], [square(1, 40, 7)], [wide(2, 40, 7, 14)], pair[3]]
+    widths = {one.mask.shape[1] for chain in link_sections(missed) for one in chain if one.plane == 2}
+    assert widths == {14}  # nor for one that was not on the plane before
 
 
 def test_a_merger_that_lasts_is_one_object() -> None:
@@ -74,8 +81,15 @@ def test_a_column_is_cut_at_slight_waists_and_a_single_object_is_not() -> None:
     planes = [[square(z, 10 - side // 2, 10 - side // 2, side)] for z, side in enumerate(sides)]
     assert [len(chain) for chain in link_sections(planes)] == [7, 8, 9]
     assert [len(chain) for chain in link_sections(planes[:8])] == [8]
+    assert [len(chain) for chain in link_sections(planes, min_planes=2)] == [24]  # of slabs, which blur
     wide_planes = [[square(z, 0, 0, 3 * side)] for z, side in enumerate(sides)]  # one that is as wide as deep
     assert [len(chain) for chain in link_sections(wide_planes)] == [24]
+
+
+@pytest.mark.parametrize("sides", [[3, 4, 5, 7, 9, 11, 14, 17, 20], [2, 9, 12, 12, 9, 2]])
+def test_a_cone_has_no_waist_and_the_caps_of_a_ball_belong_to_it(sides: list[int]) -> None:
+    planes = [[square(z, 20 - side // 2, 20 - side // 2, side)] for z, side in enumerate(sides)]
+    assert [len(chain) for chain in link_sections(planes, plane_px=3.0)] == [len(sides)]
 
 
 def test_no_flat_pieces_are_cut_off_unless_planes_lie_far_apart() -> None:

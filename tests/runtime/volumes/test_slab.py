@@ -37,6 +37,8 @@ def test_pixels_without_value_take_the_mean_of_those_round_them() -> None:
     plane[4, 4] = np.nan
     assert np.allclose(smooth_plane(plane, 1.0), 4.0)
     assert np.isnan(smooth_plane(np.full((9, 9), np.nan, np.float32), 1.0)).all()
+    holed = np.array([[6.0, np.nan], [3.0, 4.0], [3.0, np.nan]])
+    assert join_planes(list(holed)).tolist() == [4.0, 4.0]
     assert np.isnan(join_planes([np.full((2, 2), np.inf), np.full((2, 2), np.nan)])).all()
 
 
