@@ -24,7 +24,6 @@ from typing import Any
 
 import click
 import numpy as np
-import onnxruntime
 import torch
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
@@ -144,8 +143,10 @@ def _find(engine: Engine, tile: np.ndarray) -> int:
     return len(boxes)
 
 
-def _stock_session(threads: int, image: torch.Tensor) -> onnxruntime.InferenceSession:
+def _stock_session(threads: int, image: torch.Tensor) -> Any:
     """Return torchvision's Mask R-CNN of two classes in ONNX Runtime, exported as it documents."""
+    import onnxruntime  # behind darcnn, which switches its telemetry off
+
     torch.manual_seed(0)
     model = maskrcnn_resnet50_fpn(
         weights=None,

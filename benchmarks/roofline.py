@@ -28,7 +28,6 @@ from pathlib import Path
 import click
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 
 from darcnn.export.graph import export_mask
@@ -110,6 +109,8 @@ def _macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 def make_products(threads: int) -> list[tuple[int, Callable[[], object]]]:
     """Return multiply-adds and a call of large products by several libraries: none is always the fastest."""
+    import onnxruntime  # behind darcnn, which switches its telemetry off
+
     side = 1024
     model = onnx.parser.parse_model(
         f"""<ir_version: 9, opset_import: ["" : 18]>
@@ -220,6 +221,8 @@ def _compare_backends(model: str, threads: int) -> dict[str, object]:
 
 
 def _compare_mask_heads(threads: int) -> dict[str, object]:
+    import onnxruntime  # behind darcnn, which switches its telemetry off
+
     options = ExportOptions(channels=3)
     sessions, counts = {}, {}
     for name, (layers, cells) in _MASK_HEADS.items():

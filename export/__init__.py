@@ -1,0 +1,1 @@
+import darcnn.runtime  # noqa: F401 - before onnxruntime, whose telemetry it switches off

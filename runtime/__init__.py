@@ -1,6 +1,10 @@
 """Finds and outlines the objects of images and slides: `load(name)` gives a segmenter, call it on pixels."""
 
+import os
 from importlib.metadata import PackageNotFoundError, version
+
+# ONNX Runtime reports to its maker from the moment that it is imported (docs/runtime.md), which is below.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from darcnn.runtime.errors import (
     BundleError,

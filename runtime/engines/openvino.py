@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from types import ModuleType
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,14 +42,7 @@ class OpenVinoEngine:
             DeviceError: OpenVINO is not installed.
             BundleError: OpenVINO cannot compile a graph, or its tensors are not those of the manifest.
         """
-        try:
-            import openvino
-        except ImportError as err:
-            raise DeviceError(
-                "OpenVINO is not installed",
-                where="--backend openvino",
-                fix="run `pip install 'darcnn[openvino]'`",
-            ) from err
+        openvino = _import_openvino()
         core = openvino.Core()
         options = _OPTIONS if threads is None else _OPTIONS | {"INFERENCE_NUM_THREADS": str(threads)}
         self._requests: dict[str, Any] = {}
@@ -123,3 +118,25 @@ class OpenVinoEngine:
                 fix=advise_memory(self._spec, "free memory, or pass --backend onnxruntime"),
             ) from err
         return {name: found[name] for name in OUTPUTS[graph]}
+
+
+def _import_openvino() -> Any:
+    """Return the package, without what tells its maker of the import (docs/runtime.md).
+
+    `openvino_telemetry` has no switch in the environment; where it is not installed, OpenVINO does without.
+    """
+    modules = cast("dict[str, ModuleType | None]", sys.modules)
+    name = "openvino_telemetry"
+    is_hidden = modules.setdefault(name, None) is None  # importing it raises ImportError
+    try:
+        import openvino
+    except ImportError as err:
+        raise DeviceError(
+            "OpenVINO is not installed",
+            where="--backend openvino",
+            fix="run `pip install 'darcnn[openvino]'`",
+        ) from err
+    finally:
+        if is_hidden:
+            del modules[name]
+    return openvino

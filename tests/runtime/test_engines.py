@@ -1,5 +1,8 @@
 """One suite for every engine: it gives what the graphs compute, whatever runs them."""
 
+import importlib.util
+import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -137,3 +140,41 @@ def test_a_graph_that_openvino_cannot_compile_is_refused(tmp_path, manifest, mem
     bundle = rewrite(tmp_path / "a.darcnn", manifest, {**members, "mask.onnx": b"not a graph"})
     with pytest.raises(BundleError, match=r"a\.darcnn: OpenVINO .* cannot compile mask\.onnx"):
         OpenVinoEngine(bundle)
+
+
+ENGINE = """
+from darcnn.runtime.bundle import open_bundle
+from darcnn.runtime.engines.choose import open_engine
+open_engine(open_bundle({path!r}), device="cpu", backend={backend!r}).close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "code"),
+    [
+        ("onnxruntime", ENGINE),
+        ("openvino", ENGINE),
+        ("onnx", "import darcnn.export.quantise"),
+    ],
+)
+def test_nothing_reports_to_its_maker(tiny_bundle, tmp_path, package, code):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    home = tmp_path / "home"  # what reports keeps an identifier there, or in the cache
+    home.mkdir()
+    # without what tells of a CI, where nothing is reported
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "SYSTEMROOT") if name in os.environ}
+    folders = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"), str(home))
+    code = code.format(path=str(tiny_bundle), backend=package)
+    subprocess.run([sys.executable, "-c", code], check=True, env=kept | folders, timeout=120)
+    assert list(home.iterdir()) == []
+
+
+def test_whoever_wants_onnx_runtime_to_report_may(monkeypatch):
+    code = "import os, darcnn.runtime; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    for value, expected in ((None, "1"), ("0", "0")):
+        monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+        if value is not None:
+            monkeypatch.setenv("ORT_DISABLE_TELEMETRY", value)
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        assert done.stdout.strip() == expected
