@@ -24,6 +24,7 @@ from darcnn.runtime.manifest import (
     manifest_from_json,
     manifest_to_json,
 )
+from darcnn.runtime.onnx_fields import keeps_weights_elsewhere
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 
 __all__ = ["MEMBER_CAPS", "Bundle", "open_bundle", "read_training", "write_bundle"]
@@ -42,8 +43,7 @@ MEMBER_CAPS: Mapping[str, int] = {
 }
 _FILE_CAP = sum(MEMBER_CAPS.values()) + _MIB  # the zip's own tables are far below 1 MiB
 
-# How a graph in ONNX says that values lie in another file: protobuf of a pair of the key "location".
-_EXTERNAL = b"\n\x08location\x12"
+_MAX_DEPTH = 32  # of a record of training, which nests five deep: who prints or writes one recurses
 _AGAIN = "copy or download it again"
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -99,8 +99,7 @@ def open_bundle(path: str | Path) -> Bundle:
     manifest = _parse_manifest(path, members["manifest.json"])
     _check_hashes(path, manifest, members)
     for name in ("detect.onnx", "mask.onnx"):
-        if _EXTERNAL in members[name]:  # what lies elsewhere no hash vouches for
-            raise BundleError(f"{name} keeps weights in another file", where=path, fix="export it anew")
+        _check_graph(path, name, members[name])
     return Bundle(path, hashlib.sha256(content).hexdigest(), manifest, members)
 
 
@@ -108,7 +107,7 @@ def read_training(bundle: Bundle) -> dict[str, Any]:
     """Return what training.json of `bundle` says.
 
     Raises:
-        BundleError: it is no table in JSON.
+        BundleError: it is no table in JSON, or nests deeper than any.
     """
     try:
         table = json.loads(bundle.read("training.json"))
@@ -118,7 +117,22 @@ def read_training(bundle: Bundle) -> dict[str, Any]:
         ) from err
     if not isinstance(table, dict):
         raise BundleError("training.json is not a table", where=bundle.path, fix="export the model again")
+    if _nests_deeper(table, _MAX_DEPTH):
+        raise BundleError("training.json nests too deep", where=bundle.path, fix="export the model again")
     return table
+
+
+def _nests_deeper(value: object, depth: int) -> bool:
+    """Tell whether something lies in more than `depth` tables and lists of `value`.
+
+    >>> _nests_deeper({"a": [1]}, 2), _nests_deeper({"a": [[1]]}, 2)
+    (False, True)
+    """
+    parts = [value]
+    for _ in range(depth + 1):
+        tables = [part for part in parts if isinstance(part, dict | list)]
+        parts = [part for one in tables for part in (one.values() if isinstance(one, dict) else one)]
+    return bool(parts)
 
 
 def write_bundle(path: str | Path, manifest: Manifest, members: Mapping[str, bytes]) -> None:
@@ -232,7 +246,7 @@ def _check_size(path: Path, name: str, size: int, cap: int) -> None:
         raise BundleError(
             f"{name} has {size / _MIB:.1f} MiB, more than the {cap // _MIB} MiB that a bundle may hold",
             where=path,
-            fix="export a smaller model",
+            fix="export a smaller model" if name.endswith(".onnx") else "give it a shorter text",
         )
 
 
@@ -273,6 +287,15 @@ def _parse_manifest(path: Path, content: bytes) -> Manifest:
             fix="export the model again",
         )
     return manifest
+
+
+def _check_graph(path: Path, name: str, content: bytes) -> None:
+    try:
+        is_elsewhere = keeps_weights_elsewhere(content)
+    except ValueError as err:
+        raise BundleError(f"{name} is no graph ({err})", where=path, fix="export the model again") from err
+    if is_elsewhere:  # what lies elsewhere no hash vouches for
+        raise BundleError(f"{name} keeps weights in another file", where=path, fix="export the model again")
 
 
 def _check_hashes(path: Path, manifest: Manifest, members: Mapping[str, bytes]) -> None:

@@ -9,11 +9,8 @@ namespace darcnn {
 namespace {
 
 constexpr std::uintmax_t kMiB = 1 << 20;
-const std::map<std::string, std::uintmax_t> kMemberCaps = {{"manifest.json", kMiB},
-                                                           {"detect.onnx", 192 * kMiB},
-                                                           {"mask.onnx", 64 * kMiB},
-                                                           {"training.json", kMiB},
-                                                           {"LICENSE", kMiB}};
+const std::map<std::string, std::uintmax_t> kMemberCaps = {
+    {"manifest.json", kMiB}, {"detect.onnx", 192 * kMiB}, {"mask.onnx", 64 * kMiB}, {"training.json", kMiB}, {"LICENSE", kMiB}};
 constexpr std::uintmax_t kFileCap = 260 * kMiB;  // all members, and 1 MiB for the zip's own tables
 const char *const kAgain = "copy or download it again";
 const char *const kExport = "export the model again";
@@ -173,6 +170,9 @@ Bundle::Bundle(const std::string &file) : path(file), content(read_file(file, kF
             refuse(path, "manifest.json does not list the other members", kExport);
         if (name != "manifest.json" && sha256(member) != manifest.files.at(name))
             refuse(path, name + " is not what manifest.json says (sha256)");
+        // no tensor names another file, for which no hash vouches, without this word
+        if (name.find(".onnx") != std::string::npos && member.find("location") != std::string_view::npos)
+            refuse(path, name + " keeps weights in another file", kExport);
     }
 }
 

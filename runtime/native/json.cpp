@@ -7,14 +7,15 @@
 namespace darcnn {
 namespace {
 
-constexpr int kMaxDepth = 32;  // a manifest nests five deep
+// Paths hold their parents' names, so that they bound memory and depth: a manifest's have some 30 characters.
+constexpr std::size_t kMaxPath = 300, kMaxValues = 10000;
 
 class Parser {
   public:
     explicit Parser(std::string_view text) : text_(text) {}
 
     JsonTable parse() {
-        parse_value("", 0);
+        parse_value("");
         skip_space();
         if (at_ != text_.size()) fail("goes on after its end");
         return std::move(table_);
@@ -42,15 +43,15 @@ class Parser {
         while (accept(' ') || accept('\t') || accept('\r') || accept('\n')) continue;
     }
 
-    void parse_value(const std::string &path, int depth) {
-        if (depth > kMaxDepth) fail("nests too deep");
+    void parse_value(const std::string &path) {
+        if (path.size() > kMaxPath || table_.size() > kMaxValues) fail("is larger or nests deeper than a manifest");
         skip_space();
         const auto [place, is_new] = table_.try_emplace(path);
         if (!is_new) fail("has a name twice");
         Json &value = place->second;
         switch (peek()) {
-            case '{': parse_items(value, Json::Kind::object, path, depth); break;
-            case '[': parse_items(value, Json::Kind::array, path, depth); break;
+            case '{': parse_items(value, Json::Kind::object, path); break;
+            case '[': parse_items(value, Json::Kind::array, path); break;
             case '"': value.kind = Json::Kind::text, value.text = parse_text(); break;
             case 't': expect("true"), value.kind = Json::Kind::boolean, value.number = 1; break;
             case 'f': expect("false"), value.kind = Json::Kind::boolean; break;
@@ -59,7 +60,7 @@ class Parser {
         }
     }
 
-    void parse_items(Json &value, Json::Kind kind, const std::string &path, int depth) {
+    void parse_items(Json &value, Json::Kind kind, const std::string &path) {
         value.kind = kind;
         const char end = text_[at_++] == '{' ? '}' : ']';
         skip_space();
@@ -73,7 +74,7 @@ class Parser {
                 skip_space();
                 expect(":");
             }
-            parse_value(path.empty() ? name : path + "/" + name, depth + 1);
+            parse_value(path.empty() ? name : path + "/" + name);
             value.number += 1;
             skip_space();
         } while (accept(','));

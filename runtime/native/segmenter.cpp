@@ -7,6 +7,7 @@ namespace darcnn {
 namespace {
 
 constexpr float kEdgePx = 1;              // a box this close to a tile's edge touches it
+constexpr double kFarthest = 1e38;        // limit of a window: float holds the distance of two
 constexpr double kReachPx = 2 * kSeamPx;  // two tiles see an outline slightly differently
 
 float iou(const float *a, const float *b) {
@@ -139,10 +140,9 @@ std::vector<Object> place(const Manifest &m, const Plan &plan, const Tile &tile,
 
 std::vector<Object> segment(Model &model, const darcnn_frame &frame, const darcnn_options &options) {
     const Manifest &m = model.manifest;
-    const bool has_window = options.window_low != 0 || options.window_high != 0;
-    const double contrast = options.window_high - options.window_low;
-    if (has_window && !(contrast > 0 && std::isfinite(contrast)))
-        throw Error(DARCNN_ERROR_ARGUMENT, "options", "window_low is not below window_high", "give the raw limits");
+    const double low = options.window_low, high = options.window_high;
+    if ((low != 0 || high != 0) && !(low < high && -kFarthest <= low && high <= kFarthest))
+        throw Error(DARCNN_ERROR_ARGUMENT, "options", "window_low is not below window_high, both within 1e38", "give the raw limits");
     if (!(options.min_score <= 1))  // so is NaN
         throw Error(DARCNN_ERROR_ARGUMENT, "options", "min_score is not a number between 0 and 1", "give one, or -1");
     const double min_score = options.min_score < 0 ? m.min_score : options.min_score;

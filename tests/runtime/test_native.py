@@ -31,7 +31,7 @@ from darcnn.runtime.segmenter import Segmenter
 TOLERANCE = 1e-3  # of boxes, in pixels, and of scores
 TYPES = {"uint8": 0, "uint16": 1, "float32": 2}
 ARGUMENT, BUNDLE, INPUT, ENGINE = 1, 2, 3, 4
-SANITIZED = {"address": "address,undefined", "thread": "thread"}
+SANITIZED = {"address": "address,undefined,float-cast-overflow", "thread": "thread"}
 
 
 class Frame(ctypes.Structure):
@@ -506,6 +506,7 @@ def test_wrong_frame_is_an_error_and_the_next_one_goes_on(library, tiny, changes
         ({"diameter_px": 1e-3}, INPUT, "scaled by"),
         ({"window_low": 9, "window_high": 3}, ARGUMENT, "window_low is not below"),
         ({"window_low": 0, "window_high": float("inf")}, ARGUMENT, "window_low is not below"),
+        ({"window_low": -1e300, "window_high": 1e300}, ARGUMENT, "both within 1e38"),
         ({"min_score": 1.5}, ARGUMENT, "min_score is not a number between 0 and 1"),
         ({"min_score": float("nan")}, ARGUMENT, "min_score is not a number between 0 and 1"),
         ({"channel": 3}, INPUT, "no channel 3"),
@@ -643,7 +644,16 @@ BROKEN = {
     "which no bundle has": lambda path: rewrite(path, lambda e: [*e, ("../LICENSE", b"")]),
     "lacks mask.onnx": lambda path: rewrite(path, lambda e: [x for x in e if x[0] != "mask.onnx"]),
     "is not JSON": lambda path: rewrite(path, lambda e: with_manifest(e, '{"format": 1,}')),
-    "is not JSON, it nests": lambda path: rewrite(path, lambda e: with_manifest(e, "[" * 100_000)),
+    "is not JSON, it is larger or nests": lambda path: rewrite(
+        path, lambda e: with_manifest(e, "[" * 100_000)
+    ),
+    # each element would repeat the name: 25 GB
+    "than a manifest": lambda path: rewrite(
+        path, lambda e: with_manifest(e, f'{{"{"a" * 500_000}": [{"0," * 50_000}0]}}')
+    ),
+    "than a manifest at byte 30000": lambda path: rewrite(
+        path, lambda e: with_manifest(e, str([0] * 20_000))
+    ),
     "is not a table": lambda path: rewrite(path, lambda e: with_manifest(e, "[1]")),
     "names no format": lambda path: rewrite(path, lambda e: with_field(e, "format", True)),
     "made by a newer darcnn": lambda path: rewrite(path, lambda e: with_field(e, "format", 2)),
@@ -676,6 +686,12 @@ def test_graphs_that_differ_from_the_manifest_are_refused(library, tmp_path, man
     assert "does not say what atlas is" in refused(library, path)
     write_bundle(path, manifest, {**members, "mask.onnx": b"not a graph"})
     assert "cannot read mask.onnx" in refused(library, path)
+    external = pytest.importorskip("onnx", reason="the graph is made with onnx").ModelProto()
+    external.graph.initializer.add().external_data.add(key="location", value="w.bin")
+    write_bundle(
+        path, manifest, {**members, "mask.onnx": members["mask.onnx"] + external.SerializeToString()}
+    )
+    assert "mask.onnx keeps weights in another file" in refused(library, path)
     largest = replace(manifest, input=replace(manifest.input, tile_px=MAX_TILE_PX))
     write_bundle(path, largest, members)
     assert f"ask for tile uint8 [2, {MAX_TILE_PX}, {MAX_TILE_PX}, 3]" in refused(library, path)
