@@ -18,7 +18,7 @@ from darcnn.export.parity import (
     limits_of,
 )
 from darcnn.export.printing import describe_bundle, parity_record, parity_table, to_json
-from darcnn.runtime.bundle import Bundle
+from darcnn.runtime.bundle import MEMBER_CAPS, Bundle
 from darcnn.runtime.engines.tensorrt_build import BACKENDS as TENSORRT
 from darcnn.runtime.engines.tensorrt_build import MAX_WORKSPACE_MIB, BuildOptions, build_engine
 from darcnn.runtime.errors import (
@@ -31,6 +31,7 @@ from darcnn.runtime.errors import (
     UsageError,
 )
 from darcnn.runtime.load import find_bundle, names_bundle
+from darcnn.runtime.manifest import check_name
 from darcnn.runtime.options import BACKENDS
 from darcnn.runtime.sinks.atomic import atomic_file, translated
 
@@ -107,8 +108,10 @@ def bundle(
     from darcnn.export.draft import Sizes, draft_of_bundle, draft_of_checkpoint, write_verified
 
     _check_place(out, overwrite)
+    if name is not None:
+        _check_model_name(name, "--name")
     wanted = Sizes(tile_px=sizes.pop("tile"), **sizes)
-    terms = None if licence is None else _read_text(licence)
+    terms = None if licence is None else _read_licence(licence)
     if names_bundle(source):
         draft = draft_of_bundle(find_bundle(source), wanted, name=name, data=data, licence=terms)
         _tell(f"exporting {draft.manifest.name} anew: some half a minute for tiles of 512 px")
@@ -119,6 +122,8 @@ def bundle(
         draft = draft.reporting(min_score)
     parity = write_verified(out, draft)
     click.echo(parity_table(parity), err=True)
+    if not parity.n_objects:
+        raise _no_object()
     if not parity.agrees:
         raise InputError(
             f"the exported graphs do not agree with PyTorch: {', '.join(parity.complaints)}",
@@ -248,19 +253,18 @@ def quantise(
     from darcnn.export.tiles import images_in, read_tiles
 
     _check_place(out, overwrite)
+    _check_model_name(out.stem, "--out")
     opened = find_bundle(model)
     chosen = read_tiles(images_in(data, diameter), opened, limit=tiles)
     few = "" if len(chosen) == tiles else f" of the {tiles} asked for: give more images"
     click.echo(f"calibrating on {len(chosen)} tiles{few}", err=True)
     quantised = to_int8(opened, list(chosen.values()), has_offsets=not tensorrt)
+    parity = compare_bundles(opened, quantised, chosen, backend="onnxruntime")
+    if not parity.n_objects:
+        raise _no_object()
     write_quantised(out, opened, quantised, n_tiles=len(chosen), has_offsets=not tensorrt)
     click.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
-    parity = compare_bundles(opened, quantised, chosen, backend="onnxruntime")
-    if parity.n_objects:
-        share = f"{parity.unmatched:.0%} of its objects and of those in float32 are unmatched"
-        click.echo(f"on these tiles, {share}")
-    else:
-        click.echo("on these tiles there is no object to compare with float32", err=True)
+    click.echo(f"on these tiles, {parity.unmatched:.0%} of its objects and of those in float32 are unmatched")
 
 
 @cli.command()
@@ -300,6 +304,18 @@ def _check_place(out: Path, overwrite: bool) -> None:
         raise OutputError("its folder may not be written", where=out, fix="choose another folder")
 
 
+def _check_model_name(name: str, where: str) -> None:
+    try:
+        check_name(name)
+    except ValueError as err:
+        raise UsageError(f"no model may have this name ({err})", where=where, fix="give another one") from err
+
+
+def _no_object() -> InputError:
+    problem = "the model finds no object on any of the images, so that nothing can be compared"
+    return InputError(problem, where="--data", fix="give images on which it does; nothing was written")
+
+
 def _in_precision(bundle: Bundle, precision: str) -> Bundle:
     if precision == "fp32":
         return bundle
@@ -322,8 +338,11 @@ def _tell(words: str) -> None:
     click.echo(words, err=True)
 
 
-def _read_text(path: Path) -> str:
+def _read_licence(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
         raise InputError("cannot be read as text", where=path, fix="give a text file in UTF-8") from err
+    if len(text.encode()) > MEMBER_CAPS["LICENSE"]:
+        raise InputError("is longer than 1 MiB", where=path, fix="give a shorter text")
+    return text

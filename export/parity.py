@@ -54,7 +54,7 @@ LIMITS = {
         "box_median_px": 0.05,
         "score": 0.01,
         "mask": 0.02,  # mean over the cells of one mask
-        "features": 1e-3,  # of the largest feature; seen also where there is no object
+        "features": 1e-3,  # of the largest feature
     },
     # float16 has 11 bits: a box that lies between two pyramid levels may be pooled from the other one
     "fp16": {"box_px": 0.5, "box_median_px": 0.05, "score": 0.02, "mask": 0.05, "features": 1e-2},
@@ -132,8 +132,8 @@ class Parity:
             UsageError: nobody knows how far apart bundles of this precision may be.
         """
         limits = limits_of(self.precision)
-        if not self.n_objects and self.worst("features") is None:
-            return ("nothing was compared: no object on any tile, and no features",)
+        if not self.n_objects:  # what only objects show, suppression and masks say, was not compared
+            return ("no tile has an object to compare",)
         found = [
             f"unmatched {self.unmatched:.1%} ({self.n_unmatched} of {self.n_objects} objects), "
             f"limit {MAX_UNMATCHED:.0%}"

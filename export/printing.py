@@ -33,11 +33,7 @@ def parity_table(parity: Parity) -> str:
     )
     counts = "{:7d} {:6d} {:7d}".format(*sums) + f" {parity.unmatched:9.1%}"
     lines.append(f"{'all, and the worst':32} {counts}" + _differences({n: parity.worst(n) for n in COLUMNS}))
-    verdict = f"they disagree: {', '.join(parity.complaints)}"
-    if parity.agrees:
-        verdict = "they agree" + (
-            "" if parity.n_objects else ", but only in the features: no tile has an object"
-        )
+    verdict = "they agree" if parity.agrees else f"they disagree: {', '.join(parity.complaints)}"
     return "\n".join([*lines, verdict])
 
 

@@ -139,6 +139,9 @@ def test_info_says_what_the_bundle_is(run, bundle):
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--proposals", "3841"], "up to 3840"),
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--detections", "401"], "chosen from"),
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--licence", "nowhere.txt"], "nowhere.txt"),
+        (["bundle", "{checkpoint}", "--out", "new.darcnn", "--licence", "{long}"], "long.txt: is longer"),
+        (["bundle", "{checkpoint}", "--out", "new.darcnn", "--name", "a/b"], "--name: no model may have"),
+        (["quantise", "nuclei-he", "--data", "{empty}", "--out", "a\tb.darcnn"], "--out: no model may have"),
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--tile", "0"], "--tile"),
         (["bundle", "{checkpoint}", "--out", "no/such/new.darcnn"], "folder does not exist"),
         (["bundle", "{checkpoint}", "--out", "new.darcnn", "--data", "nosuch"], "no folder nosuch"),
@@ -160,7 +163,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, arguments, word, checkpoint,
     monkeypatch.chdir(tmp_path)
     empty = tmp_path / "empty"
     empty.mkdir()
-    code, out, err = run(*(part.format(checkpoint=checkpoint, empty=empty) for part in arguments))
+    long = tmp_path / "empty" / "long.txt"
+    long.write_bytes(bytes(2**20 + 1))
+    code, out, err = run(*(part.format(checkpoint=checkpoint, empty=empty, long=long) for part in arguments))
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert word in err
@@ -181,13 +186,25 @@ def test_runtimes_are_compared_without_a_checkpoint_and_recorded(run, bundle_pat
     assert max(tile["score"] for tile in found["tiles"]) > 1e-5
 
 
-@pytest.mark.parametrize("training", [b"nothing", b"\xff", b"[1]", b"[" * 100_000])
+def test_nothing_is_written_where_no_image_shows_an_object(run, checkpoint, bundle, tmp_path, monkeypatch):
+    members = members_of(bundle)
+    monkeypatch.setattr(pack, "make_members", lambda *arguments: members)
+    monkeypatch.setattr(parity, "STRONG_SCORE", 1.0)  # none counts
+    code, _, err = run("bundle", checkpoint, "--out", tmp_path / "new.darcnn", "--batch", "2")
+    assert code == 2
+    assert "no object on any of the images" in err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "training", [b"nothing", b"\xff", b"[1]", b"[" * 100_000, b'{"a":' * 900 + b"1" + b"}" * 900]
+)
 def test_a_bundle_with_a_broken_record_is_told_of_in_one_line(run, bundle, tmp_path, training):
     path = tmp_path / "odd.darcnn"
     write_bundle(path, bundle.manifest, members_of(bundle) | {"training.json": training})
     code, out, err = run("info", path)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert "training.json is not" in err
+    assert "training.json is not" in err or "training.json nests too deep" in err
 
 
 @pytest.mark.parametrize(

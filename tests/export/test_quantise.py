@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
+from PIL import Image
 
 from darcnn.export import cli
 from darcnn.export.half import derive_half
@@ -131,6 +132,15 @@ def test_the_command_says_how_far_apart_they_are_and_that_images_are_few(tmp_pat
     assert "calibrating on 3 tiles of the 4 asked for: give more images" in captured.err
     share = int(re.search(r"on these tiles, (\d+)% of its objects", captured.out)[1])
     assert 2 < share < 40
+
+
+def test_tiles_without_an_object_calibrate_nothing(tmp_path, capsys):
+    black = tmp_path / "black"
+    black.mkdir()
+    Image.fromarray(np.zeros((256, 256, 3), np.uint8)).save(black / "a.png")
+    assert call("quantise", "nuclei-he", "--data", black, "--out", tmp_path / "a.darcnn") == 2
+    assert "no object on any of the images" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "a.darcnn").exists()
 
 
 def test_what_is_int8_already_is_refused_in_one_line(quantised, checkpoint, tmp_path, pictures, capsys):
