@@ -44,7 +44,7 @@ class _Seen:
     scores: NDArray[np.float32]  # (M,)
     masks: NDArray[np.float32]  # (M, m, m)
     tile_index: NDArray[np.int64]  # (M,) number of the tile in its batch
-    is_full: NDArray[np.bool_]  # (B,) as many objects as the model can report
+    is_full: NDArray[np.bool_]  # (B,) as many objects as the model can report, or it did not converge
 
 
 class Segmenter(Closing):
@@ -231,8 +231,8 @@ class Segmenter(Closing):
     def segment_tiles(self, batch: Sequence[SampledTile]) -> list[Instances]:
         """Return what each of up to `engine.spec.batch` tiles, of any slides, reports; level-0 pixels.
 
-        A tile with as many objects as the model can report is looked at again in quarters, one that cuts an
-        object in a tile twice as large.
+        A tile with as many objects as the model can report, or more proposals than its suppression gets
+        through, is looked at again in quarters, one that cuts an object in a tile twice as large.
 
         Raises:
             InputError: the slide cannot be read any more.
@@ -287,14 +287,15 @@ class Segmenter(Closing):
             masks = np.zeros((0, spec.mask_px, spec.mask_px), np.float32)
             if len(boxes):
                 masks = self._engine.masks(detections, boxes, tile_index)
-        # the least of the slots is good enough to be reported: there may have been more
+        # The least of the slots is good enough to be reported: there may have been more. So there may where
+        # suppression did not end: of proposals it kept too many, which took the places of others.
         least = detections.scores.min(axis=1)
         return _Seen(
             boxes=boxes,
             scores=detections.scores[tile_index, np.concatenate(slots)],
             masks=masks,
             tile_index=tile_index,
-            is_full=(least > 0) & (least >= self._min_score),
+            is_full=~detections.converged | ((least > 0) & (least >= self._min_score)),
         )
 
     def segment(self, reader: Reader, plan: SlidePlan, *, window: Window | None = None) -> Instances:
@@ -308,9 +309,8 @@ class Segmenter(Closing):
         scores = detections.scores[index]
         slots = np.flatnonzero((scores > 0) & (scores >= self._min_score))
         if not detections.converged[index]:
-            # After an even number of rounds the graph keeps all that greedy suppression keeps, and
-            # perhaps more; greedy suppression of that set keeps what it keeps of the whole.
-            # Objects below min_score never suppress better ones, so they may be left out first.
+            # After an even number of rounds the graph keeps all boxes that greedy suppression keeps, and
+            # more; of these it keeps the same. Objects below min_score never suppress better ones.
             kept = non_maximum_suppression(
                 detections.boxes[index, slots], scores[slots], limits.nms_threshold
             )

@@ -33,7 +33,8 @@ class Client:
     def look(self, tile, number, again=True):
         boxes, scores, atlas, converged = self.detect(np.repeat(tile.pixels[None], self.input["batch"], 0))
         boxes, scores, size = boxes[0], scores[0], self.limits["mask_batch"]
-        if again and scores.min() > 0 and scores.min() >= self.limits["min_score"]:
+        is_full = scores.min() > 0 and scores.min() >= self.limits["min_score"]
+        if again and (is_full or not converged[0]):
             quarters = [self.look(one, n, again=False) for n, one in enumerate(self.quarters(tile))]
             kept = without_covered(without_twins(list(chain.from_iterable(quarters))))
             return [one._replace(tile=number, is_near_seam=True) for one in kept]

@@ -227,6 +227,13 @@ def test_a_tile_that_has_not_converged_is_finished_here(converged: bool, n_found
     assert found.scores.max() == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize(("converged", "n_looks"), [(True, 1), (False, 5)])
+def test_a_tile_that_has_not_converged_is_looked_at_in_quarters_too(converged: bool, n_looks: int) -> None:
+    engine = ScriptedEngine(lambda tile: [], converged=converged)  # too many proposals hide what is there
+    Segmenter(engine, manifest())(np.zeros((30, 30), np.uint8))
+    assert len(engine.tiles) == n_looks
+
+
 def test_a_mirror_image_beyond_the_edge_is_no_object() -> None:
     # the slide ends at 32: this box lies on it by 1 of 6 pixels, the other by 3 of 6
     boxes = [(31, 10, 37, 20, 0.9), (29, 22, 35, 30, 0.8)]
