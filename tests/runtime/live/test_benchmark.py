@@ -53,3 +53,14 @@ def test_the_bounds_count_a_convolution_and_a_product(root):
     cost = script["count"](model.SerializeToString())
     assert cost.gflop * 1e9 == pytest.approx(2 * (5 * 6 * 6) * (3 * 3 * 3) + 2 * (4 * 2) * 6)
     assert cost.megabytes * 1e6 == pytest.approx(4 * (5 * 6 * 6 + 4 * 2))
+
+
+def test_the_bounds_count_what_is_written_in_its_own_type(root):
+    onnx = pytest.importorskip("onnx")
+    script = runpy.run_path(str(root / "benchmarks" / "gpu_bounds.py"))
+    model = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 18]>
+        g (float[4, 6] a) => (uint8[24] y, float[1] z) <int64[1] flat = {-1}, float16[1] stored = {1}>
+        { bytes = Cast <to = 2> (a)  y = Reshape (bytes, flat)  z = Cast <to = 1> (stored) }"""
+    )
+    assert script["count"](model.SerializeToString()).megabytes * 1e6 == pytest.approx(4 * 6)
