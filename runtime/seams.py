@@ -88,7 +88,7 @@ def join_tiles(plan: SlidePlan, shape: tuple[int, int], found: Sequence[tuple[Ti
         shape: (H, W) of level 0.
         found: each tile with what it reports, level-0 pixels.
     """
-    factor = (shape[1] / plan.width, shape[0] / plan.height)
+    factor = plan.factor
     extent = (plan.width, plan.height)
     joint = Instances.concatenate(shape, [part for _, part in found])
     tiles = np.repeat([tile.index for tile, _ in found], [len(part) for _, part in found]).astype(np.int64)
