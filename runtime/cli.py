@@ -138,7 +138,8 @@ def _read_voxel_size(
     "--filter",
     "row_filter",
     metavar="CONDITION",
-    help='Report only objects that satisfy it, "mean_intensity < 140 and area_um2 > 20" say.',
+    help='Report only objects that satisfy it, "mean_intensity < 140 and area_um2 > 20" say; columns may be '
+    "compared and reckoned with (+ - * /).",
 )
 @click.option(
     "--tissue/--no-tissue",

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from darcnn.runtime.manifest import ModelInput
 
-__all__ = ["ModelFit", "warn_of_kind", "warn_of_none", "warn_of_size"]
+__all__ = ["ModelFit", "warn_of_kind", "warn_of_noise", "warn_of_none", "warn_of_size"]
 
 _MIN_OBJECTS = 10  # fewer tell nothing
 _MAX_RATIO = 1.6  # of typical and nominal diameter; the shipped models learned from 1.4 either way
 _MIN_TYPICAL_SCORE = 0.8  # half of the findings score below it: the model is guessing
 _SMALLEST_PX = 7.0  # smoothed noise is as large
+_SURE_SCORE = 0.9  # half of the specks in smoothed noise score below 0.83, half of small nuclei above 0.97
 _STEPS_PER_OCTAVE = 64  # of the histogram of sizes
 _OCTAVES = 8  # either way of the nominal diameter
 _SCORE_BINS = 100
@@ -23,9 +24,10 @@ _SCORE_BINS = 100
 
 @dataclass(slots=True)
 class ModelFit:
-    """Takes the objects of a slide part by part; `nominal_diameter_px` in level-0 pixels, as areas are."""
+    """Takes the objects of a slide part by part; diameters in level-0 pixels, as areas are."""
 
     nominal_diameter_px: float
+    measured_px: float | None = None  # where the model measured how large they are
     _sizes: NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(2 * _OCTAVES * _STEPS_PER_OCTAVE + 1, np.int64)
     )
@@ -42,7 +44,12 @@ class ModelFit:
 
     def warnings(self) -> Iterator[str]:
         """Yield one line for each sign that the model does not fit."""
-        if self._scores.sum() < _MIN_OBJECTS:
+        is_few = self._scores.sum() < _MIN_OBJECTS
+        score = (_median_bin(self._scores) + 0.5) / _SCORE_BINS
+        of_noise = None if self.measured_px is None else warn_of_noise(self.measured_px)
+        if of_noise is not None and (is_few or score < _SURE_SCORE):
+            yield of_noise
+        if is_few:
             return
         typical = self.nominal_diameter_px * 2.0 ** (_median_bin(self._sizes) / _STEPS_PER_OCTAVE - _OCTAVES)
         ratio = typical / self.nominal_diameter_px
@@ -51,7 +58,6 @@ class ModelFit:
                 f"objects are typically {typical:.0f} px wide where the model looks for "
                 f"{self.nominal_diameter_px:.0f} px; if they look right, pass --diameter {typical:.0f}"
             )
-        score = (_median_bin(self._scores) + 0.5) / _SCORE_BINS
         if score < _MIN_TYPICAL_SCORE:
             yield (
                 f"the model is unsure (half of the objects score below {score:.2f}): look at the overview; "
@@ -81,6 +87,11 @@ def warn_of_size(model: ModelInput, diameter_px: float | None, *, has_pixel_size
         else:
             instead = "pixels were taken as they are"
         return f"too few objects to measure their size, and {instead}: pass --diameter if there are any"
+    return None
+
+
+def warn_of_noise(diameter_px: float) -> str | None:
+    """Return what a user should know of objects that were measured as small as noise is, None if larger."""
     if diameter_px < _SMALLEST_PX:
         return (
             f"the objects were measured as {diameter_px:.0f} px wide, which is what noise looks like: "
@@ -98,7 +109,10 @@ def warn_of_kind(model: ModelInput, rule: str | None) -> str | None:
     """
     if model.channels == 1 and rule == "stain on glass":
         return "the image looks like stain on glass, and the model sees grey values: is it the right model?"
-    if model.channels == 3 and model.intensity.kind == "full_range" and rule == "bright on dark":
+    if model.channels == 1 and rule == "colours on dark":
+        return "the colours show different things, and the model sees their mean: --channel blue takes one"
+    is_dark = rule in ("bright on dark", "colours on dark")
+    if model.channels == 3 and model.intensity.kind == "full_range" and is_dark:
         return "the image is bright on dark, and the model sees the colours of stain: is it the right model?"
     return None
 

@@ -209,7 +209,7 @@ def _fill(
     of_size = warn_of_size(model, diameter_px, has_pixel_size=plan.mpp is not None)
     of_size = of_size if wish.is_measured else None
     tally = Tally(
-        ModelFit(model.nominal_diameter_px / plan.scale),
+        ModelFit(model.nominal_diameter_px / plan.scale, diameter_px if wish.is_measured else None),
         n_tiles=len(ground.tiles),
         n_tiles_skipped=len(plan.tiles) - len(ground.tiles),
         doubts=tuple(filter(None, (warn_of_kind(model, rule), of_size))),

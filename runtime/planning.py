@@ -135,7 +135,10 @@ def _choose_channel(model: ModelInput, info: SlideInfo, channel: int | None, whe
         names = ", ".join(f"{index} {name}" for index, name in enumerate(info.channel_names[:_NAMED]))
         names += ", ..." if n_channels > _NAMED else ""
         option = "channel= (they come last)" if info.path is None else "--channel"
-        fix = "; ".join((f"choose one with {option}: {names}", *info.doubts))
+        doubts = info.doubts
+        if info.path is None and model.channels == 3 and n_channels == 4:
+            doubts = ("of red, green, blue and alpha pass array[..., :3]",)
+        fix = "; ".join((f"choose one with {option}: {names}", *doubts))
         raise InputError("several channels", where=where, fix=fix)
     return channel
 

@@ -17,6 +17,7 @@ __all__ = ["JsonLines", "Listener", "Terminal"]
 _REDRAW_SECONDS = 0.2
 _JSON_SECONDS = 1.0
 _CLEAR_LINE = "\r\x1b[K"
+_MIN_MEGAPIXELS = 1.0  # below it a speed says how long opening and writing took
 _NAME_WIDTH = 24  # so that the progress line fits a terminal
 
 
@@ -101,8 +102,9 @@ class Terminal:
         if summary.was_done:
             pace = "done before"
         else:
-            speed = summary.megapixels / max(summary.seconds, 1e-9)
-            pace = f"{summary.seconds:.1f} s, {speed:.1f} Mpx/s"
+            pace = f"{summary.seconds:.1f} s"
+            if summary.megapixels >= _MIN_MEGAPIXELS:
+                pace += f", {summary.megapixels / max(summary.seconds, 1e-9):.1f} Mpx/s"
         if summary.measured_px is not None and summary.n_objects:  # else it was not measured but assumed
             objects += f" (taken to be {summary.measured_px:.0f} px across)"
         click.echo(f"{summary.name}: {objects}, {pace}, {summary.overview}")

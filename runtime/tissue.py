@@ -19,7 +19,7 @@ from darcnn.runtime.thumbnail import read_strips, resize_band
 
 __all__ = ["TissueMask", "find_tissue"]
 
-Rule = Literal["stain on glass", "bright on dark", "no background seen"]
+Rule = Literal["stain on glass", "bright on dark", "colours on dark", "no background seen"]
 
 _CELLS_PER_DIAMETER = 2  # a cell of the mask is half a typical object: a lone one still shows
 _MAX_CELLS = 2048  # along a side; 12 um in a slide of 25 mm
@@ -45,6 +45,9 @@ _MAX_STEP = 0.03  # of the slide's range of brightness: 8 of the 256 levels that
 _DARKEST = 5.0  # per cent of what was scanned; cells at the border of the scan are darker
 _MIN_OFFSET = 0.5  # of what is typical: background with an offset is no darker than that
 _MAX_TYPICAL = 0.25  # half of the slide is darker than that, else it is not bright on dark
+# Channels laid over one another: colours differ by that share of the brighter one (DAPI and GFP 0.5, one
+# channel in one hue 0); a colour with less than that share of the widest range shows nothing.
+_MERGED, _MIN_SHOWN = 0.4, 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,8 @@ def find_tissue(
 
     - Colour images with bright glass: tissue is what is coloured or dark, in optical density against the
       glass. Specks (little stain far from any other) are no tissue, unless the slide consists of such.
-    - Dark images: tissue is what is brighter than the background by more than its noise.
+    - Dark images: tissue is what is brighter than the background by more than its noise; the rule tells
+      whether their colours show different things.
     - All else counts as tissue, and so does a picture of few objects.
 
     What lies outside of the scan (black, or of colours white or black) is neither tissue nor background.
@@ -127,6 +131,8 @@ def find_tissue(
         seen, rule = _on_glass(_to_levels(thumbnail, info.dtype)), "stain on glass"
     if seen is None:
         seen, rule = _on_dark(thumbnail), "bright on dark"
+        if seen is not None and info.is_rgb and channels is None and _is_merge(thumbnail):
+            rule = "colours on dark"
     if seen is None or seen.mean() > 1.0 - _MIN_BACKGROUND:
         return whole
     grown = _sum_around(seen, _GROWN_CELLS) > 0
@@ -196,6 +202,17 @@ def _on_dark(values: NDArray[np.float32]) -> NDArray[np.bool_] | None:
         lowest = _lowest_around(np.where(scanned, band, np.inf), _FIELD_CELLS)
         bright |= scanned & ((band > level + step) | (band > lowest + step))
     return bright
+
+
+def _is_merge(colours: NDArray[np.float32]) -> bool:
+    """Tell whether (h, w, 3) colours on dark show different things, each scaled by its own range."""
+    low, high = np.percentile(colours, (1, 99.9), axis=(0, 1))
+    shown = high - low > _MIN_SHOWN * (high - low).max()
+    if shown.sum() < 2:
+        return False
+    scaled = ((colours - low)[..., shown] / (high - low)[shown]).clip(0.0, 1.0)
+    brighter = scaled.max(axis=2)
+    return bool((brighter - scaled.min(axis=2)).mean() > _MERGED * brighter.mean())
 
 
 def _was_scanned(band: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -188,7 +188,10 @@ def run(recipe: Path, out: Path | None, data: Path | None, resume: bool, device:
 
         def is_right(decisions: Decisions) -> bool:
             click.echo(f"{decisions.in_words()}; see {plan.out / 'decisions.png'}")
-            return yes or not sys.stdin.isatty() or click.confirm("Go on?", default=True)
+            if yes or sys.stdin.isatty():
+                return yes or click.confirm("Go on?", default=True)
+            click.echo("no terminal to ask in: taken for right, as with --yes", err=True)
+            return True
 
         run_all(plan, is_right)
         if is_first():

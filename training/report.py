@@ -43,7 +43,9 @@ def write_report(out: Path, recipe: Recipe) -> Path:
     folders = list(_stage_folders(out))
     parts = [_summary(folders)]
     for folder in folders:
-        parts.extend(_stage(folder))
+        shown = list(_stage(folder))
+        if shown:  # a stage that took no step has nothing to show
+            parts.extend((f"<h2>{folder.name}</h2>", *shown))
     parts.append(f"<h2>Recipe</h2><pre>{html.escape(json.dumps(recipe_to_table(recipe), indent=1))}</pre>")
     path = out / "report.html"
     with new_file(path) as temporary:
@@ -89,7 +91,6 @@ def read_label_counts(folder: Path) -> dict[str, int]:
 
 
 def _stage(folder: Path) -> Iterator[str]:
-    yield f"<h2>{folder.name}</h2>"
     history = read_history(folder)
     if history:
         yield _picture(_draw_curves(history), f"losses of {folder.name}")

@@ -57,7 +57,7 @@ class ArrayReader(PlaneReader):
             raise ShapeError(f"{os.fspath(array)!r} names a file, not an array; open it with open_source")
         values = np.asarray(array)
         if values.ndim not in (2, 3):
-            raise ShapeError(f"an image is (H, W) or (H, W, C), not {values.shape}")
+            raise ShapeError(f"an image is (H, W) or (H, W, C), channels last, not {values.shape}")
         if values.size == 0:
             raise ShapeError(f"an image of shape {values.shape} has no pixels")
         dtype = pixel_type(values.dtype)

@@ -27,6 +27,9 @@ _FINER = 3  # outlines are drawn so many times finer and averaged, which smooths
 _DOT_PX = 3.0  # an object smaller than this, in pixels of the picture, is filled: its outline would hide it
 _ON_TISSUE = (0, 225, 70)  # bright green stands out from pink and violet, and is still seen on white
 _ON_BLACK = (190, 255, 40)  # yellow-green stands out from grey and black
+_ON_GREEN = ((255, 60, 255), (255, 230, 0), (255, 255, 255))  # for pictures in which the green is lost
+_SEEN_FROM = 150.0  # grey levels (of red, green and blue together): nearer to the ground a colour is lost
+_LOST = 10  # per cent of the outlines that may be
 _UNREADABLE = (255, 110, 0)  # orange stripes over tiles that are damaged
 _STRIPE_PX, _STRIPES_APART_PX = 3, 12
 _FONT_PX = 18
@@ -74,8 +77,11 @@ def write_overview(
     )
     picture = _shrink(reader, size, window=window, channel=channel, channels=channels)
     picture.paste(_UNREADABLE, mask=_draw_stripes(unreadable, size, reduction))
-    colour = _ON_TISSUE if info.is_rgb else _ON_BLACK
-    picture.paste(colour, mask=_draw_outlines(objects, size, reduction))
+    outlines = _draw_outlines(objects, size, reduction)
+    colour = _choose_colour(picture, outlines) if info.is_rgb else _ON_BLACK
+    if colour in _ON_GREEN:  # half covered, green and magenta make grey
+        outlines = outlines.point(lambda covered: min(255, 2 * covered))
+    picture.paste(colour, mask=outlines)
     n_objects = count_objects(objects)
     words = [model_name, f"{n_objects:,} object{'' if n_objects == 1 else 's'}"]
     if unreadable:
@@ -134,6 +140,18 @@ def _draw_outlines(objects: Path, size: tuple[int, int], reduction: float) -> Im
         for ring in np.split(points, np.searchsorted(owner, np.arange(1, len(rings)))):
             _draw_one(draw, ring)
     return canvas.resize(size, Image.Resampling.BOX)
+
+
+def _choose_colour(picture: Image.Image, outlines: Image.Image) -> tuple[int, int, int]:
+    """Return the colour of outlines on a picture in colours: the usual one, unless it would be lost."""
+    ground = np.asarray(picture)[np.asarray(outlines) > 0].astype(np.float32)  # (N, 3)
+
+    def distance(colour: tuple[int, int, int]) -> float:
+        return float(np.percentile(np.linalg.norm(ground - np.array(colour, np.float32), axis=1), _LOST))
+
+    if not len(ground) or distance(_ON_TISSUE) >= _SEEN_FROM:
+        return _ON_TISSUE
+    return max(_ON_GREEN, key=distance)
 
 
 def _draw_one(draw: ImageDraw.ImageDraw, ring: NDArray[np.float64]) -> None:

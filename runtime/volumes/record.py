@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from darcnn.runtime.diameter import is_size_measured
-from darcnn.runtime.fit import warn_of_none, warn_of_size
+from darcnn.runtime.fit import warn_of_noise, warn_of_none, warn_of_size
 from darcnn.runtime.manifest import ModelInput
 from darcnn.runtime.readers.base import suffix_of
 from darcnn.runtime.volumes.agree import Agreement
@@ -106,7 +106,8 @@ class VolumeCounts:
         if info.is_series and info.pixel_um is None:
             warnings.append("pixel size unknown: micrometre columns are empty")
         elif not info.is_series and info.voxel_nm is None:
-            words = "voxel size unknown: nanometre columns are empty"
+            words = "voxel size unknown: nanometre columns are empty, and planes are taken to lie as far "
+            words += "apart as pixels, which decides what is joined: --voxel-size Z,Y,X tells it"
             is_microscope = not isinstance(info.path, Path) or suffix_of(info.path) not in VOLUME_SUFFIXES
             hint = f"; {info.shape[0]} planes were taken for a volume: --series if they are time points, "
             hint += "--z takes one if they are channels"
@@ -138,5 +139,5 @@ def size_warnings(
     has_pixel_size = volume.info.pixel_nm(chosen.first_axis) is not None
     if not is_size_measured(model, chosen.diameter_px, pixels=chosen.pixels, has_pixel_size=has_pixel_size):
         return []
-    warning = warn_of_size(model, diameter_px, has_pixel_size=has_pixel_size)
-    return [] if warning is None else [warning]
+    of_noise = None if diameter_px is None else warn_of_noise(diameter_px)
+    return list(filter(None, (warn_of_size(model, diameter_px, has_pixel_size=has_pixel_size), of_noise)))

@@ -333,6 +333,18 @@ def test_overview_draws_outlines_on_the_slide_through_the_window(tmp_path):
     assert (picture[400:] < 100).any()  # the legend
 
 
+@pytest.mark.parametrize(
+    ("ground", "is_green"), [((230, 150, 200), True), ((110, 110, 110), True), ((20, 170, 60), False)]
+)
+def test_outlines_on_colours_are_seen_whatever_the_ground(tmp_path, ground, is_green):
+    labels = np.zeros((400, 500), np.int32)
+    labels[100:200, 150:250] = 1
+    pixels = np.full((400, 500, 3), ground, np.uint8)
+    edge = draw_overview(tmp_path, label_instances(labels), pixels)[120:180, 148:153].reshape(-1, 3)
+    assert np.linalg.norm(edge - np.array(ground, float), axis=1).max() > 90  # a line is shared by two pixels
+    assert (edge.max(axis=0)[0] <= max(ground)) == is_green
+
+
 def test_overview_shows_the_brightest_of_separate_channels(tmp_path):
     pixels = np.zeros((40, 50, 3), np.uint16)
     pixels[:20, :, 0], pixels[20:, :, 1], pixels[:, :, 2] = 1000, 10, 60_000  # the model sees two of them

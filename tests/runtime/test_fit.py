@@ -40,6 +40,18 @@ def test_low_scores_are_told() -> None:
     assert "0.78" in warning or "0.77" in warning
 
 
+@pytest.mark.parametrize(
+    ("measured", "score", "n", "is_told"),
+    [(6.0, 0.83, 30, True), (6.0, 0.97, 30, False), (6.0, 0.97, 5, True), (12.0, 0.83, 30, False)],
+)
+def test_objects_as_small_as_noise_are_doubted_where_they_are_few_or_score_low(
+    measured: float, score: float, n: int, is_told: bool
+) -> None:
+    fit = ModelFit(20.0, measured)
+    fit.add(np.full(n, np.pi / 4.0 * 20.0**2), np.full(n, score))
+    assert any("what noise looks like" in warning for warning in fit.warnings()) == is_told
+
+
 def test_a_handful_of_objects_tells_nothing() -> None:
     assert warnings_of([100.0] * 9, [0.5] * 9) == []
 
@@ -65,6 +77,8 @@ def test_it_does_not_matter_in_how_many_parts_objects_come(
         (3, "percentile", "bright on dark", None),
         (3, "full_range", "stain on glass", None),
         (1, "percentile", "bright on dark", None),
+        (1, "percentile", "colours on dark", "--channel"),
+        (3, "full_range", "colours on dark", "is bright on dark"),
         (1, "percentile", None, None),
     ],
 )

@@ -391,8 +391,9 @@ def test_a_model_of_three_channels_takes_three_but_does_not_choose_among_more() 
     three = Segmenter(engine, make_oracle_manifest(engine, halo_px=HALO_PX))
     assert three.plan(slide(channels=3)).channel is None
     for channels in (2, 4):
-        with pytest.raises(InputError, match="several channels; choose one with channel="):
+        with pytest.raises(InputError, match="several channels; choose one with channel=") as told:
             three.plan(slide(channels=channels))
+        assert ("alpha" in str(told.value)) == (channels == 4)
 
 
 def test_a_reader_counts_by_its_own_pixel_size_and_stays_open() -> None:

@@ -85,6 +85,23 @@ def test_on_a_dark_background_what_is_bright_is_tissue(dtype):
     assert mask.cells.mean() < 0.4
 
 
+def test_colours_on_dark_that_show_different_things_are_told():
+    nuclei, cytoplasm = np.zeros((2, 800, 1000))
+    for x in range(100, 1000, 200):
+        nuclei[300:340, x : x + 40], cytoplasm[280:380, x : x + 100] = 150, 120
+    nothing = np.zeros_like(nuclei)
+    for channels, rule in (
+        ((nothing, cytoplasm, nuclei), "colours on dark"),
+        ((nothing, nothing, nuclei), "bright on dark"),
+        ((nuclei, 0.5 * nuclei, nothing), "bright on dark"),  # one channel in orange
+        ((nuclei, nuclei, nuclei), "bright on dark"),
+        ((nothing, nothing, nothing), "bright on dark"),
+    ):
+        picture = np.stack(channels, axis=2).astype(np.uint8)
+        assert mask_of(picture, diameter=40.0).rule == rule
+        assert mask_of(picture, diameter=40.0, channels=(2,)).rule == "bright on dark"  # the one that is seen
+
+
 def test_a_picture_that_is_neither_dark_nor_on_glass_counts_as_tissue():
     grey = np.random.default_rng(2).normal(130, 20, (600, 600)).clip(0, 255).astype(np.uint8)
     assert mask_of(grey, channels=(0,)).rule == "no background seen"

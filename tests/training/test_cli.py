@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from darcnn.training.checkpoint import CheckpointInfo, read_info, save_checkpoint
 from darcnn.training.cli import commands, main
 from darcnn.training.config import Recipe
+from darcnn.training.decisions import Decisions
 from darcnn.training.model.network import Darcnn
 
 STAGES = ("source", "adapt", "refine", "run", "ablation")
@@ -219,6 +220,24 @@ def test_an_interruption_exits_130_and_says_how_to_go_on(
     assert code == 130
     assert "--resume" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("options", [(), ("--yes",)])
+def test_without_a_terminal_it_is_said_that_nobody_was_asked(
+    call: Callable[..., tuple[int, str, str]],
+    recipe_path: Path,
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+) -> None:
+    def ask(run: object, is_right: Callable[[Decisions], bool]) -> None:
+        assert is_right(Decisions(20.0, 18.0, 22.0, True, 0.9, 30))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("darcnn.training.stages.run_all", ask)
+    _, out, err = call("run", recipe_path, "--data", data, *options)
+    assert "objects are 20 px across" in out
+    assert ("no terminal to ask in" in err) == (not options)
 
 
 def test_a_missing_package_names_the_extra_to_install(

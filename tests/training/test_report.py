@@ -125,6 +125,11 @@ def test_a_report_on_some_stages_or_none_is_written(tmp_path: Path, network: Dar
     text = write_report(tmp_path, recipe).read_text()
     assert Page(text).words["h2"] == ["adapt", "Recipe"]
     assert len(pictures(text)) == 1
+    for folder in ("source", "refine"):  # a start that took no step, and a stage with nothing to show
+        save_checkpoint(tmp_path / folder, network, CheckpointInfo(folder, 0, True, recipe))
+    text = write_report(tmp_path, recipe).read_text()
+    assert Page(text).words["h2"] == ["adapt", "Recipe"]
+    assert Page(text).words["td"][::7] == ["source", "adapt", "refine"]  # of the table
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["report.html"]
 
 

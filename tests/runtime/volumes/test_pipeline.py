@@ -428,6 +428,12 @@ def test_planes_of_unknown_distance_are_told_to_be_assumed(
         assert any("how far apart" in warning for warning in summary.warnings) == (name == "not")
         record = json.loads((summary.folder / "run.json").read_text())
         assert record["input"]["voxel_depth_is_known"] == (name == "told")
+    tifffile.imwrite(tmp_path / "bare.tif", balls.astype(np.uint16), photometric="minisblack")
+    (warning,) = (
+        w for w in run_volume(oracle16, tmp_path / "bare.tif", tmp_path / "out").warnings if "voxel" in w
+    )
+    assert "as far apart as pixels" in warning
+    assert "--voxel-size Z,Y,X" in warning
 
 
 def test_the_overview_shows_voxels_as_deep_as_they_are(
