@@ -120,7 +120,7 @@ def _is_told_aside(series: tifffile.TiffPageSeries) -> bool:
 def axes_of(series: tifffile.TiffPageSeries) -> Axes | None:
     """Return the axes of a series, None where it is no image."""
     page = series.keyframe
-    return lay_out(series.get_axes(False), series.get_shape(False), page.axes, page.shape)
+    return lay_out(series.axes, series.shape, page.axes, page.shape)
 
 
 def _check_chain(tiff: tifffile.TiffFile, path: Path) -> None:
