@@ -70,7 +70,7 @@ models: .venv-test/linked
 
 # OpenVINO, CMake and ninja are those of NATIVE_PYTHON. No wheel holds or needs any of this.
 native: $(NATIVE_PYTHON)
-	PATH="$(dir $(abspath $(NATIVE_PYTHON))):$$PATH" && export PATH && \
+	PATH="$$(cd "$$(dirname "$(NATIVE_PYTHON)")" && pwd):$$PATH" && export PATH && \
 		openvino=$$($(NATIVE_PYTHON) -c 'from importlib.util import find_spec as f; print(*f("openvino").submodule_search_locations)') && \
 		cmake -S runtime/native -B "$(NATIVE_BUILD)" -G Ninja -D OpenVINO_DIR="$$openvino/cmake" $(NATIVE_OPTIONS) && \
 		cmake --build "$(NATIVE_BUILD)"

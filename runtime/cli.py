@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -212,6 +213,8 @@ def main(
     One line a slide goes to standard output. The exit code is 0 when every slide is done, 1 when some
     failed or have damaged tiles, 2 when nothing usable was made, 130 after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that it cannot encode stops no batch
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = RunOptions(
         mpp=mpp,
         pixels=pixels,

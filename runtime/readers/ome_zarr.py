@@ -56,8 +56,8 @@ _UM = {
 }
 _OLD_AXES = ("t", "c", "z", "y", "x")  # before 0.3 there were no others
 _RGB_COLOURS = ["FF0000", "00FF00", "0000FF"]
-# What zarr, its codecs and fsspec raise on metadata that lie and on what cannot be fetched or unpacked;
-# aiohttp's own errors are added where it is installed.
+_STORES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}  # what a URL needs besides, by its scheme
+# What zarr and its codecs raise on metadata that lie and on what cannot be unpacked.
 _UNREADABLE = (
     OSError,
     ValueError,
@@ -120,7 +120,7 @@ class OmeZarrReader(PlaneReader):
         where = self._info.path or self._info.name
         try:
             values = np.asarray(array[tuple(spans[axis] for axis in axes)])
-        except unreadable_zarr() as err:
+        except unreadable_zarr(where) as err:
             raise _unreadable(where, err, is_chunk=True) from err
         left = [axis for axis in axes if axis in "cyx"]
         if "c" not in left:
@@ -250,16 +250,16 @@ def open_multiscale(path: Location) -> Multiscale:
     except InputError:
         raise
     except ImportError as err:  # of fsspec, or of what it needs for this kind of URL
-        raise InputError(
-            f"cannot be fetched ({err})", where=path, fix="run pip install 'darcnn[remote]'"
-        ) from err
+        store = _STORES.get(str(path).partition(":")[0], "")
+        fix = f"run pip install 'darcnn[remote]' {store}".rstrip()
+        raise InputError(f"cannot be fetched ({err})", where=path, fix=fix) from err
     except zarr.errors.ContainsArrayError as err:
         raise InputError(
             "is an array without the metadata of OME-Zarr",
             where=path,
             fix="name the folder above if that is an OME-Zarr image, or write one with ome-zarr",
         ) from err
-    except unreadable_zarr() as err:
+    except unreadable_zarr(path) as err:
         raise _unreadable(path, err) from err
 
 
@@ -331,13 +331,9 @@ def _digest(stored: Multiscale) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def unreadable_zarr() -> tuple[type[BaseException], ...]:
-    """Return what is raised on images that are damaged or cannot be fetched."""
-    try:
-        from aiohttp import ClientError
-    except ImportError:
-        return _UNREADABLE
-    return (*_UNREADABLE, ClientError)
+def unreadable_zarr(path: Location) -> tuple[type[Exception], ...]:
+    """Return what is raised on an image that is damaged or cannot be fetched: each network has its own."""
+    return (Exception,) if is_url(path) else _UNREADABLE
 
 
 def _unreadable(path: Location, err: BaseException, *, is_chunk: bool = False) -> InputError:

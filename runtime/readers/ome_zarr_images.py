@@ -19,7 +19,7 @@ def list_zarr_images(path: Location) -> list[Location]:
     Plates and wells hold fields (OME-Zarr 0.4 and 0.5), a file converted by bioformats2raw the images of
     that file. A well that its plate names and that cannot be read stands for itself: opening it says why.
     """
-    unreadable: tuple[type[BaseException], ...] = (ImportError, *unreadable_zarr())
+    unreadable: tuple[type[BaseException], ...] = (ImportError, *unreadable_zarr(path))
     try:
         group = zarr.open_group(path, mode="r")
         attributes = ome_attributes(group)

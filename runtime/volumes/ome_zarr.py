@@ -135,7 +135,7 @@ def _read_at(image: Multiscale, where: dict[str, Any], path: Location) -> NDArra
     """Return the values of level 0 at these places of some axes, in the order z t y x of what is left."""
     try:
         values = np.asarray(image.arrays[0][tuple(where.get(axis, slice(None)) for axis in image.axes)])
-    except unreadable_zarr() as err:
+    except unreadable_zarr(path) as err:
         raise InputError(f"cannot be read ({err})", where=path, fix="copy it again") from err
     left = [axis for axis in image.axes if isinstance(where.get(axis, slice(None)), slice)]
     values = values.transpose([left.index(axis) for axis in "ztyx" if axis in left])

@@ -71,6 +71,15 @@ def test_a_folder_of_images_is_run_in_order(loaded, slides, tmp_path):
     assert loaded == [("oracle", "cpu", None)]
 
 
+def test_a_name_that_the_terminal_cannot_show_stops_no_batch(loaded, slides, tmp_path):
+    (slides / "a.png").rename(slides / "a 細胞.png")
+    result = CliRunner(charset="cp1252").invoke(
+        main, [str(slides), "--model", "oracle", "--out", str(tmp_path / "out")]
+    )
+    assert result.exit_code == 0, result.exception
+    assert [line.split(":")[0] for line in result.stdout.splitlines()] == ["a \\u7d30\\u80de", "b"]
+
+
 def test_options_reach_the_run(loaded, slides, tmp_path):
     out = tmp_path / "out"
     arguments = ["--mpp", 0.5, "--diameter", 28, "--channel", "red", "--z", 0, "--min-score", 0.75, "--quiet"]

@@ -2,6 +2,7 @@
 
 import json
 import random
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -231,6 +232,32 @@ def test_inputs_may_be_folders_of_zarr_and_urls(tmp_path):
     found = list_slides([str(tmp_path), str(tmp_path / "plain"), "https://nowhere.invalid/x/c.zarr"])
     names = ["a.png", "b.ome.zarr", "plain"]
     assert list(found) == [*(tmp_path / name for name in names), "https://nowhere.invalid/x/c.zarr"]
+
+
+def test_errors_of_any_network_are_one_line():
+    fsspec = pytest.importorskip("fsspec", reason="needs the extra remote")
+
+    class NoCredentialsError(Exception):
+        """What a store's own library raises."""
+
+    class Locked(fsspec.AbstractFileSystem):
+        protocol = "locked"
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            raise NoCredentialsError("no credentials")
+
+    fsspec.register_implementation("locked", Locked, clobber=True)
+    with pytest.raises(InputError, match=r"no credentials.*check the address"):
+        open_source("locked://bucket/a.zarr")
+
+
+def test_the_package_of_a_kind_of_store_is_named():
+    pytest.importorskip("aiohttp", reason="needs the extra remote")
+    if find_spec("s3fs") is not None:
+        pytest.skip("s3fs is installed")
+    with pytest.raises(InputError, match=r"pip install 'darcnn\[remote\]' s3fs"):
+        open_source("s3://bucket/a.zarr")
 
 
 def test_an_address_that_does_not_answer_is_one_line(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import struct
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,7 @@ def test_a_truncated_mrc_is_told(tmp_path: Path, kept: int) -> None:
 
 
 def test_a_file_with_a_tail_is_read_without_a_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    warnings.simplefilter("ignore", DeprecationWarning)  # of NumPy, about mrcfile
     path = mrc(tmp_path / "a.mrc")
     path.write_bytes(path.read_bytes() + bytes(100))
     np.testing.assert_array_equal(pixels_of(path, z=3)[:, :, 0], VOLUME[3])
