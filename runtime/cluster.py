@@ -11,132 +11,45 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-from distributed import Client, LocalCluster, WorkerPlugin, as_completed, get_worker
+from distributed import Client, LocalCluster, Security, wait
 from distributed.scheduler import KilledWorker
 
-from darcnn.runtime.batch import run_picture
-from darcnn.runtime.errors import BundleError, DarcnnError, DeviceError, UsageError
+from darcnn.runtime.cluster_worker import (
+    LoadedModel,
+    SlideSource,
+    WorkerModel,
+    work_on_block,
+    work_on_picture,
+    work_on_row,
+)
+from darcnn.runtime.errors import BundleError, DarcnnError, DeviceError, InputError, UsageError
+from darcnn.runtime.interrupts import without_interrupts
 from darcnn.runtime.pipeline import RunOptions, RunSummary
-from darcnn.runtime.readers.open import open_source
 from darcnn.runtime.readers.protocol import Location, Reader
 from darcnn.runtime.record import model_hash
-from darcnn.runtime.rows import FoundRow, Row, SlideTask, find_row
+from darcnn.runtime.rows import FoundRow, Row, SlideTask
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.sinks.atomic import translated
-from darcnn.runtime.volumes.find import Block, FoundBlock, find_block
+from darcnn.runtime.volumes.find import Block, FoundBlock
 
-__all__ = ["ClusterRunner", "SlideSource", "open_cluster"]
+__all__ = ["ClusterRunner", "open_cluster"]
 
 _Item = TypeVar("_Item")
-_Found = TypeVar("_Found")
 _AHEAD = 2  # rows that each worker has in hand: the next one waits where the last ends
 _CONNECT_SECONDS, _WORKER_SECONDS = 20, 60
-
-
-@dataclass(frozen=True, slots=True)
-class SlideSource:
-    """What a worker opens."""
-
-    path: Location
-    z: int | None
-    t: int | None
-
-
-class _Model(WorkerPlugin):
-    """The segmenter of a worker, loaded once, and the slide that it read last."""
-
-    def __init__(self, make_segmenter: Callable[[], Segmenter], *, is_ours: bool) -> None:
-        self._make = make_segmenter
-        self._is_ours = is_ours
-        self.segmenter: Segmenter | None = None
-        self._opened: tuple[SlideSource, Reader] | None = None
-        self.lock: Any = None  # one row at a time, however many threads the worker has
-
-    def setup(self, worker: Any) -> None:
-        if self._is_ours:  # Ctrl-C reaches every process of a terminal; the one that gave us work ends us
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.segmenter = self._make()
-        self.lock = threading.Lock()
-
-    def teardown(self, worker: Any) -> None:
-        # a worker of our own ends with its process; another's goes on, after what it has begun
-        with nullcontext() if self._is_ours or self.lock is None else self.lock:
-            self._close_slide()
-            if self.segmenter is not None:
-                self.segmenter.close()
-
-    def open(self, source: SlideSource) -> Reader:
-        if self._opened is None or self._opened[0] != source:
-            self._close_slide()
-            self._opened = (source, open_source(source.path, z=source.z, t=source.t))
-        return self._opened[1]
-
-    def _close_slide(self) -> None:
-        if self._opened is not None:
-            self._opened[1].close()
-            self._opened = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """The model that a command has brought to the workers."""
-
-    plugin: str  # its name there, each command's own: several may share a scheduler
-    sha256: str  # of its manifest
-
-
-@contextmanager
-def _own_model(model: _Loaded) -> Iterator[tuple[_Model, Segmenter]]:
-    """Give a worker its plugin and segmenter, to one task at a time."""
-    worker = get_worker()
-    if model.plugin not in worker.plugins:
-        raise DeviceError("has lost the model", where=worker.address, fix="run the command again")
-    plugin = cast(_Model, worker.plugins[model.plugin])
-    with plugin.lock:
-        segmenter = plugin.segmenter
-        assert segmenter is not None  # set up before the first task
-        if model_hash(segmenter.manifest) != model.sha256:
-            raise DeviceError("has another model of that name", where=get_worker().address, fix="update it")
-        yield plugin, segmenter
-
-
-def _find_row(model: _Loaded, source: SlideSource, task: SlideTask, row: Row) -> FoundRow:
-    """Find a row, in a worker."""
-    with _own_model(model) as (plugin, segmenter):
-        return find_row(segmenter, plugin.open(source), task, row)
-
-
-def _find_block(model: _Loaded, block: Block) -> FoundBlock:
-    """Find a block, in a worker."""
-    with _own_model(model) as (_, segmenter):
-        return find_block(segmenter, block)
-
-
-def _run_picture(
-    model: _Loaded, out_dir: Path, options: RunOptions, picture: tuple[int, tuple[Location, Path]]
-) -> tuple[int, RunSummary | DarcnnError]:
-    """Run a whole picture, in a worker."""
-    number, (path, below) = picture
-    with _own_model(model) as (_, segmenter):
-        try:
-            return number, run_picture(segmenter, path, out_dir / below, options)
-        except (BundleError, DeviceError):  # no other picture would fare better
-            raise
-        except DarcnnError as err:
-            return number, err
+_LOOK_SECONDS = 5  # between looks at whether there are workers
 
 
 class ClusterRunner:
@@ -158,9 +71,9 @@ class ClusterRunner:
         """Yield the rows as workers finish them: a `RowRunner`.
 
         Raises:
-            InputError: the slide cannot be read by a worker.
+            InputError: the slide cannot be read by a worker, or a row of it killed several.
             UsageError: the slide lies in memory, where no worker sees it.
-            DeviceError: a row killed several workers, or the scheduler is gone.
+            DeviceError: the scheduler or all workers are gone, or one cannot load the model.
         """
         path = reader.info.path
         if path is None:
@@ -169,8 +82,9 @@ class ClusterRunner:
         # the tiles of all other rows need not travel
         common = replace(task, plan=replace(task.plan, tiles=()))
         n_tiles = {row.number: len(row.tiles) for row in rows}
-        work = partial(_find_row, self._loaded(segmenter), source, common)
-        for found in self._spread(work, rows):
+        work = partial(work_on_row, self._loaded(segmenter), source, common)
+        for _, future in self._spread(work, rows):
+            found: FoundRow = self._result(future, path)
             yield found
             advance(n_tiles[found.number], found.table.num_rows)
 
@@ -182,12 +96,13 @@ class ClusterRunner:
         Workers must see the volume, or what it was unpacked to in the folder of results, under the same path.
 
         Raises:
-            InputError: the volume cannot be read by a worker.
-            DeviceError: a block killed several workers, or the scheduler is gone.
+            InputError: the volume cannot be read by a worker, or a block of it killed several.
+            DeviceError: the scheduler or all workers are gone, or one cannot load the model.
         """
         n_planes = {block.number: block.stop - block.start for block in blocks}
-        work = partial(_find_block, self._loaded(segmenter))
-        for found in self._spread(work, [block.for_others() for block in blocks]):
+        work = partial(work_on_block, self._loaded(segmenter))
+        for number, future in self._spread(work, [block.for_others() for block in blocks]):
+            found: FoundBlock = self._result(future, blocks[number].view.stack.volume.info.path)
             yield found
             advance(n_planes[found.number], found.table.num_rows)
 
@@ -200,70 +115,154 @@ class ClusterRunner:
     ) -> Iterator[tuple[int, RunSummary | DarcnnError]]:
         """Yield what came of each picture as workers finish them: a `SlideRunner`.
 
-        Nothing comes of any where workers do not see `out_dir`.
+        Nothing comes of any where workers do not see `out_dir`, or nothing can be written there.
 
         Raises:
-            OutputError: there cannot be files in `out_dir`.
-            BundleError, DeviceError: no picture would fare better, or one killed several workers.
+            OutputError: `out_dir` cannot be made.
+            BundleError, DeviceError: no picture would fare better.
         """
         with translated(out_dir):
             out_dir.mkdir(parents=True, exist_ok=True)
+        try:
             probe = NamedTemporaryFile(dir=out_dir, prefix=".", suffix=".seen")  # noqa: SIM115  # see below
+        except OSError:  # those that are done need no worker, the others say it
+            return
         with probe:
             sees = self._client.run(os.path.exists, str(Path(probe.name).resolve()))
         if not all(sees.values()):
             return
         if options.roi is not None and Path(options.roi).is_file():
             options = replace(options, roi=str(Path(options.roi).resolve()))
-        work = partial(_run_picture, self._loaded(segmenter), out_dir.resolve(), options)
+        work = partial(work_on_picture, self._loaded(segmenter), out_dir.resolve(), options)
         # not resolved: a link's own name is that of its result
         places = [(path if isinstance(path, str) else path.absolute(), below) for path, below in pictures]
-        for number, result in self._spread(work, list(enumerate(places))):
-            if isinstance(result, RunSummary):  # as the command was given it
-                folder = out_dir / pictures[number][1] / result.folder.name
-                result = replace(result, folder=folder, overview=folder / result.overview.name)
-            yield number, result
+        for number, future in self._spread_surely(work, places):
+            path, below = pictures[number]
+            try:
+                summary: RunSummary = self._result(future, path)
+            except (BundleError, DeviceError):
+                raise
+            except DarcnnError as err:
+                yield number, err
+                continue
+            folder = out_dir / below / summary.folder.name  # as the command was given it
+            yield number, replace(summary, folder=folder, overview=folder / summary.overview.name)
 
-    def _loaded(self, segmenter: Segmenter) -> _Loaded:
-        return _Loaded(self._plugin, model_hash(segmenter.manifest))
+    def _loaded(self, segmenter: Segmenter) -> LoadedModel:
+        return LoadedModel(self._plugin, model_hash(segmenter.manifest))
 
-    def _spread(self, work: Callable[[_Item], _Found], items: Sequence[_Item]) -> Iterator[_Found]:
-        """Yield what workers make of `items`, as they finish; each has one more waiting."""
+    def _spread_surely(
+        self, work: Callable[[_Item], object], items: Sequence[_Item]
+    ) -> Iterator[tuple[int, Any]]:
+        """Spread items each of which may fail: those that seem to kill workers are tried again, alone.
+
+        An item that waits at a worker is held to have killed it as well.
+        """
+        suspects = []
+        for number, future in self._spread(work, items):
+            if future.status == "error" and isinstance(future.exception(), KilledWorker):
+                suspects.append(number)
+            else:
+                yield number, future
+        for number in suspects:
+            for _, future in self._spread(work, items[number : number + 1]):
+                yield number, future
+
+    def _spread(self, work: Callable[[_Item], object], items: Sequence[_Item]) -> Iterator[tuple[int, Any]]:
+        """Yield the number of each item and the future of its result as it is finished.
+
+        Each worker has one more waiting.
+        """
         waiting, run = iter(enumerate(items)), uuid.uuid4().hex
+        running: dict[Any, int] = {}
 
-        def submit(number: int, item: _Item) -> Any:
-            return self._client.submit(work, item, key=f"darcnn-{number}-{run}", pure=False)
+        def submit(n_items: int) -> None:
+            for number, item in islice(waiting, n_items):
+                future = self._client.submit(work, item, key=f"darcnn-{number}-{run}", pure=False)
+                running[future] = number
 
-        n_ahead = _AHEAD * max(1, len(self._client.nthreads()))
-        first = [submit(*item) for item in islice(waiting, n_ahead)]
-        running = as_completed(first, loop=self._client.loop)
+        self._revive()
+        submit(_AHEAD * max(1, len(self._client.nthreads())))
         try:
-            for future in running:
-                found: _Found = _result(future)
-                future.release()
-                for item in islice(waiting, 1):
-                    running.add(submit(*item))
-                yield found
+            while running:
+                for future in self._wait(list(running)):
+                    number = running.pop(future)
+                    submit(1)
+                    yield number, future
         finally:
-            self._client.cancel(list(running.futures))
+            self._client.cancel(list(running))
 
+    def _wait(self, running: Sequence[Any]) -> Collection[Any]:
+        """Return which are finished, one at least.
 
-def _result(future: Any) -> Any:
-    try:
-        return future.result()
-    except KilledWorker as err:
+        Raises:
+            DeviceError: the scheduler is gone, or all workers for a minute.
+        """
+        seen = time.monotonic()
+        while time.monotonic() - seen < _WORKER_SECONDS:
+            try:
+                with self._client.as_current():
+                    done: Collection[Any] = wait(running, _LOOK_SECONDS, return_when="FIRST_COMPLETED").done
+                return done
+            except TimeoutError:
+                self._revive()
+                with suppress(OSError):  # no answer: if the scheduler is gone, all is cancelled soon
+                    seen = time.monotonic() if self._client.nthreads() else seen
+            except CancelledError as err:
+                raise _lost_scheduler() from err
         raise DeviceError(
-            f"a part of the work took {err.allowed_failures + 1} workers with it",
-            where=err.last_worker.address,
-            fix="give the workers more memory, or run fewer of them",
-        ) from err
-    except CancelledError as err:
-        raise DeviceError(
-            "the scheduler is gone", where="--scheduler", fix="start it again; the same command goes on"
-        ) from err
+            "no workers are left",
+            where="the cluster",
+            fix="see why they ended, and start them again; the same command goes on",
+        )
+
+    def _revive(self) -> None:
+        """Have workers of our own started again that Dask has given up: those that died as they began."""
+        if isinstance(own := self._client.cluster, LocalCluster):
+            own.scale(len(own.worker_spec))
+
+    def _result(self, future: Any, where: Location) -> Any:
+        """Return what a worker has made of the slide `where` or a part of it; what it raised is raised."""
+        while True:
+            self._wait([future])
+            try:
+                result = future.result(timeout=_WORKER_SECONDS)
+            except TimeoutError:
+                if future.status == "error":
+                    raise
+                continue  # it has gone with the worker that had it: another does the work again
+            except KilledWorker as err:
+                raise InputError(
+                    f"took {err.allowed_failures + 1} workers with it",
+                    where=where,
+                    fix="give the workers more memory, or run fewer of them",
+                ) from err
+            except CancelledError as err:
+                raise _lost_scheduler() from err
+            future.release()
+            return result
 
 
-def _load_model(client: Client, model: _Model, name: str) -> None:
+def _lost_scheduler() -> DeviceError:
+    return DeviceError(
+        "the scheduler is gone", where="--scheduler", fix="start it again; the same command goes on"
+    )
+
+
+def _check_address(scheduler: str) -> None:
+    """Raise what a Dask client would tell in pages, and wait for."""
+    protocol = scheduler.partition("://")[0]
+    if protocol not in ("tcp", "tls"):
+        raise UsageError(f"{scheduler!r} is no address", where="--scheduler", fix="give tcp://host:8786")
+    if protocol == "tls" and Security().get_connection_args("client").get("ssl_context") is None:
+        raise UsageError(
+            "tls:// needs certificates",
+            where="--scheduler",
+            fix="name them in Dask's settings, distributed.comm.tls, or give a tcp:// address",
+        )
+
+
+def _load_model(client: Client, model: WorkerModel, name: str) -> None:
     try:
         client.register_plugin(model, name=name)
     except DarcnnError:
@@ -300,17 +299,19 @@ def open_cluster(
     """
     with ExitStack() as stack:
         if scheduler is None:
-            address: Any = stack.enter_context(
-                LocalCluster(
-                    n_workers=n_workers,
-                    threads_per_worker=1,
-                    processes=True,
-                    dashboard_address="127.0.0.1:0",  # a free port, seen on this machine only
-                    memory_limit=0,  # slides are read in pieces: no worker need be stopped for what it holds
-                    silence_logs=logging.CRITICAL,
+            with without_interrupts():
+                address: Any = stack.enter_context(
+                    LocalCluster(
+                        n_workers=n_workers,
+                        threads_per_worker=1,
+                        processes=True,
+                        dashboard_address="127.0.0.1:0",  # a free port, seen on this machine only
+                        memory_limit=0,  # slides are read in pieces: no worker is stopped for what it holds
+                        silence_logs=logging.CRITICAL,
+                    )
                 )
-            )
         else:
+            _check_address(scheduler)
             address = scheduler
         try:
             client = stack.enter_context(Client(address, timeout=_CONNECT_SECONDS, set_as_default=False))
@@ -322,8 +323,8 @@ def open_cluster(
                 fix="start one with `dask scheduler` and `dask worker`, or pass --workers",
             ) from err
         plugin = f"darcnn-model-{uuid.uuid4().hex}"
-        _load_model(client, _Model(make_segmenter, is_ours=scheduler is None), plugin)
         try:
+            _load_model(client, WorkerModel(make_segmenter, is_ours=scheduler is None), plugin)
             yield ClusterRunner(client, plugin, z=z, t=t)
         finally:
             if scheduler is not None:  # workers of our own end with their memory

@@ -39,6 +39,7 @@ UNPICKLER = {"pickle.Unpickler", "pickle.UnpicklingError"}
 # Modules of the runtime that may import an extra, and which; nothing else there leaves the base install.
 EXTRAS_OF_RUNTIME: dict[str, set[str]] = {
     "runtime/cluster.py": {"distributed"},
+    "runtime/cluster_worker.py": {"distributed"},
     "runtime/engines/cuda.py": {"cuda"},
     "runtime/engines/openvino.py": {"openvino"},
     "runtime/live/micromanager.py": {"pymmcore_plus", "useq"},

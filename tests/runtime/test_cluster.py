@@ -1,6 +1,10 @@
-"""Many processes find what one finds, to the byte; a worker that dies loses its row only."""
+"""Many processes find what one finds, to the byte; what fails in one of them stops no other work."""
 
+import asyncio
+import errno
 import os
+import signal
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +17,10 @@ cluster = pytest.importorskip("darcnn.runtime.cluster", reason="needs the extra 
 
 from darcnn.runtime import batch  # noqa: E402
 from darcnn.runtime.cli import main  # noqa: E402
+from darcnn.runtime.cluster_worker import WorkerModel  # noqa: E402
 from darcnn.runtime.engines.oracle import OracleEngine, encode_labels, make_oracle_manifest  # noqa: E402
 from darcnn.runtime.errors import BundleError, DeviceError, InputError, OutputError, UsageError  # noqa: E402
+from darcnn.runtime.interrupts import without_interrupts  # noqa: E402
 from darcnn.runtime.load import load  # noqa: E402
 from darcnn.runtime.pipeline import RunOptions, run_slide  # noqa: E402
 from darcnn.runtime.readers.array import ArrayReader  # noqa: E402
@@ -46,11 +52,16 @@ def oracle(engine=OracleEngine, **options):
 
 
 @pytest.fixture
-def deadly(tmp_path, monkeypatch):
-    """Return what makes a segmenter that kills so many processes."""
+def importable(monkeypatch):
+    """Let workers import what lies beside this file."""
     here = str(Path(__file__).parent)
     monkeypatch.syspath_prepend(here)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])]))
+
+
+@pytest.fixture
+def deadly(importable, tmp_path):
+    """Return what makes a segmenter that kills so many processes."""
     from deadly_engine import DeadlyEngine
 
     (tmp_path / "tombs").mkdir()
@@ -97,11 +108,6 @@ def test_workers_find_what_one_process_finds_to_the_byte(slide, alone, tmp_path,
 def test_a_worker_that_dies_loses_its_row_only(slide, alone, deadly, tmp_path):
     assert run_with(deadly(2), slide, tmp_path / "out", n_workers=2) == alone
     assert len(list((tmp_path / "tombs").iterdir())) == 2
-
-
-def test_a_row_that_kills_every_worker_is_one_line(slide, deadly, tmp_path):
-    with pytest.raises(DeviceError, match="workers with it"):
-        run_with(deadly(99), slide, tmp_path / "out", n_workers=1)
 
 
 def test_two_commands_share_a_scheduler(slide, alone, tmp_path):
@@ -267,19 +273,136 @@ def test_pictures_are_not_spread_where_workers_do_not_see_the_folder_of_results(
             )
 
 
-def test_a_picture_that_kills_every_worker_is_one_line(pictures, deadly, tmp_path):
+@pytest.mark.parametrize("as_wholes", [False, True])
+def test_a_picture_that_kills_its_workers_fails_alone(importable, tmp_path, as_wholes):
+    import dask
+    from deadly_engine import DEADLY, OneDeadlyPicture
+
+    labels = np.zeros((200, 200), np.int32)
+    labels[50:60, 50:60] = 1
+    paths = [tmp_path / f"{name}.png" for name in "abc"]
+    for path in paths:
+        pixels = encode_labels(labels)
+        pixels[:2, :2] = DEADLY if path.stem == "b" else 0
+        Image.fromarray(pixels).save(path)
+    told = Told()
     with (
-        cluster.open_cluster(deadly(99), n_workers=1) as runner,
+        dask.config.set(
+            {"distributed.scheduler.allowed-failures": 0}
+        ),  # of the default, 3, each takes seconds
+        cluster.open_cluster(oracle(OneDeadlyPicture), n_workers=1) as runner,
         oracle()() as segmenter,
-        pytest.raises(DeviceError, match="workers with it"),
     ):
-        list(runner.run_pictures(segmenter, here(pictures[:1]), tmp_path / "out", RunOptions(pixels=True)))
+        wholes = runner.run_pictures if as_wholes else None
+        finders = batch.Finders(runner.find_rows, runner.find_blocks, wholes)
+        options = RunOptions(pixels=True)
+        outcome = batch.run_batch(
+            segmenter, paths, tmp_path / "out", options=options, listener=told, finders=finders
+        )
+    assert (outcome.n_done, outcome.n_failed) == (2, 1)
+    assert sorted(summary.name for summary in told.done) == ["a", "c"]
+    assert told.failed == [
+        f"{paths[1]}: took 1 workers with it; give the workers more memory, or run fewer of them"
+    ]
+
+
+def find_all(runner, slide, out):
+    """Run a slide by rows on a cluster that is open."""
+    with oracle()() as segmenter, open_source(slide) as reader:
+        return run_slide(segmenter, reader, out, find_rows=runner.find_rows)
+
+
+def test_workers_that_all_go_are_told_of(slide, tmp_path, monkeypatch):
+    from distributed import LocalCluster
+
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as shared,
+        cluster.open_cluster(oracle(), scheduler=shared.scheduler_address) as runner,
+    ):
+        shared.scale(0)
+        monkeypatch.setattr(cluster, "_LOOK_SECONDS", 0.2)
+        monkeypatch.setattr(cluster, "_WORKER_SECONDS", 2)
+        with pytest.raises(DeviceError, match="no workers are left"):
+            find_all(runner, slide, tmp_path)
+
+
+def test_a_worker_that_comes_back_without_the_model_says_why(importable, slide, tmp_path):
+    from deadly_engine import make_once
+
+    with cluster.open_cluster(partial(make_once, oracle(), tmp_path / "marker"), n_workers=1) as runner:
+        [pid] = runner._client.run(os.getpid).values()
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(DeviceError, match=r"cannot load the model \(cuda:0: no memory left; wait\)"):
+            find_all(runner, slide, tmp_path / "out")
+
+
+def test_a_model_that_one_worker_cannot_load_stays_on_no_other(importable, tmp_path):
+    from deadly_engine import make_once
+    from distributed import Client, LocalCluster
+
+    def models(dask_worker):
+        return [name for name in dask_worker.plugins if name.startswith("darcnn")]
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as shared:
+        make = partial(make_once, oracle(), tmp_path / "marker")
+        with (
+            pytest.raises(DeviceError, match="no memory left"),
+            cluster.open_cluster(make, scheduler=shared.scheduler_address),
+        ):
+            pass
+        with Client(shared.scheduler_address, set_as_default=False) as client:
+            assert list(client.run(models).values()) == [[], []]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="systems without it have no way")
+def test_ctrl_c_is_for_the_command_not_for_its_workers():
+    was_ready = []
+
+    def start():
+        with without_interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            was_ready.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert was_ready
+    with cluster.open_cluster(oracle(), n_workers=1) as runner:
+        [blocked] = runner._client.run(signal.pthread_sigmask, signal.SIG_BLOCK, []).values()
+    assert signal.SIGINT in blocked
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_worker_answers_while_a_model_waits_for_its_last_task():
+    model = WorkerModel(oracle(), is_ours=False)
+    model.setup(None)
+
+    async def leave():
+        leaving = asyncio.create_task(model.teardown(None))
+        await asyncio.sleep(0.1)
+        was_at_work = model.lock.locked()
+        await leaving
+        return was_at_work
+
+    model.lock.acquire()
+    threading.Timer(1, model.lock.release).start()
+    assert asyncio.run(leave())
+
+
+def test_a_folder_that_cannot_be_written_to_spreads_no_pictures(pictures, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(cluster, "NamedTemporaryFile", refuse)  # root may write anywhere
+    runner = cluster.ClusterRunner(None, "model", z=None, t=None)
+    assert list(runner.run_pictures(None, here(pictures), tmp_path, RunOptions())) == []
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--scheduler", "tcp://127.0.0.1:1"], "no scheduler with workers answers"),
+        (["--scheduler", "tls://127.0.0.1:1"], "tls:// needs certificates"),
+        (["--scheduler", "127.0.0.1"], "'127.0.0.1' is no address; give tcp://host:8786"),
         (["--scheduler", "tcp://127.0.0.1:1", "--workers", "2"], "pass one of them"),
     ],
 )
