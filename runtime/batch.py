@@ -14,6 +14,7 @@ from darcnn.runtime.errors import (
     DarcnnError,
     DeviceError,
     UsageError,
+    without_secrets,
 )
 from darcnn.runtime.pipeline import RunOptions, RunSummary, run_slide
 from darcnn.runtime.progress import Listener
@@ -138,7 +139,7 @@ def run_picture(
         with open_source(path, z=options.z, t=options.t) as reader:
             return run_slide(segmenter, reader, out_dir, options=options, **how)
     except OSError as err:  # what no reader and no sink foresaw
-        raise output_error(err, Path(err.filename or path)) from err
+        raise output_error(err, Path(err.filename or without_secrets(path))) from err
 
 
 def _run_pictures(
@@ -212,7 +213,7 @@ def _run_one(
     except DarcnnError as err:
         return err
     except OSError as err:  # what no reader and no sink foresaw
-        return output_error(err, Path(err.filename or path))
+        return output_error(err, Path(err.filename or without_secrets(path)))
 
 
 def _is_series(path: Location, options: RunOptions, volume_options: VolumeOptions | None) -> bool:

@@ -295,7 +295,8 @@ def _read_out(text: str) -> Path:
 
 def _after_interruption(*, overwrite: bool, restart: bool) -> str:
     if overwrite:
-        return "interrupted; the same command begins anew with all slides, for --overwrite asks for it"
+        rest = "" if restart else ", and goes on with the one that is not"
+        return f"interrupted; for --overwrite, the same command does finished slides again{rest}"
     without = " without --restart" if restart else ""
     return f"interrupted; the same command{without} goes on where it stopped"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 __all__ = [
@@ -16,23 +17,26 @@ __all__ = [
     "OutputError",
     "ShapeError",
     "UsageError",
+    "without_secrets",
 ]
 
 EXIT_PARTIAL = 1  # some inputs failed or are damaged, the rest is done
 EXIT_UNUSABLE = 2  # nothing usable was made
 EXIT_INTERRUPTED = 130  # Ctrl-C, after committing what is finished
+# of a URL: user and password, and what comes after the path; in a sentence it may stand in quotes or brackets
+_USER, _QUERY = re.compile(r"(?<=://)[^/?#\s]*@"), re.compile(r"(://[^?#]*)[?#][^\s'\")]*")
 
 
 class DarcnnError(Exception):
-    """A failure that a user can act on, printed as one line: `where: problem; fix`.
+    """A failure that a user can act on, printed as one line: `where: problem; fix`, without secrets of URLs.
 
     >>> str(InputError("no pixel size in the metadata", where="a.tif", fix="pass --mpp 0.25"))
     'a.tif: no pixel size in the metadata; pass --mpp 0.25'
     """
 
     def __init__(self, problem: str, *, where: str | Path, fix: str) -> None:
-        self.problem = _one_line(problem)
-        self.where = str(where)
+        self.problem = without_secrets(_one_line(problem))
+        self.where = without_secrets(where)
         self.fix = _one_line(fix)
         super().__init__(f"{self.where}: {self.problem}; {self.fix}")
 
@@ -70,6 +74,15 @@ class OutputError(DarcnnError):
 
 class ShapeError(ValueError):
     """An array has the wrong shape or type: a mistake of the calling program."""
+
+
+def without_secrets(text: str | Path) -> str:
+    """Return a path or text, its URLs without what may let others in: user, password and query.
+
+    >>> without_secrets("https://me:secret@a.org/b.zarr?token=1"), without_secrets(Path("a?b"))
+    ('https://a.org/b.zarr', 'a?b')
+    """
+    return _QUERY.sub(r"\1", _USER.sub("", str(text)))
 
 
 def _rebuild(kind: type[DarcnnError], problem: str, where: str, fix: str) -> DarcnnError:

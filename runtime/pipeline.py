@@ -27,6 +27,7 @@ from darcnn.runtime.readers.mended import MendedReader
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.record import (
     asked_model,
+    check_engine,
     fingerprint,
     fingerprint_pixels,
     hash_of,
@@ -46,6 +47,7 @@ from darcnn.runtime.sinks.result_folder import (
     RUN_FILE,
     ResultFolder,
     claim_folder,
+    drop_parts,
     make_folder_name,
 )
 from darcnn.runtime.tally import Tally
@@ -138,8 +140,8 @@ def run_slide(
     wish = _check(segmenter, reader, options or RunOptions())
     folder = out_dir / make_folder_name(reader.info.name)
     final = {**wish.asked, "filter": wish.options.row_filter}
-    earlier = None if wish.options.overwrite else read_record(folder / RUN_FILE, final)
-    if earlier is not None:
+    if not wish.options.overwrite and (earlier := read_record(folder / RUN_FILE, final)) is not None:
+        drop_parts(folder)
         add_formats(folder, earlier, wish.options.also)
         return _summarize(reader.info, folder, earlier, start, was_done=True)
     with claim_folder(folder, overwrite=wish.options.overwrite, restart=wish.options.restart) as claimed:
@@ -197,7 +199,7 @@ def _fill(
     """Find the objects, write all outputs but run.json into the claimed folder, and return its content."""
     options, info, model = wish.options, reader.info, segmenter.manifest.input
     parts = Parts(claimed.parts)
-    noted = parts.begin(wish.asked)
+    noted = check_engine(parts.begin(wish.asked), segmenter, claimed.path)
     before = time.perf_counter()
     diameter_px = noted["diameter_px"] if noted else _diameter(segmenter, MendedReader(reader), wish)
     plan = segmenter.plan(
@@ -220,7 +222,7 @@ def _fill(
         window = segmenter.measure(mended, plan) if wish.window is None else wish.window
     task = SlideTask(plan, window, info.mpp if options.mpp is None else (options.mpp, options.mpp))
     with translated(claimed.path):
-        parts.note(wish.asked, {"diameter_px": diameter_px})
+        parts.note(wish.asked, {"diameter_px": diameter_px, "engine": segmenter.engine.spec.name})
     rows = plan_rows(plan, ground)
     counter = _Counter(info.width_px0 * info.height_px0 / (plan.width * plan.height), ground.tiles, progress)
     todo = counter.skip_done(rows, parts)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import click
 
+from darcnn.runtime.errors import without_secrets
 from darcnn.runtime.pipeline import RunSummary
 from darcnn.runtime.readers.protocol import Location
 
@@ -41,7 +42,7 @@ class Listener(Protocol):
         ...
 
     def fail(self, message: str) -> None:
-        """The current slide failed; `message` is one line."""
+        """The current slide failed, or between slides the command; `message` is one line."""
         ...
 
 
@@ -71,7 +72,7 @@ class Terminal:
 
     def begin(self, path: Location, number: int, total: int) -> None:
         """Remember what the progress line is about."""
-        name = PurePath(path).name
+        name = PurePath(without_secrets(path)).name
         name = name if len(name) <= _NAME_WIDTH else f"{name[: _NAME_WIDTH - 3]}..."
         self._title = f"[{number}/{total}] {name}"
         self._pace, self._drawn = _Pace(), 0.0
@@ -128,7 +129,7 @@ class JsonLines:
 
     def __init__(self) -> None:
         self._pace = _Pace()
-        self._slide = ""
+        self._slide: str | None = None  # between slides: what fails then is the whole command
         self._told = 0.0
         self.n_finished = 0
 
@@ -144,7 +145,7 @@ class JsonLines:
 
     def begin(self, path: Location, number: int, total: int) -> None:
         """Say that a slide begins."""
-        self._slide, self._pace, self._told = str(path), _Pace(), 0.0
+        self._slide, self._pace, self._told = without_secrets(path), _Pace(), 0.0
         _print({"event": "begin", "slide": self._slide, "number": number, "total": total})
 
     def advance(self, done: int, total: int, /, *, n_objects: int = 0, megapixels: float = 0.0) -> None:
@@ -185,10 +186,12 @@ class JsonLines:
                 "warnings": list(summary.warnings),
             }
         )
+        self._slide = None
 
     def fail(self, message: str) -> None:
         """Say what went wrong."""
         _print({"event": "fail", "slide": self._slide, "error": message})
+        self._slide = None
 
 
 class _Pace:

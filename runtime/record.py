@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from darcnn.runtime.errors import InputError
+from darcnn.runtime.errors import InputError, OutputError, without_secrets
 from darcnn.runtime.geometry import Region
 from darcnn.runtime.manifest import Manifest, manifest_to_json
-from darcnn.runtime.readers.base import without_secrets
 from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.protocol import Reader, SlideInfo
 from darcnn.runtime.rows import SlideTask
@@ -26,6 +25,7 @@ from darcnn.runtime.tally import Tally
 
 __all__ = [
     "asked_model",
+    "check_engine",
     "describe_run",
     "fingerprint",
     "fingerprint_file",
@@ -82,6 +82,28 @@ def describe_run(segmenter: Segmenter, asked: Mapping[str, Any]) -> dict[str, An
 def asked_model(segmenter: Segmenter) -> dict[str, Any]:
     """Return what the objects depend on besides the slide and the options."""
     return {"model": model_hash(segmenter.manifest), "min_score": segmenter.min_score}
+
+
+def check_engine(noted: dict[str, Any] | None, segmenter: Segmenter, folder: Path) -> dict[str, Any] | None:
+    """Return what an earlier try noted (`Parts.begin`), if the engine that found its parts is to go on.
+
+    No result is of two engines: they do not find the same to the bit.
+
+    Args:
+        noted: its "engine" among it; None: there was no earlier try.
+        segmenter: that is to go on.
+        folder: of the results.
+    Raises:
+        OutputError: the engines differ in kind, version, precision or device.
+    """
+    own = segmenter.engine.spec.name
+    if noted is not None and (begun := noted.get("engine", own)) != own:  # earlier versions noted none
+        raise OutputError(
+            f"holds a run that was begun on {begun}, and this is {own}",
+            where=folder,
+            fix="pass --restart to begin anew, or the earlier --backend and --device to go on",
+        )
+    return noted
 
 
 def measured_px(record: Mapping[str, Any]) -> float | None:

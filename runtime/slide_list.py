@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from darcnn.runtime.errors import InputError, UsageError
-from darcnn.runtime.readers.base import make_slide_name, without_secrets
+from darcnn.runtime.errors import InputError, UsageError, without_secrets
+from darcnn.runtime.readers.base import make_slide_name
 from darcnn.runtime.readers.image_places import split_image
 from darcnn.runtime.readers.ome_zarr import is_ome_zarr, is_url
 from darcnn.runtime.readers.open import is_packed_volume, is_readable, list_images

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
-from darcnn.runtime.errors import OutputError
+from darcnn.runtime.errors import OutputError, without_secrets
 from darcnn.runtime.pipeline import RunSummary
-from darcnn.runtime.readers.base import make_slide_name, without_secrets
+from darcnn.runtime.readers.base import make_slide_name
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.sinks.atomic import atomic_file, translated
-from darcnn.runtime.sinks.result_folder import RUN_FILE, drop_lock, make_folder_name
+from darcnn.runtime.sinks.result_folder import RUN_FILE, drop_lock, make_folder_name, take_lock
 
 __all__ = ["SUMMARY_FILE", "SlideOutcome", "write_summary"]
 
@@ -37,6 +37,7 @@ _COLUMNS = (
     "error",
 )
 _FILE, _STATE = 1, 2
+_OF_COMMAND = {_FILE, _STATE, _COLUMNS.index("seconds")}  # else a line tells of the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,8 @@ def write_summary(out_dir: Path, outcomes: Sequence[SlideOutcome]) -> None:
     """Write `out_dir`/summary.csv; areas are those that were looked at.
 
     Lines that another command wrote of other slides stay, above, and so does that of a result that was left
-    as it is, with the error beside it. Nothing is written where no slide was done.
+    as it is, with the error beside it. Nothing is written where no slide was done, nor where all were done
+    before and have their lines: such results may lie on a disk that is read-only.
 
     Raises:
         OutputError: it cannot be written.
@@ -61,6 +63,8 @@ def write_summary(out_dir: Path, outcomes: Sequence[SlideOutcome]) -> None:
     if all(outcome.summary is None for outcome in outcomes):
         return
     rows = [_row(outcome) for outcome in outcomes]
+    if all(row[_STATE] == "done before" for row in rows) and _has_lines(out_dir / SUMMARY_FILE, rows):
+        return
     with translated(out_dir), _alone(out_dir):
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -73,22 +77,33 @@ def write_summary(out_dir: Path, outcomes: Sequence[SlideOutcome]) -> None:
 @contextmanager
 def _alone(out_dir: Path) -> Iterator[None]:
     """Let other commands wait that write the summary of the same folder: none loses the other's lines."""
-    lock = FileLock(out_dir / _LOCK, timeout=_WAIT_SECONDS)
     try:
-        lock.acquire()
+        lock = take_lock(out_dir / _LOCK, wait_s=_WAIT_SECONDS)
     except Timeout as err:
         raise OutputError(
             f"another run has been writing its {SUMMARY_FILE} for {_WAIT_SECONDS} s",
             where=out_dir,
             fix=f"end it; the slides are done, and running the command again writes {SUMMARY_FILE}",
         ) from err
-    except NotImplementedError:  # some network disks have no locks; results need them, a table can do without
-        yield
-        return
     try:
         yield
     finally:
-        drop_lock(lock)
+        if lock is not None:  # results need one, a table can do without
+            drop_lock(lock)
+
+
+def _has_lines(path: Path, rows: list[list[str]]) -> bool:
+    """Tell whether a summary says what `rows` say of finished slides."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            told = [_of_result(row) for row in csv.reader(file) if len(row) == len(_COLUMNS)]
+    except (OSError, ValueError, csv.Error):
+        return False
+    return all(_of_result(row) in told for row in rows)
+
+
+def _of_result(row: list[str]) -> list[str]:
+    return [cell for column, cell in enumerate(row) if column not in _OF_COMMAND]
 
 
 def _joined(earlier: list[list[str]], rows: list[list[str]], out_dir: Path) -> Iterator[list[str]]:

@@ -35,7 +35,6 @@ __all__ = [
     "settle_mpp",
     "suffix_of",
     "to_pixels",
-    "without_secrets",
 ]
 
 # Seconds in the units of OME (TimeIncrementUnit), ImageJ (tunit) and OME-Zarr.
@@ -282,18 +281,6 @@ def _name_file(path: Path) -> str:
     inner = Path(stem).suffix
     is_part = inner.lower() in _INNER.get(path.suffix.lower(), (".ome",))
     return stem.removesuffix(inner) if is_part else stem
-
-
-def without_secrets(path: Location) -> str:
-    """Return a path as it is, and a URL without what may let others in: user, password and query.
-
-    >>> without_secrets("https://me:secret@a.org/b.zarr?token=1"), without_secrets(Path("a?b"))
-    ('https://a.org/b.zarr', 'a?b')
-    """
-    if isinstance(path, Path):
-        return str(path)
-    parts = urlsplit(path)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def suffix_of(path: Path) -> str:

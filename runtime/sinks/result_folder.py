@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -33,8 +35,10 @@ __all__ = [
     "ResultFolder",
     "claim_folder",
     "drop_lock",
+    "drop_parts",
     "hold_folder",
     "make_folder_name",
+    "take_lock",
 ]
 
 TABLE_FILE = "objects.parquet"
@@ -61,6 +65,7 @@ _OF_SYSTEMS = (".DS_Store", "._", "Thumbs.db", "desktop.ini", ".nfs", ".director
 _PARTS = ".parts"
 _COMMITTED = "committed"  # in the parts: the results are in place, the parts are of no more use
 _LOCK = ".lock"
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what some network disks say to a lock
 
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')  # in names on Windows; results move between systems
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
@@ -157,6 +162,13 @@ def hold_folder(folder: Path) -> Iterator[None]:
         drop_lock(lock)
 
 
+def drop_parts(folder: Path) -> None:
+    """Remove from a complete folder what an interrupted --overwrite has left, unless another run is at it."""
+    if (folder / _PARTS).exists():
+        with suppress(OutputError), hold_folder(folder):  # nobody needs it gone
+            _clear(folder, keeps_parts=False)
+
+
 def _is_complete(folder: Path) -> bool:
     return (folder / RUN_FILE).exists()
 
@@ -180,16 +192,40 @@ def _check_state(folder: Path, *, overwrite: bool) -> None:
 
 
 def _lock(folder: Path) -> FileLock:
-    lock = FileLock(folder / _LOCK, timeout=0)
     try:
-        lock.acquire()
+        lock = take_lock(folder / _LOCK, wait_s=0)
     except Timeout as err:
         raise OutputError(
             "is in use by another run", where=folder, fix="wait for it or choose another --out"
         ) from err
-    except NotImplementedError as err:  # some network disks
-        raise OutputError("is on a disk without locks", where=folder, fix="choose another --out") from err
+    if lock is None:
+        with suppress(OSError):  # it is empty where we made it
+            folder.rmdir()
+        raise OutputError("is on a disk without locks", where=folder, fix="choose another --out")
     return lock
+
+
+def take_lock(path: Path, *, wait_s: float) -> FileLock | None:
+    """Return the lock of that name, held; None on a disk without locks.
+
+    Raises:
+        Timeout: another process has it, `wait_s` later too.
+        OSError: its file cannot be made.
+    """
+    # where flock is missing, filelock >= 4 takes a file for a lock: one of a killed run stays for ever
+    native: dict[str, Any] = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
+    lock = FileLock(path, timeout=wait_s, **native)
+    try:
+        lock.acquire()
+    except NotImplementedError:  # so earlier versions say it
+        pass
+    except OSError as err:
+        if err.errno not in _WITHOUT_LOCKS:
+            raise
+    else:
+        return lock
+    path.unlink(missing_ok=True)
+    return None
 
 
 def drop_lock(lock: FileLock) -> None:

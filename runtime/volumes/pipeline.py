@@ -23,6 +23,7 @@ from darcnn.runtime.readers.open import open_source
 from darcnn.runtime.readers.protocol import Location
 from darcnn.runtime.record import (
     asked_model,
+    check_engine,
     describe_run,
     fingerprint,
     fingerprint_file,
@@ -48,6 +49,7 @@ from darcnn.runtime.sinks.result_folder import (
     TRACKS_FILE,
     ResultFolder,
     claim_folder,
+    drop_parts,
     make_folder_name,
 )
 from darcnn.runtime.stage_seconds import StageSeconds
@@ -114,11 +116,12 @@ def run_volume(
     asked = _asked(segmenter, path, chosen)
     final = asked | {"filter": chosen.row_filter}
     if not chosen.overwrite and (earlier := read_record(folder / RUN_FILE, final)) is not None:
+        drop_parts(folder)
         add_formats(folder, path, earlier["input"], chosen.also)
         return _summarize(name, folder, earlier, start, megavoxels=0.0, was_done=True)
     with claim_folder(folder, overwrite=chosen.overwrite, restart=chosen.restart) as claimed:
         parts, times = Parts(claimed.parts), StageSeconds()
-        noted = parts.begin(asked)
+        noted = check_engine(parts.begin(asked), segmenter, folder)
         with translated(folder), times.stage("open"):
             volume = open_volume(
                 path,
@@ -134,7 +137,7 @@ def run_volume(
             with times.stage("intensity"):
                 diameter, views = _plan(segmenter, volume, chosen, noted)
             with translated(folder):
-                parts.note(asked, {"diameter_px": diameter})
+                parts.note(asked, {"diameter_px": diameter, "engine": segmenter.engine.spec.name})
             with times.stage("find"):
                 _find(segmenter, views, parts, folder, progress, find_blocks)
             described = describe_volume(volume, asked)

@@ -207,7 +207,8 @@ def test_ctrl_c_keeps_finished_slides(loaded, slides, tmp_path, monkeypatch):
     [
         ([], "the same command goes on where it stopped"),
         (["--restart"], "the same command without --restart goes on"),
-        (["--overwrite"], "begins anew with all slides, for --overwrite asks for it"),
+        (["--overwrite"], "does finished slides again, and goes on with the one that is not"),
+        (["--overwrite", "--restart"], "for --overwrite, the same command does finished slides again\n"),
     ],
 )
 def test_an_interruption_says_what_goes_on(loaded, slides, tmp_path, monkeypatch, option, words):

@@ -1,9 +1,11 @@
 """From a slide to its folder: what is written is what was found, and failures leave nothing behind."""
 
+import errno
 import gzip
 import json
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import geopandas
@@ -301,6 +303,22 @@ def test_a_folder_in_use_is_refused(segmenter, reader, tmp_path):
     run_slide(segmenter, reader, tmp_path)
 
 
+@pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_one_line_and_left_as_it_was(
+    segmenter, reader, tmp_path, monkeypatch, reason, recwarn
+):
+    fcntl = pytest.importorskip("fcntl", reason="other systems lock in another way")
+
+    def refuse(*_):
+        raise OSError(reason, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OutputError, match="is on a disk without locks"):
+        run_slide(segmenter, reader, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert not list(recwarn)
+
+
 def test_a_folder_in_use_by_a_thread_is_refused(tmp_path):
     claimed, done = threading.Event(), threading.Event()
 
@@ -455,6 +473,44 @@ def test_the_name_of_the_folder_is_taken_as_it_is(segmenter, reader, tmp_path, m
     folder = run_slide(segmenter, reader, Path(name, "x"), options=RunOptions(also=("csv",))).folder
     assert folder == Path(name, "x", "slide 1")
     assert {path.name for path in (tmp_path / folder).iterdir()} == NAMES | {"objects.csv"}
+
+
+def on_another_engine(segmenter):
+    engine = OracleEngine(tile_px=128, batch=2, mask_px=48)
+    engine._spec = replace(engine.spec, name="oracle 2 fp16")
+    return Segmenter(engine, segmenter.manifest)
+
+
+def stop_at_the_overview(monkeypatch, segmenter, reader, out, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr("darcnn.runtime.outputs.write_overview", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_slide(segmenter, reader, out, options=RunOptions(**options))
+
+
+def test_no_result_is_of_two_engines(segmenter, reader, tmp_path, monkeypatch):
+    stop_at_the_overview(monkeypatch, segmenter, reader, tmp_path)
+    with on_another_engine(segmenter) as other:
+        with pytest.raises(OutputError, match="begun on oracle, and this is oracle 2 fp16; pass --restart"):
+            run_slide(other, reader, tmp_path)
+        folder = run_slide(other, reader, tmp_path, options=RunOptions(restart=True)).folder
+    assert json.loads((folder / "run.json").read_text())["engine"] == "oracle 2 fp16"
+    assert run_slide(segmenter, reader, tmp_path).was_done  # a finished result stays, whatever found it
+
+
+def test_an_overwriting_that_was_stopped_goes_on_or_leaves_nothing(segmenter, reader, tmp_path, monkeypatch):
+    folder = run_slide(segmenter, reader, tmp_path).folder
+    stop_at_the_overview(monkeypatch, segmenter, reader, tmp_path, overwrite=True)
+    assert list((folder / ".parts").glob("row-*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(segmenter, "stream", stream_that_must_not(segmenter, False))
+        assert not run_slide(segmenter, reader, tmp_path, options=RunOptions(overwrite=True)).was_done
+    stop_at_the_overview(monkeypatch, segmenter, reader, tmp_path, overwrite=True)
+    with FileLock(folder / ".lock"):
+        assert run_slide(segmenter, reader, tmp_path).was_done
+        assert (folder / ".parts").exists()  # another run is at it
+    assert run_slide(segmenter, reader, tmp_path).was_done
+    assert {path.name for path in folder.iterdir()} == NAMES
 
 
 def test_a_run_stopped_in_any_row_ends_as_one_that_never_stopped(segmenter, reader, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """summary.csv has a line for each slide of a command, and `--json` an event for each step."""
 
 import csv
+import errno
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -91,6 +92,24 @@ def test_nothing_is_written_where_nothing_was_done(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_summary_stays_where_all_was_done_before_and_is_told(tmp_path, monkeypatch):
+    def outcome(**changes):
+        return SlideOutcome(tmp_path / "a.svs", summary(tmp_path, name="a", **changes))
+
+    write_summary(tmp_path, [outcome()])
+    before = (tmp_path / "summary.csv").read_bytes()
+
+    def refuse(path, **_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(summary_module, "take_lock", refuse)  # root may write anywhere
+    write_summary(tmp_path, [outcome(was_done=True)])
+    assert (tmp_path / "summary.csv").read_bytes() == before
+    for changed in ({"was_done": True, "n_objects": 7}, {}):
+        with pytest.raises(OutputError, match="read-only"):
+            write_summary(tmp_path, [outcome(**changed)])
+
+
 def clock(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("darcnn.runtime.progress.time.monotonic", lambda: now[0])
@@ -114,6 +133,17 @@ def test_json_tells_each_step_in_a_line(tmp_path, capsys, monkeypatch):
     assert (steps[1]["seconds_left"], steps[1]["objects"]) == (3.5, 9)
     assert events[-2]["objects_per_mm2"] == 60.0
     assert events[-1]["error"].startswith("b.svs")
+    assert [event["slide"] for event in events] == [str(tmp_path / "a.svs")] * 8 + [None]  # of no slide
+
+
+def test_no_event_tells_the_secrets_of_a_url(capsys):
+    for listener in (JsonLines(), Terminal(shows_progress=True)):
+        listener.begin("https://me:secret@a.org/b.zarr?token=secret", 1, 1)
+        listener.advance(1, 2)
+        listener.fail("it is gone")
+    told = capsys.readouterr()
+    assert "secret" not in told.out + told.err
+    assert "b.zarr" in told.err
 
 
 def test_the_progress_line_tells_pace_objects_and_time_left(tmp_path, capsys, monkeypatch):

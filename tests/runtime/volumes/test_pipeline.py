@@ -137,7 +137,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_stopped_run_goes_on_with_the_blocks_that_it_lacks(
-    oracle16: Segmenter, mrc_file: Path, tmp_path: Path
+    oracle16: Segmenter, mrc_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_volume(oracle16, mrc_file, tmp_path / "whole")
 
@@ -148,6 +148,11 @@ def test_a_stopped_run_goes_on_with_the_blocks_that_it_lacks(
     with pytest.raises(KeyboardInterrupt):
         run_volume(oracle16, mrc_file, tmp_path / "out", progress=stop)
     assert not (tmp_path / "out" / "balls" / "run.json").exists()
+    name = oracle16.engine.spec.name
+    with monkeypatch.context() as patch:
+        patch.setattr(oracle16.engine, "_spec", replace(oracle16.engine.spec, name="another"))
+        with pytest.raises(OutputError, match=f"begun on {name}, and this is another; pass --restart"):
+            run_volume(oracle16, mrc_file, tmp_path / "out")
     seen: list[int] = []
     again = run_volume(
         oracle16, mrc_file, tmp_path / "out", progress=lambda done, total, **more: seen.append(done)
