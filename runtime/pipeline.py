@@ -209,12 +209,11 @@ def _fill(
     ground = survey_ground(reader, plan, model, tissue=options.tissue, roi=wish.roi)
     rule = None if ground.tissue is None else ground.tissue.rule
     of_size = warn_of_size(model, diameter_px, has_pixel_size=plan.mpp is not None)
-    of_size = of_size if wish.is_measured else None
     tally = Tally(
         ModelFit(model.nominal_diameter_px / plan.scale, diameter_px if wish.is_measured else None),
         n_tiles=len(ground.tiles),
         n_tiles_skipped=len(plan.tiles) - len(ground.tiles),
-        doubts=tuple(filter(None, (warn_of_kind(model, rule), of_size))),
+        doubts=tuple(filter(None, (warn_of_kind(model, rule), of_size if wish.is_measured else None))),
     )
     tally.add_seconds({"diameter": looked - before, "tissue": time.perf_counter() - looked})
     mended = MendedReader(reader)  # not that of the diameter: a run that goes on does not look for it again
