@@ -3,7 +3,6 @@
 import errno
 import gzip
 import json
-import logging
 import sys
 import threading
 from dataclasses import replace
@@ -468,12 +467,8 @@ def test_a_part_that_is_cut_off_is_done_again(segmenter, reader, tmp_path, monke
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse some of these names")
-@pytest.mark.parametrize(
-    "name",
-    ["~", "run:1", "s3:", "a%20b", pytest.param(b"\xe4".decode(errors="surrogateescape"), id="no UTF-8")],
-)
+@pytest.mark.parametrize("name", ["~", "run:1", "s3:", "a%20b"])
 def test_the_name_of_the_folder_is_taken_as_it_is(segmenter, reader, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # no report could hold the name
     monkeypatch.chdir(tmp_path)
     folder = run_slide(segmenter, reader, Path(name, "x"), options=RunOptions(also=("csv",))).folder
     assert folder == Path(name, "x", "slide 1")

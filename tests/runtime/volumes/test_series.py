@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -58,16 +57,13 @@ def test_a_series_is_looked_at_along_time_alone_whatever_the_model_does_with_vol
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse these names")
-@pytest.mark.parametrize(
-    "name", ["run:1", pytest.param(b"\xe4".decode(errors="surrogateescape"), id="no UTF-8")]
-)
+@pytest.mark.parametrize("name", ["~", "run:1"])
 def test_the_name_of_the_folder_is_taken_as_it_is(
     oracle16: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     series = np.zeros((3, 40, 40), np.uint8)
     series[:, 4:14, 4:14] = 1
     tifffile.imwrite(tmp_path / "s.tif", series, imagej=True, metadata={"axes": "TYX"})
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # no report could hold the name
     monkeypatch.chdir(tmp_path)
     options = VolumeOptions(also=("csv", "ctc"))
     folder = run_volume(oracle16, Path("s.tif"), Path(name), options=options).folder
