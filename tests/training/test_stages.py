@@ -73,7 +73,7 @@ def test_all_stages_leave_checkpoints_and_labels(tiny: Recipe, data: Path, tmp_p
     for name in ("refine-1", "refine"):
         labels = read_labels(tmp_path / "run" / name / "pseudo_labels")
         assert set(labels) <= {path.stem for path in (data / "target").iterdir()}
-        assert all(1 < len(np.unique(picture)) <= 9 for picture in labels.values())
+        assert all(1 <= len(np.unique(picture[picture > 0])) <= 8 for picture in labels.values())
     loaded, _ = load_network(tmp_path / "run" / "refine")
     for name, tensor in trained.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])
@@ -221,7 +221,7 @@ def test_stains_vary_and_glass_is_laid_after_tissue_was_labelled(
 def test_stage_2_leaves_all_but_a_few_layers_as_they_are(
     tiny: Recipe, data: Path, tmp_path: Path, network: Darcnn
 ) -> None:
-    stage = replace(tiny.refine_stage, learns="few", rounds=1, source_every=1)
+    stage = replace(tiny.refine_stage, learns="few", rounds=1, source_every=2)
     recipe = replace(tiny, refine_stage=stage)
     save_checkpoint(tmp_path / "adapt", network, CheckpointInfo("adapt", 1, True, recipe))
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
