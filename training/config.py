@@ -138,8 +138,9 @@ class RefineStage:
     # findings between this score and z teach neither "object" nor "background", but for the last round, in
     # which they are background; None: always background
     doubt_score: float | None = None
-    # pseudo-labels of an image, best first; what is found beyond them is doubtful in every round. None: all
-    max_objects: int | None = None
+    # pseudo-labels an image keeps, best first; the rest is background. On Kumar's images learning from all
+    # was worse (docs/results.md)
+    max_objects: int = 300
     max_diameters: float | None = None  # what is larger than so many nominal diameters is no pseudo-label
     scales: tuple[float, ...] = (1.0,)  # the images are labelled at each of these scales, results merged
     # whether objects are brighter or darker than what surrounds them; findings of the other polarity are

@@ -14,10 +14,10 @@ from darcnn.training.model.presets import PRESETS, is_detectron2_file
 if TYPE_CHECKING:
     from darcnn.training.config import Recipe, Source, Target
 
-__all__ = ["MAX_OBJECTS", "problems_of"]
+__all__ = ["problems_of"]
 
 _COLOURS = 3  # channels
-MAX_OBJECTS = 65535  # pseudo-labels are 16-bit pictures
+_MAX_LABEL = 65535  # pseudo-labels are 16-bit pictures
 
 
 def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -61,8 +61,8 @@ def problems_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
         )
     if recipe.tile_px < 64 or recipe.tile_px % 64:
         yield "tile_px is no multiple of 64", "use 256, say"
-    if refine.max_objects is not None and not 1 <= refine.max_objects <= MAX_OBJECTS:
-        yield f"refine_stage.max_objects is not from 1 to {MAX_OBJECTS}", "leave it out to learn from all"
+    if not 1 <= refine.max_objects <= _MAX_LABEL:
+        yield f"refine_stage.max_objects is not from 1 to {_MAX_LABEL}", "use 300, say"
     sizes = {f"target.sets[{i}].diameter_px": one.diameter_px for i, one in enumerate(target.sets)}
     positive = {
         "target.nominal_diameter_px": target.nominal_diameter_px,

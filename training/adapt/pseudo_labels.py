@@ -22,7 +22,6 @@ from darcnn.runtime.sampling import spread_evenly
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.training.adapt.fit_masks import contrast_of, fit_masks, stain_of
 from darcnn.training.config import Recipe, RefineStage, relevant_part
-from darcnn.training.config_checks import MAX_OBJECTS
 from darcnn.training.data.target import TargetImage, TargetImages
 from darcnn.training.engine import TILE_PX, make_segmenter
 from darcnn.training.model.network import Darcnn
@@ -59,8 +58,7 @@ def label_images(
     DARCNN, section 3.3: predictions of the stage-1 model on the clean image whose final score is above
     z become labels. Deviation: images without one are left out rather than taught as empty, and
     masks may be fitted to the image, and weaker findings may be kept apart as doubtful (not in the last
-    round: `keeps_doubt`; those that hold little stain, or are more than an image may have, in each), and
-    what is far too large left out.
+    round: `keeps_doubt`; those that hold little stain in each), and what is far too large left out.
     """
     stage = recipe.refine_stage
     finished = folder / "complete.json"
@@ -89,11 +87,7 @@ def label_images(
     is_pale = [np.zeros(len(instances), bool) for instances in found]
     if stage.min_stain > 0:
         found, is_pale = drop_unstained(images, found, stage.min_stain)
-    most = MAX_OBJECTS if stage.max_objects is None else stage.max_objects
-    sure = [
-        (one.scores >= stage.min_score) & ~pale & (np.arange(len(one)) < most)
-        for one, pale in zip(found, is_pale, strict=True)
-    ]
+    sure = [(one.scores >= stage.min_score) & ~pale for one, pale in zip(found, is_pale, strict=True)]
     n_objects = sum(int(is_sure.sum()) for is_sure in sure)
     if n_objects == 0:
         raise InputError(
@@ -215,7 +209,7 @@ def _find(
     instances = merge_scales(found) if len(found) > 1 else found[0]
     if stage.max_diameters is not None:  # at a smaller scale the segmenter lets larger ones pass
         instances = instances.select(is_small_enough(instances.boxes, stage.max_diameters * diameter_px))
-    best = np.argsort(-instances.scores, kind="stable")[:MAX_OBJECTS]
+    best = np.argsort(-instances.scores, kind="stable")[: stage.max_objects]
     return instances.select(best)
 
 
