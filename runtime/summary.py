@@ -95,11 +95,11 @@ def _alone(out_dir: Path) -> Iterator[None]:
 def _has_lines(path: Path, rows: list[list[str]]) -> bool:
     """Tell whether a summary says what `rows` say of finished slides."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            told = [_of_result(row) for row in csv.reader(file) if len(row) == len(_COLUMNS)]
-    except (OSError, ValueError, csv.Error):
+        told = _read_rows(path)
+    except OSError:
         return False
-    return all(_of_result(row) in told for row in rows)
+    results = [_of_result(row) for row in told or ()]
+    return all(_of_result(row) in results for row in rows)
 
 
 def _of_result(row: list[str]) -> list[str]:
@@ -133,16 +133,22 @@ def _earlier_rows(path: Path) -> list[list[str]]:
     A table with other columns, of somebody's own or an earlier version, is kept beside under another name.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # other programs put a mark before it
-            header, *rows = csv.reader(file)
+        rows = _read_rows(path)
     except FileNotFoundError:
         return []
-    except (ValueError, csv.Error):
-        header, rows = [], []
-    if tuple(header) != _COLUMNS:
+    if rows is None:
         path.replace(_free_name(path))
-        return []
-    return [row for row in rows if len(row) == len(_COLUMNS)]
+    return rows or []
+
+
+def _read_rows(path: Path) -> list[list[str]] | None:
+    """Return the lines of a summary, None where it is a table with other columns."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # other programs put a mark before it
+            header, *rows = csv.reader(file)
+    except (ValueError, csv.Error):
+        return None
+    return [row for row in rows if len(row) == len(_COLUMNS)] if tuple(header) == _COLUMNS else None
 
 
 def _free_name(path: Path) -> Path:

@@ -15,7 +15,7 @@ from darcnn.training.adapt.pseudo_labels import share_of_bright
 from darcnn.training.config import Recipe
 from darcnn.training.contact_sheet import draw_outlines, lay_out
 from darcnn.training.data.target import TargetImages
-from darcnn.training.engine import TILE_PX, make_segmenter
+from darcnn.training.engine import make_segmenter, tile_for_images
 from darcnn.training.model.network import Darcnn
 from darcnn.training.writing import new_file
 
@@ -74,7 +74,7 @@ def decide(network: Darcnn, recipe: Recipe, targets: TargetImages, out: Path) ->
     nominal = recipe.target.nominal_diameter_px
     shown = spread_evenly(targets.images, _IMAGES)
     found, pictures = [], []
-    min_score, tile_px = recipe.refine_stage.min_score, max(TILE_PX, recipe.export.tile_px)
+    min_score, tile_px = recipe.refine_stage.min_score, tile_for_images(recipe.export)
     with make_segmenter(network, as_they_are, min_score=min_score, tile_px=tile_px) as segmenter:
         for image in shown:
             diameter = nominal / image.scale

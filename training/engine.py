@@ -14,12 +14,12 @@ from darcnn.runtime.engines.protocol import Detections, EngineSpec
 from darcnn.runtime.manifest import FORMAT, Anchors, Limits, Manifest, ModelInput
 from darcnn.runtime.segmenter import Segmenter
 from darcnn.runtime.tiling import halo_for
-from darcnn.training.config import Target
+from darcnn.training.config import Export, Target
 from darcnn.training.model.network import Darcnn
 
-__all__ = ["TILE_PX", "TorchEngine", "make_manifest", "make_segmenter"]
+__all__ = ["TorchEngine", "make_manifest", "make_segmenter", "tile_for_images"]
 
-TILE_PX = 512  # what a whole image is cut into, unless its objects need larger tiles
+_TILE_PX = 512  # what a whole image is cut into, unless its objects need larger tiles
 
 
 class TorchEngine:
@@ -132,12 +132,17 @@ def make_manifest(
     )
 
 
+def tile_for_images(export: Export) -> int:
+    """Return the side of the tiles that whole images are cut into to be labelled or shown."""
+    return max(_TILE_PX, export.tile_px)
+
+
 def make_segmenter(
     network: Darcnn,
     target: Target,
     *,
     min_score: float,
-    tile_px: int = TILE_PX,
+    tile_px: int = _TILE_PX,
     source_branch: bool = False,
     max_diameters: float | None = None,
     found_diameter_px: float | None = None,

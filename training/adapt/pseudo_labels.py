@@ -23,7 +23,7 @@ from darcnn.runtime.segmenter import Segmenter
 from darcnn.training.adapt.fit_masks import contrast_of, fit_masks, stain_of
 from darcnn.training.config import Recipe, RefineStage, relevant_part
 from darcnn.training.data.target import TargetImage, TargetImages
-from darcnn.training.engine import TILE_PX, make_segmenter
+from darcnn.training.engine import make_segmenter, tile_for_images
 from darcnn.training.model.network import Darcnn
 from darcnn.training.writing import disk_errors, new_file
 
@@ -74,7 +74,7 @@ def label_images(
         network,
         as_they_are,
         min_score=least,
-        tile_px=max(TILE_PX, recipe.export.tile_px),
+        tile_px=tile_for_images(recipe.export),
         max_diameters=stage.max_diameters,
     ) as segmenter:
         found = [
