@@ -15,6 +15,7 @@ from typing import Literal
 import click
 
 from darcnn.runtime.batch import HERE, Finders, run_batch
+from darcnn.runtime.cores import usable_cores
 from darcnn.runtime.errors import EXIT_INTERRUPTED, EXIT_UNUSABLE, DarcnnError, UsageError
 from darcnn.runtime.options import BACKENDS, read_diameter, read_window
 from darcnn.runtime.pipeline import RunOptions
@@ -322,7 +323,7 @@ def _open_finders(
         option = "--scheduler" if workers is None else "--workers"
         raise UsageError("needs Dask", where=option, fix="run `pip install 'darcnn[cluster]'`") from err
     if workers is not None:  # the cores are shared out
-        load_model = partial(load_model, threads=max(1, (os.cpu_count() or 1) // workers))
+        load_model = partial(load_model, threads=max(1, usable_cores() // workers))
     with open_cluster(load_model, n_workers=workers, scheduler=scheduler, z=options.z, t=options.t) as runner:
         yield Finders(runner.find_rows, runner.find_blocks, runner.run_pictures)
 

@@ -34,7 +34,7 @@ def load(
         device: "cpu", "cuda", or "auto": CUDA where it serves, else the CPU.
         backend: "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", or "auto": a compiled TensorRT engine
             where one fits the GPU, else ONNX Runtime; that of `engine` where it is given.
-        threads: that compute on a CPU; None: one a core.
+        threads: that compute on a CPU; None: one a core that this process may use.
         min_score: objects below it are not reported; None takes the model's own.
         tell: is told in a line each what runs, and why what would be faster does not.
         engine: the folder that `darcnn-export engine --out` wrote of this model; None: of those in the user's

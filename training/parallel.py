@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from darcnn.runtime.cores import usable_cores
 from darcnn.runtime.errors import UsageError
 
 __all__ = [
@@ -37,6 +38,9 @@ _LEAST_COUNT = 1e-3  # below the mean over any number of processes of a count ab
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
     """Join the processes that `torchrun` started, if it did: NCCL between GPUs, gloo between CPUs."""
+    torch.set_num_threads(
+        min(torch.get_num_threads(), usable_cores())
+    )  # OpenMP knows no share of a container
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return

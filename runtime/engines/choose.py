@@ -41,7 +41,7 @@ def open_engine(
         bundle: the model.
         device: "auto", "cpu" or "cuda".
         backend: one of `darcnn.runtime.options.BACKENDS`.
-        threads: that compute on a CPU; None: one a core.
+        threads: that compute on a CPU; None: one a core that this process may use.
         tell: is told in a line each what runs, and why what would be faster does not.
         engine: the folder of the compiled engine to run; None: of those in the user's cache one that fits.
         precision: of the layers of such a one from the cache, "fp16" say; None: any.

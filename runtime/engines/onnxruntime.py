@@ -26,6 +26,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 )
 
 from darcnn.runtime.bundle import Bundle
+from darcnn.runtime.cores import core_limit
 from darcnn.runtime.engines.graphs import (
     OUTPUTS,
     Signature,
@@ -85,7 +86,7 @@ class OnnxRuntimeEngine:
             bundle: the model; not needed afterwards.
             device: "cpu", "cuda", or "auto": CUDA where ONNX Runtime offers it and the model loads
                 there, else the CPU.
-            threads: that compute on the CPU; None: one a core.
+            threads: that compute on the CPU; None: one a core that this process may use.
             tell: is told why "auto" does not take CUDA.
         Raises:
             UsageError: no such device.
@@ -96,7 +97,7 @@ class OnnxRuntimeEngine:
             raise UsageError(
                 f"no device {device!r}", where="--device", fix=f"choose one of {', '.join(DEVICES)}"
             )
-        self._sessions: dict[str, Any] = _make_sessions(bundle, device, threads or 0, tell)
+        self._sessions: dict[str, Any] = _make_sessions(bundle, device, threads or core_limit() or 0, tell)
         self._provider: str = self._sessions["detect"].get_providers()[0]
         self._spec = make_spec(bundle, f"onnxruntime {onnxruntime.__version__} {self._provider}")
 
@@ -177,7 +178,8 @@ def _make_session(bundle: Bundle, graph: str, provider: str, threads: int) -> An
     options.log_severity_level = 3  # errors only; what matters is raised
     options.add_session_config_entry("session.load_model_format", "ONNX")  # never its own binary format
     # Idle threads would spin in wait of the next operator and take the cores from the readers that
-    # prepare the next tiles. 0 threads: ONNX Runtime's own number, one per core.
+    # prepare the next tiles. 0 threads: ONNX Runtime's own number, one per core of the machine; it then binds
+    # each to a core, also to one that this process is kept from.
     options.intra_op_num_threads = threads
     # Without it, CPUs that know no VNNI add up int8 products in 16 bits, which overflow: wrong, and no error.
     options.add_session_config_entry("session.x64quantprecision", "1")

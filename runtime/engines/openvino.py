@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darcnn.runtime.bundle import Bundle
+from darcnn.runtime.cores import core_limit
 from darcnn.runtime.engines.graphs import (
     OUTPUTS,
     advise_memory,
@@ -37,13 +38,14 @@ class OpenVinoEngine:
 
         Args:
             bundle: the model; not needed afterwards.
-            threads: None: one a core.
+            threads: None: one a core that this process may use.
         Raises:
             DeviceError: OpenVINO is not installed.
             BundleError: OpenVINO cannot compile a graph, or its tensors are not those of the manifest.
         """
         openvino = _import_openvino()
         core = openvino.Core()
+        threads = threads or core_limit()
         options = _OPTIONS if threads is None else _OPTIONS | {"INFERENCE_NUM_THREADS": str(threads)}
         self._requests: dict[str, Any] = {}
         for graph in OUTPUTS:
