@@ -38,7 +38,10 @@ def new_file(path: Path) -> Iterator[Path]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            temporary.chmod(mode)  # safetensors makes files that only their owner reads
             temporary.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):  # the first error is the one to tell

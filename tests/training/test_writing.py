@@ -42,6 +42,15 @@ def test_a_file_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
 
 
+def test_weights_may_be_read_by_whoever_reads_other_files(
+    tmp_path: Path, network: Darcnn, recipe: Recipe
+) -> None:
+    plain = tmp_path / "plain"
+    plain.touch()
+    save_checkpoint(tmp_path, network, CheckpointInfo("source", 1, True, recipe))
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {plain.stat().st_mode}
+
+
 def test_a_csv_has_a_line_a_name(tmp_path: Path) -> None:
     write_csv(
         {"a.mrc": {"aji": 0.5, "hits": 1.0}, "b": {"hits": 0.25, "aji": 0.0}}, tmp_path / "t", of="volume"
