@@ -34,6 +34,7 @@ from darcnn.runtime.cluster_worker import (
     work_on_picture,
     work_on_row,
 )
+from darcnn.runtime.engines.cuda import visible_gpus
 from darcnn.runtime.errors import BundleError, DarcnnError, DeviceError, InputError, UsageError
 from darcnn.runtime.interrupts import without_interrupts
 from darcnn.runtime.pipeline import RunOptions, RunSummary
@@ -324,7 +325,8 @@ def open_cluster(
             ) from err
         plugin = f"darcnn-model-{uuid.uuid4().hex}"
         try:
-            _load_model(client, WorkerModel(make_segmenter, is_ours=scheduler is None), plugin)
+            gpus = visible_gpus() if scheduler is None else []
+            _load_model(client, WorkerModel(make_segmenter, is_ours=scheduler is None, gpus=gpus), plugin)
             yield ClusterRunner(client, plugin, z=z, t=t)
         finally:
             if scheduler is not None:  # workers of our own end with their memory

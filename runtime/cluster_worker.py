@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,12 @@ class SlideSource:
 class WorkerModel(WorkerPlugin):
     """The segmenter of a worker, loaded once, and the slide that it read last."""
 
-    def __init__(self, make_segmenter: Callable[[], Segmenter], *, is_ours: bool) -> None:
+    def __init__(
+        self, make_segmenter: Callable[[], Segmenter], *, is_ours: bool, gpus: Sequence[str] = ()
+    ) -> None:
         self._make = make_segmenter
         self._is_ours = is_ours
+        self._gpus = gpus  # that workers of our own share out among them
         self.segmenter: Segmenter | None = None
         self._opened: tuple[SlideSource, Reader] | None = None
         self.lock: Any = None  # one row at a time, however many threads the worker has
@@ -49,6 +53,8 @@ class WorkerModel(WorkerPlugin):
     def setup(self, worker: Any) -> None:
         if self._is_ours:  # Ctrl-C reaches every process of a terminal; the one that gave us work ends us
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self._gpus:  # before CUDA starts in this process; our workers are numbered from 0
+            os.environ["CUDA_VISIBLE_DEVICES"] = self._gpus[worker.name % len(self._gpus)]
         self.lock = threading.Lock()
         try:
             self.segmenter = self._make()

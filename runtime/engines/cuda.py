@@ -6,6 +6,7 @@ None of this ever ran on a GPU.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "gpu_capability",
     "gpu_name",
     "release_recorded",
+    "visible_gpus",
 ]
 
 
@@ -81,6 +83,16 @@ def gpu_capability(device: int = 0) -> str:
         )
     properties = _call("cudaGetDeviceProperties", device)
     return f"sm{properties.major}{properties.minor}"
+
+
+def visible_gpus() -> list[str]:
+    """Return how CUDA_VISIBLE_DEVICES names each GPU that this process sees; none where CUDA does not start."""
+    try:
+        n_gpus = _call("cudaGetDeviceCount")
+    except DeviceError:
+        return []
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return chosen.split(",")[:n_gpus] if chosen else [str(number) for number in range(n_gpus)]
 
 
 def gpu_name(device: int = 0) -> str:

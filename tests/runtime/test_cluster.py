@@ -388,6 +388,14 @@ def test_a_worker_answers_while_a_model_waits_for_its_last_task():
     assert asyncio.run(leave())
 
 
+def test_workers_share_out_the_gpus(monkeypatch):
+    monkeypatch.setattr(cluster, "visible_gpus", lambda: ["0", "GPU-7"])
+    with cluster.open_cluster(oracle(), n_workers=3) as runner:
+        seen = runner._client.run(os.environ.get, "CUDA_VISIBLE_DEVICES")
+    assert sorted(seen.values()) == ["0", "0", "GPU-7"]
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
 def test_a_folder_that_cannot_be_written_to_spreads_no_pictures(pictures, tmp_path, monkeypatch):
     def refuse(**_):
         raise OSError(errno.EROFS, "Read-only file system")

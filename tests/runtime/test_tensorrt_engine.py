@@ -236,6 +236,20 @@ def test_advice_of_the_gpu_names_what_can_be_done(monkeypatch):
         cuda.gpu_name()
 
 
+@pytest.mark.parametrize(
+    ("n_gpus", "chosen", "seen"),
+    [(0, None, []), (2, None, ["0", "1"]), (2, "3,GPU-5", ["3", "GPU-5"]), (1, "2,-1,0", ["2"])],
+)
+def test_gpus_are_named_as_who_chose_them_did(monkeypatch, n_gpus, chosen, seen):
+    gpu = FakeCudart()
+    gpu.cudaGetDeviceCount = lambda: (gpu.cudaError_t.cudaSuccess, n_gpus)
+    monkeypatch.setattr(cuda, "_cudart", lambda: gpu)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert cuda.visible_gpus() == seen
+
+
 def test_a_recording_that_fails_is_ended_and_not_tried_again(opened, monkeypatch):
     gpu, engine = opened
     tiles, log = np.zeros((2, 8, 8, 3), np.uint8), []
