@@ -86,7 +86,7 @@ def gpu_capability(device: int = 0) -> str:
 
 
 def visible_gpus() -> list[str]:
-    """Return how CUDA_VISIBLE_DEVICES names each GPU that this process sees; none where CUDA does not start."""
+    """Return how CUDA_VISIBLE_DEVICES names the GPUs that this process sees; none without CUDA."""
     try:
         n_gpus = _call("cudaGetDeviceCount")
     except DeviceError:
