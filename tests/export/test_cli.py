@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from darcnn.export import pack, parity
+from darcnn.export import draft, parity
 from darcnn.runtime.bundle import MEMBER_CAPS, write_bundle
 from darcnn.training.checkpoint import read_info, save_checkpoint
 
@@ -86,7 +86,7 @@ def test_verify_passes_with_the_source_stage_that_a_bundle_was_made_of(
 
 def test_nothing_is_written_where_the_graphs_disagree(run, bundle, checkpoint, tmp_path, monkeypatch):
     members = members_of(bundle)
-    monkeypatch.setattr(pack, "make_members", lambda *arguments: members)
+    monkeypatch.setattr(draft, "make_members", lambda *arguments: members)
     monkeypatch.setitem(parity.LIMITS["fp32"], "score", 0.0)
     out = tmp_path / "new.darcnn"
     code, _, err = run("bundle", checkpoint, "--out", out, "--batch", "2")
@@ -105,7 +105,7 @@ def test_a_bundle_is_not_replaced_unasked(run, bundle_path, checkpoint):
 
 def test_overwrite_replaces_the_bundle(run, bundle, checkpoint, tmp_path, monkeypatch):
     members = members_of(bundle)
-    monkeypatch.setattr(pack, "make_members", lambda *arguments: members)
+    monkeypatch.setattr(draft, "make_members", lambda *arguments: members)
     out = tmp_path / "old.darcnn"
     out.write_bytes(b"old")
     code, said, _ = run("bundle", checkpoint, "--out", out, "--batch", "2", "--overwrite")
@@ -188,7 +188,7 @@ def test_runtimes_are_compared_without_a_checkpoint_and_recorded(run, bundle_pat
 
 def test_nothing_is_written_where_no_image_shows_an_object(run, checkpoint, bundle, tmp_path, monkeypatch):
     members = members_of(bundle)
-    monkeypatch.setattr(pack, "make_members", lambda *arguments: members)
+    monkeypatch.setattr(draft, "make_members", lambda *arguments: members)
     monkeypatch.setattr(parity, "STRONG_SCORE", 1.0)  # none counts
     code, _, err = run("bundle", checkpoint, "--out", tmp_path / "new.darcnn", "--batch", "2")
     assert code == 2
@@ -301,14 +301,18 @@ def test_a_repository_for_triton_is_written_and_named(run, bundle_path, tmp_path
     assert "no readable engine" in error
 
 
-def test_of_a_whole_run_the_most_trusted_round_is_exported(run, checkpoint, tmp_path, pictures):
-    import shutil
-
+def test_of_a_whole_run_the_most_trusted_round_is_exported(
+    run, bundle, checkpoint, tmp_path, pictures, monkeypatch
+):
+    members = members_of(bundle)
+    monkeypatch.setattr(draft, "make_members", lambda *arguments: members)
     for name, trust in (("refine-1", 0.8), ("refine", 0.7)):
         shutil.copytree(checkpoint, tmp_path / "run" / name)
         content = {"agreement": trust, "separation": trust, "n_objects": 5}
         (tmp_path / "run" / name / "trust.json").write_text(json.dumps(content))
-    code, _, error = run("bundle", tmp_path / "run", "--out", tmp_path / "a.darcnn", "--data", pictures)
+    code, _, error = run(
+        "bundle", tmp_path / "run", "--out", tmp_path / "a.darcnn", "--data", pictures, "--batch", "2"
+    )
     assert code == 0
     assert "taking the most trusted round, refine-1" in error
 

@@ -9,9 +9,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from darcnn.export import cli
+from darcnn.export import cli, draft
 from darcnn.export.tiles import TileSource, images_in, images_of, learned_images, measure_mpp, read_tiles
-from darcnn.runtime.bundle import open_bundle
+from darcnn.runtime.bundle import MEMBER_CAPS, open_bundle
 from darcnn.runtime.load import find_bundle
 from darcnn.training.checkpoint import CheckpointInfo, load_network, save_checkpoint
 from darcnn.training.config import TargetSet
@@ -66,17 +66,20 @@ def test_a_folder_is_searched_for_what_the_recipe_names(write, checkpoint):
     assert images_of(recipe, b.parent) == [TileSource(b)]  # nothing of that name: what there is
 
 
-def test_the_bundle_holds_the_scale_that_its_images_tell(write, checkpoint, tmp_path, capsys):
+def test_the_bundle_holds_the_scale_that_its_images_tell(
+    write, bundle, checkpoint, tmp_path, capsys, monkeypatch
+):
+    members = {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
+    monkeypatch.setattr(draft, "make_members", lambda *arguments: members)  # made once: it takes long
     network, info = load_network(checkpoint)
     folder = write("a.tif", 0.5).parent
     target = replace(info.recipe.target, sets=(TargetSet("*.tif", 8.0),))
     save_checkpoint(
         tmp_path / "run", network, CheckpointInfo("refine", 7, True, replace(info.recipe, target=target))
     )
+    paths = [str(tmp_path / "run"), "--data", str(folder), "--out", str(tmp_path / "a.darcnn")]
     with pytest.raises(SystemExit) as done:
-        cli.main(
-            ["bundle", str(tmp_path / "run"), "--data", str(folder), "--out", str(tmp_path / "a.darcnn")]
-        )
+        cli.main(["bundle", *paths, "--batch", "2"])
     assert done.value.code == 0
     assert "0.25 um per network pixel" in capsys.readouterr().err
     assert open_bundle(tmp_path / "a.darcnn").manifest.input.mpp == 0.25
