@@ -107,7 +107,8 @@ def _lay(
     beyond = [(at < margin) | (at >= side_px - margin) for at in (rows, columns)]
     if any(outside.all() for outside in beyond):
         return np.broadcast_to(glass, (len(rows), len(columns), 3))
-    block = picture[np.ix_(_mirrored(rows, picture.shape[0]), _mirrored(columns, picture.shape[1]))]
+    at = (_mirrored(rows - margin, picture.shape[0]), _mirrored(columns - margin, picture.shape[1]))
+    block = picture[np.ix_(*at)]  # from the margin on: the same tissue, however large the slide is round it
     block[beyond[0][:, None] | beyond[1][None, :]] = glass
     return block
 

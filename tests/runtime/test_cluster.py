@@ -391,7 +391,7 @@ def test_a_worker_answers_while_a_model_waits_for_its_last_task():
 def test_workers_share_out_the_gpus(monkeypatch):
     monkeypatch.setattr(cluster, "visible_gpus", lambda: ["0", "GPU-7"])
     with cluster.open_cluster(oracle(), n_workers=3) as runner:
-        seen = runner._client.run(os.environ.get, "CUDA_VISIBLE_DEVICES")
+        seen = runner._client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
     assert sorted(seen.values()) == ["0", "0", "GPU-7"]
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
