@@ -38,9 +38,8 @@ _LEAST_COUNT = 1e-3  # below the mean over any number of processes of a count ab
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
     """Join the processes that `torchrun` started, if it did: NCCL between GPUs, gloo between CPUs."""
-    torch.set_num_threads(
-        min(torch.get_num_threads(), usable_cores())
-    )  # OpenMP knows no share of a container
+    # OpenMP knows the cores that the process is bound to, but not the share of a container
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
