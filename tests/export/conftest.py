@@ -11,8 +11,8 @@ from PIL import Image
 torch = pytest.importorskip("torch", reason="the export room needs torch")
 pytest.importorskip("onnxscript", reason="the export room needs onnxscript")
 
-from darcnn.export import cli  # noqa: E402
-from darcnn.runtime.bundle import open_bundle  # noqa: E402
+from darcnn.export import cli, draft  # noqa: E402
+from darcnn.runtime.bundle import MEMBER_CAPS, open_bundle  # noqa: E402
 from darcnn.runtime.intensity import IntensityRule  # noqa: E402
 from darcnn.training import config  # noqa: E402
 from darcnn.training.checkpoint import CheckpointInfo, save_checkpoint  # noqa: E402
@@ -136,6 +136,18 @@ def bundle_path(checkpoint, tmp_path_factory):
 @pytest.fixture(scope="session")
 def bundle(bundle_path):
     return open_bundle(bundle_path)
+
+
+@pytest.fixture(scope="session")
+def members(bundle):
+    """Name and content of all that the bundle holds beside its manifest."""
+    return {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
+
+
+@pytest.fixture
+def makes_no_graphs(members, monkeypatch):
+    """Whatever is exported, its graphs are those of the bundle, batches of two: making them takes long."""
+    monkeypatch.setattr(draft, "make_members", lambda *arguments: members)
 
 
 @pytest.fixture

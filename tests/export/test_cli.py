@@ -12,13 +12,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from darcnn.export import draft, parity
-from darcnn.runtime.bundle import MEMBER_CAPS, write_bundle
+from darcnn.export import parity
+from darcnn.runtime.bundle import write_bundle
 from darcnn.training.checkpoint import read_info, save_checkpoint
-
-
-def members_of(bundle):
-    return {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
 
 
 @pytest.mark.parametrize("command", ["bundle", "verify", "info", "engine", "quantise", "triton"])
@@ -52,8 +48,7 @@ def test_verify_compares_half_precision_with_pytorch_in_float32(run, bundle_path
     assert max(float(line.split()[-3]) for line in out.splitlines() if line.startswith("discs")) > 1e-5
 
 
-def test_the_checkpoint_of_another_preset_is_refused(run, bundle, checkpoint, tmp_path):
-    members = members_of(bundle)
+def test_the_checkpoint_of_another_preset_is_refused(run, bundle, members, checkpoint, tmp_path):
     path = tmp_path / "other.darcnn"
     write_bundle(path, replace(bundle.manifest, preset="resnet50"), members)
     code, _, err = run("verify", path, "--checkpoint", checkpoint)
@@ -84,9 +79,8 @@ def test_verify_passes_with_the_source_stage_that_a_bundle_was_made_of(
     assert code == 0, out + err
 
 
-def test_nothing_is_written_where_the_graphs_disagree(run, bundle, checkpoint, tmp_path, monkeypatch):
-    members = members_of(bundle)
-    monkeypatch.setattr(draft, "make_members", lambda *arguments: members)
+@pytest.mark.usefixtures("makes_no_graphs")
+def test_nothing_is_written_where_the_graphs_disagree(run, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(parity.LIMITS["fp32"], "score", 0.0)
     out = tmp_path / "new.darcnn"
     code, _, err = run("bundle", checkpoint, "--out", out, "--batch", "2")
@@ -103,9 +97,8 @@ def test_a_bundle_is_not_replaced_unasked(run, bundle_path, checkpoint):
     assert bundle_path.read_bytes() == before
 
 
-def test_overwrite_replaces_the_bundle(run, bundle, checkpoint, tmp_path, monkeypatch):
-    members = members_of(bundle)
-    monkeypatch.setattr(draft, "make_members", lambda *arguments: members)
+@pytest.mark.usefixtures("makes_no_graphs")
+def test_overwrite_replaces_the_bundle(run, bundle, checkpoint, tmp_path):
     out = tmp_path / "old.darcnn"
     out.write_bytes(b"old")
     code, said, _ = run("bundle", checkpoint, "--out", out, "--batch", "2", "--overwrite")
@@ -186,9 +179,8 @@ def test_runtimes_are_compared_without_a_checkpoint_and_recorded(run, bundle_pat
     assert max(tile["score"] for tile in found["tiles"]) > 1e-5
 
 
-def test_nothing_is_written_where_no_image_shows_an_object(run, checkpoint, bundle, tmp_path, monkeypatch):
-    members = members_of(bundle)
-    monkeypatch.setattr(draft, "make_members", lambda *arguments: members)
+@pytest.mark.usefixtures("makes_no_graphs")
+def test_nothing_is_written_where_no_image_shows_an_object(run, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(parity, "STRONG_SCORE", 1.0)  # none counts
     code, _, err = run("bundle", checkpoint, "--out", tmp_path / "new.darcnn", "--batch", "2")
     assert code == 2
@@ -199,9 +191,9 @@ def test_nothing_is_written_where_no_image_shows_an_object(run, checkpoint, bund
 @pytest.mark.parametrize(
     "training", [b"nothing", b"\xff", b"[1]", b"[" * 100_000, b'{"a":' * 900 + b"1" + b"}" * 900]
 )
-def test_a_bundle_with_a_broken_record_is_told_of_in_one_line(run, bundle, tmp_path, training):
+def test_a_bundle_with_a_broken_record_is_told_of_in_one_line(run, bundle, members, tmp_path, training):
     path = tmp_path / "odd.darcnn"
-    write_bundle(path, bundle.manifest, members_of(bundle) | {"training.json": training})
+    write_bundle(path, bundle.manifest, members | {"training.json": training})
     code, out, err = run("info", path)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert "training.json is not" in err or "training.json nests too deep" in err
@@ -216,10 +208,10 @@ def test_a_bundle_with_a_broken_record_is_told_of_in_one_line(run, bundle, tmp_p
         ({"set": {"all": {"F1": 1 / 3, "n": 7}}}, "  set, all: F1 0.333, n 7"),
     ],
 )
-def test_info_prints_figures_rounded_whatever_they_are(run, bundle, tmp_path, figures, shown):
+def test_info_prints_figures_rounded_whatever_they_are(run, bundle, members, tmp_path, figures, shown):
     path = tmp_path / "odd.darcnn"
     training = json.dumps({"figures": figures}).encode()
-    write_bundle(path, bundle.manifest, members_of(bundle) | {"training.json": training})
+    write_bundle(path, bundle.manifest, members | {"training.json": training})
     code, out, _ = run("info", path)
     lines = out.splitlines()
     assert code == 0
@@ -301,11 +293,8 @@ def test_a_repository_for_triton_is_written_and_named(run, bundle_path, tmp_path
     assert "no readable engine" in error
 
 
-def test_of_a_whole_run_the_most_trusted_round_is_exported(
-    run, bundle, checkpoint, tmp_path, pictures, monkeypatch
-):
-    members = members_of(bundle)
-    monkeypatch.setattr(draft, "make_members", lambda *arguments: members)
+@pytest.mark.usefixtures("makes_no_graphs")
+def test_of_a_whole_run_the_most_trusted_round_is_exported(run, checkpoint, tmp_path, pictures):
     for name, trust in (("refine-1", 0.8), ("refine", 0.7)):
         shutil.copytree(checkpoint, tmp_path / "run" / name)
         content = {"agreement": trust, "separation": trust, "n_objects": 5}

@@ -9,9 +9,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from darcnn.export import cli, draft
+from darcnn.export import cli
 from darcnn.export.tiles import TileSource, images_in, images_of, learned_images, measure_mpp, read_tiles
-from darcnn.runtime.bundle import MEMBER_CAPS, open_bundle
+from darcnn.runtime.bundle import open_bundle
 from darcnn.runtime.load import find_bundle
 from darcnn.training.checkpoint import CheckpointInfo, load_network, save_checkpoint
 from darcnn.training.config import TargetSet
@@ -66,11 +66,8 @@ def test_a_folder_is_searched_for_what_the_recipe_names(write, checkpoint):
     assert images_of(recipe, b.parent) == [TileSource(b)]  # nothing of that name: what there is
 
 
-def test_the_bundle_holds_the_scale_that_its_images_tell(
-    write, bundle, checkpoint, tmp_path, capsys, monkeypatch
-):
-    members = {name: bundle.read(name) for name in MEMBER_CAPS if name != "manifest.json"}
-    monkeypatch.setattr(draft, "make_members", lambda *arguments: members)  # made once: it takes long
+@pytest.mark.usefixtures("makes_no_graphs")
+def test_the_bundle_holds_the_scale_that_its_images_tell(write, checkpoint, tmp_path, capsys):
     network, info = load_network(checkpoint)
     folder = write("a.tif", 0.5).parent
     target = replace(info.recipe.target, sets=(TargetSet("*.tif", 8.0),))

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import signal
 import threading
 
 import pytest
@@ -120,6 +121,14 @@ def serialise(text):
     model = onnx.parser.parse_model(text)
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
+
+
+@pytest.fixture
+def heeds_ctrl_c():
+    """Let Ctrl-C reach the test, also where the shell that runs it in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -354,16 +354,8 @@ def test_a_model_that_one_worker_cannot_load_stays_on_no_other(importable, tmp_p
             assert list(client.run(models).values()) == [[], []]
 
 
-@pytest.fixture
-def heard_interrupts():
-    """Ctrl-C as a terminal's command knows it: a shell's background jobs are born deaf to it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="systems without it have no way")
-@pytest.mark.usefixtures("heard_interrupts")
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_is_for_the_command_not_for_its_workers():
     was_ready = []
 

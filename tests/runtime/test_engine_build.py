@@ -117,14 +117,6 @@ def test_a_folder_that_is_taken_is_refused_before_the_build(trt, bundle, tmp_pat
     build_engine(bundle, options, out=tmp_path / "engine", overwrite=True)
 
 
-@pytest.fixture
-def heeds_ctrl_c():
-    """Let Ctrl-C reach the test, also where the shell that runs it in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
 @pytest.mark.parametrize("begun", ["detect", "mask"])
 def test_ctrl_c_ends_a_build_and_nothing_is_written(trt, bundle, tmp_path, begun, heeds_ctrl_c):

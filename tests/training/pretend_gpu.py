@@ -1,6 +1,6 @@
-"""`darcnn-train` with tensors that say they are on a GPU, and whose values are the host's.
+"""All stages of a training with tensors that say they are on a GPU, and whose values are the host's.
 
-    python pretend_gpu.py run RECIPE --out OUT
+    python pretend_gpu.py RECIPE.json DATA OUT
 
 As on a GPU, tensors of both places do not mix, but where PyTorch allows it, and none of a GPU becomes a NumPy
 array. What it cannot show: bfloat16, speed, memory, and what only CUDA's own kernels do.
@@ -8,7 +8,10 @@ array. What it cannot show: bfloat16, speed, memory, and what only CUDA's own ke
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -102,7 +105,7 @@ def compute(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def pretend() -> None:
-    """Make `--device cuda` mean the pretended GPU, in all threads of this process."""
+    """Have a device called NAME, for all threads that this process begins."""
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Module())
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     write, run = safetensors.torch.save_file, threading.Thread.run
@@ -117,15 +120,15 @@ def pretend() -> None:
     safetensors.torch.save_file = save_file
     threading.Thread.run = run_pretending  # type: ignore[method-assign]
 
-    from darcnn.training import cli
-
-    cli._device = lambda name: torch.device(NAME, 0)
-
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     pretend()
-    from darcnn.training.cli import main
+    from darcnn.training.config import recipe_from_table
+    from darcnn.training.run import Run
+    from darcnn.training.stages import run_all
 
+    path, data, out = map(Path, sys.argv[1:])
+    recipe = recipe_from_table(json.loads(path.read_text(encoding="utf-8")), where=str(path))
     with Pretending():
-        main()
+        run_all(Run(recipe, data, out, device=torch.device(NAME, 0)))

@@ -2,68 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from darcnn.training import loop
-from darcnn.training.config import read_recipe
+from darcnn.training.config import AdaptStage, Recipe, RefineStage, SourceStage, TargetSet, recipe_to_table
 from darcnn.training.history import read_history
 from darcnn.training.run import Run
 from darcnn.training.stages import run_all
 
-RECIPE = """
-name = "tiny"
-preset = "lite"
-seed = 3
-data = "."
-data_licence = "CC0"
-tile_px = 64
-
-[source]
-images = "source/images"
-annotations = "source/instances.json"
-diameter_px = [12.0, 40.0]
-
-[source_stage]
-steps = 2
-batch = 2
-
-[target]
-channels = 1
-intensity = { kind = "percentile", low = 0.5, high = 99.8 }
-nominal_diameter_px = 20.0
-
-[[target.sets]]
-images = "target/u2os_2*.png"
-diameter_px = 20.0
-
-[adapt_stage]
-steps = 2
-
-[refine_stage]
-steps = 3
-rounds = 1
-min_score = 0.01
-doubt_score = 0.005
-source_every = 3
-synthetic_every = 2
-"""
 STAGES = ("source", "adapt", "refine")
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def on_host(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of the recipe on the CPU, in 32 bits."""
-    folder = tmp_path_factory.mktemp("host")
-    recipe = folder / "tiny.toml"
-    recipe.write_text(RECIPE, encoding="utf-8")
-    run = Run(read_recipe(recipe), data, folder / "run")
+def on_host(data: Path, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of a few steps on the CPU, in 32 bits, in which photographs and synthesized tiles have a turn."""
+    one_image = replace(recipe.target, sets=(TargetSet("target/u2os_2*.png", diameter_px=20.0),))
+    refine = RefineStage(
+        steps=3, rounds=1, min_score=0.01, doubt_score=0.005, source_every=3, synthetic_every=2
+    )
+    short = replace(
+        recipe,
+        tile_px=64,
+        source_stage=SourceStage(2, batch=2),
+        adapt_stage=AdaptStage(2),
+        target=one_image,
+        refine_stage=refine,
+    )
+    run = Run(short, data, tmp_path_factory.mktemp("host"))
     run_all(run)
     return run
 
@@ -73,9 +47,10 @@ def totals(folder: Path) -> dict[str, list[float]]:
 
 
 def test_no_tensor_is_in_the_wrong_place(on_host: Run, data: Path, tmp_path: Path) -> None:
-    program, recipe = Path(__file__).with_name("pretend_gpu.py"), on_host.out.parent / "tiny.toml"
-    options = ["--data", data, "--out", tmp_path / "run", "--device", "cuda", "--yes"]
-    done = subprocess.run([sys.executable, program, "run", recipe, *options], capture_output=True, text=True)
+    program, recipe = Path(__file__).with_name("pretend_gpu.py"), tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(recipe_to_table(on_host.recipe)), encoding="utf-8")
+    command = [sys.executable, program, recipe, data, tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     expected = totals(on_host.out)
     for stage, losses in totals(tmp_path / "run").items():
