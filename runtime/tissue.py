@@ -6,6 +6,7 @@ the whole slide counts as tissue.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,6 +24,8 @@ Rule = Literal["stain on glass", "bright on dark", "colours on dark", "no backgr
 
 _CELLS_PER_DIAMETER = 2  # a cell of the mask is half a typical object: a lone one still shows
 _MAX_CELLS = 2048  # along a side; 12 um in a slide of 25 mm
+_ENOUGH_CELLS = 1 << 20  # tell what colour the glass has
+_ROWS_AT_ONCE = 64  # their densities take ten times their mask
 _FEW_CELLS = 400  # a picture of ten objects by ten: too little to tell what its background is
 _MIN_BACKGROUND = 0.01  # less of the slide than that is no background
 _GROWN_CELLS = 6  # tissue is taken to reach three objects further than it is seen
@@ -135,8 +138,7 @@ def find_tissue(
             rule = "colours on dark"
     if seen is None or seen.mean() > 1.0 - _MIN_BACKGROUND:
         return whole
-    grown = _sum_around(seen, _GROWN_CELLS) > 0
-    return TissueMask(grown, seen, info.width_px0, info.height_px0, rule)
+    return TissueMask(_grown(seen, _GROWN_CELLS), seen, info.width_px0, info.height_px0, rule)
 
 
 def _to_levels(colours: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[np.float32]:
@@ -149,28 +151,46 @@ def _to_levels(colours: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[np
 
 def _on_glass(colours: NDArray[np.float32]) -> NDArray[np.bool_] | None:
     """Return which of (h, w, 3) pixels, grey levels of 255, hold stain, None if there is no glass."""
+    step = math.ceil(math.sqrt(colours[..., 0].size / _ENOUGH_CELLS))  # along both axes
+    white = _white_of(colours[::step, ::step])
+    if white is None:
+        return None
+    stain, black = (np.empty(colours.shape[:2], np.bool_) for _ in range(2))
+    for top in range(0, len(colours), _ROWS_AT_ONCE):
+        rows = slice(top, top + _ROWS_AT_ONCE)
+        stain[rows] = _is_stained(colours[rows], white)
+        black[rows] = colours[rows].max(axis=2) == 0
+    if black.mean() >= _MIN_BACKGROUND:
+        stain &= ~_grown(black, 1)  # at its border cells are half black
+    specks = stain & ~_hangs_together(stain)
+    return stain & ~specks if specks.sum() < _MAX_SPECKS * stain.sum() else stain
+
+
+def _white_of(colours: NDArray[np.float32]) -> NDArray[np.floating] | None:
+    """Return the colour (3,) of the glass among (h, w, 3) pixels, None if there is none."""
     darkest, brightest = colours.min(axis=2), colours.max(axis=2)
     glass = (darkest >= _GLASS_LEVEL) & (brightest - darkest <= _GLASS_CHROMA)
     if glass.mean() < _MIN_BACKGROUND:
         return None
-    white = np.median(colours[glass], axis=0)
+    white: NDArray[np.floating] = np.median(colours[glass], axis=0)
     paper = darkest >= _PAPER  # nothing was scanned there, unless the glass itself is as white
     own = glass & ~paper
     if paper.mean() >= _MIN_BACKGROUND and own.mean() >= _MIN_GLASS:
         dark, typical, light = np.percentile(colours[own], (10, 50, 90), axis=0)
         if (light - dark).max() <= _EVEN and typical.max() - typical.min() <= _HARDLY_COLOURED:
             white = typical  # else it may be pale tissue on glass that is white itself
+    return white
+
+
+def _is_stained(colours: NDArray[np.float32], white: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Tell which of (h, w, 3) pixels are coloured, or dark, beside glass of the colour `white`."""
     density = -np.log10(np.maximum(colours, 1.0) / white)  # (h, w, 3)
     strongest = density.max(axis=2)
     stain: NDArray[np.bool_] = (strongest - density.min(axis=2) > _STAIN_DENSITY) & (
         strongest > _STAIN_DENSITY
     )
     stain |= strongest > _DARK_DENSITY
-    black = brightest == 0
-    if black.mean() >= _MIN_BACKGROUND:
-        stain &= _sum_around(black, 1) == 0  # at its border cells are half black
-    specks = stain & ~_hangs_together(stain)
-    return stain & ~specks if specks.sum() < _MAX_SPECKS * stain.sum() else stain
+    return stain
 
 
 def _hangs_together(stain: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -182,7 +202,7 @@ def _hangs_together(stain: NDArray[np.bool_]) -> NDArray[np.bool_]:
     block = counts > 0
     reached = block & (_sum_around(counts, _SPECK_REACH_BLOCKS) >= _SPECK_CELLS)
     while True:  # what is plentiful spreads to the stain beside it
-        spread = block & (_sum_around(reached, 1) > 0)
+        spread = block & _grown(reached, 1)
         if np.array_equal(spread, reached):
             break
         reached = spread
@@ -249,10 +269,27 @@ def _lowest_around(values: NDArray[np.float32], reach: int) -> NDArray[np.float3
     return lowest
 
 
-def _sum_around(values: NDArray[np.integer] | NDArray[np.bool_], reach: int) -> NDArray[np.int64]:
+def _grown(mask: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
+    """Return (h, w) where the mask holds anything up to `reach` away along both axes.
+
+    >>> _grown(np.array([[True, False, False, False]]), 2)
+    array([[ True,  True,  True, False]])
+    """
+    grown = mask.copy()
+    for axis in (0, 1):
+        grown = grown.swapaxes(0, axis)
+        before = grown.copy()
+        for shift in range(1, min(reach, len(grown) - 1) + 1):
+            grown[shift:] |= before[:-shift]
+            grown[:-shift] |= before[shift:]
+        grown = grown.swapaxes(0, axis)
+    return grown
+
+
+def _sum_around(values: NDArray[np.integer], reach: int) -> NDArray[np.int64]:
     """Return the sum of the values up to `reach` away along both axes, (h, w).
 
-    >>> _sum_around(np.array([[True, False, False, True]]), 1)
+    >>> _sum_around(np.array([[1, 0, 0, 1]]), 1)
     array([[1, 1, 1, 1]])
     """
     counts = values.astype(np.int64)

@@ -131,7 +131,7 @@ class PageFiles:
     def __init__(self, paths: set[Path]) -> None:
         self._file_lock = threading.Lock()
         self._cache_lock = threading.Lock()
-        self._cache: OrderedDict[tuple[PageSource, int], NDArray[Any]] = OrderedDict()
+        self._cache: OrderedDict[tuple[PageSource, Segment], NDArray[Any]] = OrderedDict()
         self._cache_bytes = 0
         with ExitStack() as stack:
             self._files = {path: stack.enter_context(path.open("rb")) for path in paths}
@@ -155,6 +155,7 @@ class PageFiles:
         if page.raw_offset is not None:
             self._fill_raw(pixels, page, region, depth, page.raw_offset)
         else:
+            self._forget(page, region.y0 - region.height)
             for segment in grid.under(region, depth):
                 values = self._decoded(page, segment)
                 if values is not None:
@@ -178,7 +179,7 @@ class PageFiles:
 
     def _decoded(self, page: PageSource, segment: Segment) -> NDArray[Any] | None:
         """Return (D, H, W, C) values of the segment, None where the file leaves it out."""
-        key = (page, segment.index)
+        key = (page, segment)
         with self._cache_lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
@@ -202,7 +203,7 @@ class PageFiles:
         self._remember(key, values)
         return values
 
-    def _remember(self, key: tuple[PageSource, int], values: NDArray[Any]) -> None:
+    def _remember(self, key: tuple[PageSource, Segment], values: NDArray[Any]) -> None:
         with self._cache_lock:
             if key in self._cache:  # another thread was faster
                 return
@@ -211,6 +212,17 @@ class PageFiles:
             while self._cache_bytes > _CACHE_BYTES and len(self._cache) > _KEPT:
                 _, oldest = self._cache.popitem(last=False)
                 self._cache_bytes -= oldest.nbytes
+
+    def _forget(self, page: PageSource, y: int) -> None:
+        """Drop the page's segments that end above row `y`: slides are read from the top down."""
+        with self._cache_lock:
+            above = [
+                key
+                for key, values in self._cache.items()
+                if key[0] is page and key[1].y + values.shape[1] <= y
+            ]
+            for key in above:
+                self._cache_bytes -= self._cache.pop(key).nbytes
 
 
 def damaged(path: Path, problem: str, *, kind: type[InputError] = InputError) -> InputError:

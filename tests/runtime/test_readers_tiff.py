@@ -374,6 +374,26 @@ def test_the_cache_of_segments_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
         assert sum(tile.nbytes for tile in reader._files._cache.values()) <= 600
 
 
+def test_a_slide_read_from_the_top_down_is_decoded_once_and_what_lies_far_above_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    remember = tiff_pages.PageFiles._remember
+    monkeypatch.setattr(
+        tiff_pages.PageFiles, "_remember", lambda *args: (remember(*args), kept.append(len(args[0]._cache)))
+    )
+    values = noise(320, 64, dtype=np.uint8)
+    path = write(tmp_path / "a.tif", values, tile=(16, 16), compression="zlib")
+    with TiffReader(path) as reader:
+        for y in range(0, 320 - 32 + 1, 24):  # rows of tiles of 32 px that overlap by 8
+            for x in (0, 24, 32):
+                region = Region(x, y, x + 32, y + 32)
+                seen = reader.read(region, level=0)[:, :, 0]
+                np.testing.assert_array_equal(seen, values[y : y + 32, x : x + 32])
+    assert len(kept) == 20 * 4  # each of the segments was decoded once
+    assert max(kept) <= 5 * 4  # those under a row of tiles, and as many above
+
+
 def test_tiles_that_were_left_out_are_empty(tmp_path: Path) -> None:
     tiles = (tile for tile in [np.ones((16, 16), np.uint8), None, None, np.full((16, 16), 3, np.uint8)])
     path = tmp_path / "a.tif"
