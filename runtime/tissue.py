@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Literal
 
 import numpy as np
@@ -159,7 +160,7 @@ def _on_glass(colours: NDArray[np.float32]) -> NDArray[np.bool_] | None:
     for top in range(0, len(colours), _ROWS_AT_ONCE):
         rows = slice(top, top + _ROWS_AT_ONCE)
         stain[rows] = _is_stained(colours[rows], white)
-        black[rows] = colours[rows].max(axis=2) == 0
+        black[rows] = _most(colours[rows]) == 0
     if black.mean() >= _MIN_BACKGROUND:
         stain &= ~_grown(black, 1)  # at its border cells are half black
     specks = stain & ~_hangs_together(stain)
@@ -168,7 +169,7 @@ def _on_glass(colours: NDArray[np.float32]) -> NDArray[np.bool_] | None:
 
 def _white_of(colours: NDArray[np.float32]) -> NDArray[np.floating] | None:
     """Return the colour (3,) of the glass among (h, w, 3) pixels, None if there is none."""
-    darkest, brightest = colours.min(axis=2), colours.max(axis=2)
+    darkest, brightest = _least(colours), _most(colours)
     glass = (darkest >= _GLASS_LEVEL) & (brightest - darkest <= _GLASS_CHROMA)
     if glass.mean() < _MIN_BACKGROUND:
         return None
@@ -185,12 +186,20 @@ def _white_of(colours: NDArray[np.float32]) -> NDArray[np.floating] | None:
 def _is_stained(colours: NDArray[np.float32], white: NDArray[np.floating]) -> NDArray[np.bool_]:
     """Tell which of (h, w, 3) pixels are coloured, or dark, beside glass of the colour `white`."""
     density = -np.log10(np.maximum(colours, 1.0) / white)  # (h, w, 3)
-    strongest = density.max(axis=2)
-    stain: NDArray[np.bool_] = (strongest - density.min(axis=2) > _STAIN_DENSITY) & (
-        strongest > _STAIN_DENSITY
-    )
+    strongest = _most(density)
+    stain: NDArray[np.bool_] = (strongest - _least(density) > _STAIN_DENSITY) & (strongest > _STAIN_DENSITY)
     stain |= strongest > _DARK_DENSITY
     return stain
+
+
+def _least(colours: NDArray[Any]) -> NDArray[Any]:
+    """Return the least of the bands of (h, w, C); NumPy is slow along a short axis."""
+    return reduce(np.minimum, np.moveaxis(colours, 2, 0))
+
+
+def _most(colours: NDArray[Any]) -> NDArray[Any]:
+    """Return the largest of the bands of (h, w, C)."""
+    return reduce(np.maximum, np.moveaxis(colours, 2, 0))
 
 
 def _hangs_together(stain: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -231,8 +240,8 @@ def _is_merge(colours: NDArray[np.float32]) -> bool:
     if shown.sum() < 2:
         return False
     scaled = ((colours - low)[..., shown] / (high - low)[shown]).clip(0.0, 1.0)
-    brighter = scaled.max(axis=2)
-    return bool((brighter - scaled.min(axis=2)).mean() > _MERGED * brighter.mean())
+    brighter = _most(scaled)
+    return bool((brighter - _least(scaled)).mean() > _MERGED * brighter.mean())
 
 
 def _was_scanned(band: NDArray[np.float32]) -> NDArray[np.bool_]:
