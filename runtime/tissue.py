@@ -152,8 +152,7 @@ def _to_levels(colours: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[np
 
 def _on_glass(colours: NDArray[np.float32]) -> NDArray[np.bool_] | None:
     """Return which of (h, w, 3) pixels, grey levels of 255, hold stain, None if there is no glass."""
-    step = math.ceil(math.sqrt(colours[..., 0].size / _ENOUGH_CELLS))  # along both axes
-    white = _white_of(colours[::step, ::step])
+    white = _white_of(colours)
     if white is None:
         return None
     stain, black = (np.empty(colours.shape[:2], np.bool_) for _ in range(2))
@@ -169,6 +168,8 @@ def _on_glass(colours: NDArray[np.float32]) -> NDArray[np.bool_] | None:
 
 def _white_of(colours: NDArray[np.float32]) -> NDArray[np.floating] | None:
     """Return the colour (3,) of the glass among (h, w, 3) pixels, None if there is none."""
+    step = math.ceil(math.sqrt(colours[..., 0].size / _ENOUGH_CELLS))
+    colours = colours[::step, ::step]
     darkest, brightest = _least(colours), _most(colours)
     glass = (darkest >= _GLASS_LEVEL) & (brightest - darkest <= _GLASS_CHROMA)
     if glass.mean() < _MIN_BACKGROUND:
