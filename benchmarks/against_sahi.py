@@ -9,10 +9,14 @@ as it comes, all outputs written. Both take the pixels as they are and objects f
 Each run is a process of its own, by turns, so that its peak memory is its own. A duplicate is a pair of
 objects whose outlines have an IoU above 0.5; "covered" are pairs of which the smaller lies for more than half
 in the other. Where other work takes the cores, `cpu_s` says more than `wall_s`.
+
+Both have the same engine, unless `--backend` gives darcnn another one, or `--pytorch` leaves SAHI the network
+as its own models have theirs, in PyTorch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -33,8 +37,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import darcnn.runtime
-from darcnn.runtime.engines.protocol import Detections
+from darcnn.runtime.bundle import Bundle
+from darcnn.runtime.engines.choose import open_engine
+from darcnn.runtime.engines.protocol import Detections, Engine, EngineSpec
 from darcnn.runtime.live.stats import TimedEngine
+from darcnn.runtime.load import find_bundle
+from darcnn.runtime.options import BACKENDS
 from darcnn.runtime.outlines import outline_probabilities
 from darcnn.runtime.pipeline import RunOptions
 from darcnn.runtime.segmenter import Segmenter
@@ -57,19 +65,70 @@ class CountedEngine(TimedEngine):
         return super().detect(tiles)
 
 
+class TorchEngine:
+    """The network of a bundle in PyTorch, eagerly; masks are of the tiles that `detect` saw last."""
+
+    def __init__(self, bundle: Bundle, spec: EngineSpec) -> None:
+        from darcnn.export.graph import freeze_network
+        from darcnn.training.model.bundle_weights import load_bundle, preset_of
+        from darcnn.training.model.network import Darcnn
+
+        network = Darcnn.from_name(preset_of(bundle).name)
+        load_bundle(network, bundle)
+        self.network, self.spec = freeze_network(network), spec
+
+    def detect(self, tiles: NDArray[np.uint8]) -> Detections:
+        import torch
+
+        network, size = self.network, tiles.shape[1:3]
+        with torch.inference_mode():
+            c2 = network.trunk(torch.from_numpy(tiles).float().permute(0, 3, 1, 2))
+            proposals, _, _ = network.proposer.propose(network.rpn_levels(network.shared_encoder(c2)), size)
+            self._pyramid = network.target_encoder(c2)
+            found = network.target_heads.detect(self._pyramid, proposals, size)
+        boxes = np.zeros((len(tiles), self.spec.detections, 4), np.float32)
+        scores = np.zeros(boxes.shape[:2], np.float32)
+        for row, (some, sure) in enumerate(zip(*found, strict=True)):
+            boxes[row, : len(some)], scores[row, : len(some)] = some.numpy(), sure.numpy()
+        return Detections(boxes, scores, np.ones(len(tiles), bool), None)
+
+    def masks(
+        self, detections: Detections, boxes: NDArray[np.float32], tile_index: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        import torch
+
+        with torch.inference_mode():
+            parts = [torch.from_numpy(boxes[tile_index == row]) for row in range(self.spec.batch)]
+            return np.asarray(self.network.target_heads.mask_probabilities(self._pyramid, parts).numpy())
+
+    def close(self) -> None:
+        pass
+
+
 @click.command()
 @click.option("--slide", type=click.Path(path_type=Path, exists=True), help="A slide; else one is made.")
 @click.option("--side", type=int, default=4096, show_default=True, help="Of the slide that is made, px.")
 @click.option("--model", default="nuclei-he", show_default=True)
 @click.option("--rounds", type=int, default=2, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the figures here as JSON.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="Of darcnn.")
+@click.option("--pytorch", is_flag=True, help="SAHI has the network in PyTorch.")
 @click.option("--only", type=click.Choice(_SIDES), hidden=True)  # one measurement, in this process
-def main(slide: Path | None, side: int, model: str, rounds: int, out: Path | None, only: str | None) -> None:
+def main(
+    slide: Path | None,
+    side: int,
+    model: str,
+    rounds: int,
+    out: Path | None,
+    backend: str,
+    pytorch: bool,
+    only: str | None,
+) -> None:
     """Run both by turns and compare."""
     if only is not None:
         assert slide is not None
         assert out is not None
-        out.write_text(json.dumps(_measure(only, slide, model)), encoding="utf-8")
+        out.write_text(json.dumps(_measure(only, slide, model, backend, pytorch)), encoding="utf-8")
         return
     folder = Path(tempfile.mkdtemp())
     try:
@@ -82,6 +141,7 @@ def main(slide: Path | None, side: int, model: str, rounds: int, out: Path | Non
             for name in _SIDES:
                 place = folder / "figures.json"
                 options = [f"--slide={slide}", f"--model={model}", f"--only={name}", f"--out={place}"]
+                options += [f"--backend={backend if name == 'darcnn' else 'auto'}", *["--pytorch"] * pytorch]
                 subprocess.run([sys.executable, __file__, *options], check=True)
                 runs[name].append(json.loads(place.read_text(encoding="utf-8")))
     finally:
@@ -110,10 +170,14 @@ def _least(runs: list[dict[str, Any]], key: str) -> float:
     return float(min(run[key] for run in runs))
 
 
-def _measure(name: str, slide: Path, model: str) -> dict[str, Any]:
-    with darcnn.runtime.load(model, device="cpu") as loaded:
-        engine = CountedEngine(loaded.engine)
-        segmenter = Segmenter(engine, loaded.manifest)
+def _measure(name: str, slide: Path, model: str, backend: str, pytorch: bool) -> dict[str, Any]:
+    bundle = find_bundle(model)
+    opened: Engine = open_engine(bundle, device="cpu" if backend == "auto" else "auto", backend=backend)
+    if pytorch and name == "sahi":
+        opened = TorchEngine(bundle, opened.spec)
+    with contextlib.closing(opened):
+        engine = CountedEngine(opened)
+        segmenter = Segmenter(engine, bundle.manifest)
         _run_once(segmenter)  # what a first call allocates belongs to the loaded model
         engine.reset()
         before, engine.calls = _peak_gb(), 0
@@ -122,6 +186,7 @@ def _measure(name: str, slide: Path, model: str) -> dict[str, Any]:
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     duplicates, covered = count_pairs(outlines)
     return {
+        "engine": "PyTorch" if isinstance(opened, TorchEngine) else opened.spec.name,
         "wall_s": round(wall, 1),
         "cpu_s": round(cpu, 1),
         "engine_s": round(sum(engine.seconds.values()), 1),

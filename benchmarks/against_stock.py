@@ -33,6 +33,7 @@ from darcnn.export.parity import find_with_torch
 from darcnn.export.static import ExportOptions
 from darcnn.runtime.bundle import open_bundle
 from darcnn.runtime.engines.choose import open_engine
+from darcnn.runtime.engines.openvino import computes_bfloat16
 from darcnn.runtime.engines.protocol import Engine
 from darcnn.runtime.intensity import IntensityRule
 from darcnn.training.model.network import Darcnn
@@ -54,8 +55,9 @@ def main(threads: int, rounds: int, out: Path | None) -> None:
     runs: dict[str, Callable[[], int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         bundle = _export(network, Path(folder) / "resnet50.darcnn")
-        for backend in ("onnxruntime", "openvino"):
-            engine = open_engine(bundle, device="auto", backend=backend)
+        backends = ("onnxruntime", "openvino", *(["openvino-bf16"] if computes_bfloat16() else []))
+        for backend in backends:
+            engine = open_engine(bundle, device="auto", backend=backend, threads=threads)
             runs[f"{backend}, our graphs"] = lambda e=engine: _find(e, tile)
     frozen = freeze_network(network)
     runs["PyTorch, eagerly"] = lambda: len(find_with_torch(frozen, tile).boxes)

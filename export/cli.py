@@ -141,7 +141,7 @@ def bundle(
     "--backend",
     "backends",
     multiple=True,
-    type=click.Choice([name for name in BACKENDS if name != "auto"]),
+    type=click.Choice([name for name in BACKENDS if name not in ("auto", "openvino-bf16")]),
     help="What runs the bundle, repeatable; by default ONNX Runtime, and OpenVINO where it is installed.",
 )
 @_precision

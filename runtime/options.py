@@ -13,6 +13,7 @@ BACKENDS = (
     "auto",
     "onnxruntime",
     "openvino",
+    "openvino-bf16",
     "tensorrt",
     "tensorrt-rtx",
 )  # what may run the graphs of a bundle

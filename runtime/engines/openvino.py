@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,53 +20,62 @@ from darcnn.runtime.engines.graphs import (
     make_spec,
     run_masks,
 )
+from darcnn.runtime.engines.openvino_parts import Part, cut_for_bfloat16
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
-from darcnn.runtime.errors import BundleError, DeviceError
+from darcnn.runtime.errors import BundleError, DeviceError, UsageError
 
-__all__ = ["OpenVinoEngine"]
+__all__ = ["OpenVinoEngine", "computes_bfloat16"]
 
 _DEVICE = "CPU"
-# float32 throughout: on CPUs with bfloat16 OpenVINO would take that unasked, and scores would differ
-_OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+_OPTIONS = {"PERFORMANCE_HINT": "LATENCY"}
+
+
+class _Step(NamedTuple):
+    """A compiled part of a graph."""
+
+    request: Any
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 class OpenVinoEngine:
     """An `Engine` on OpenVINO; all results are the caller's, the atlas lies on the host."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, bfloat16: bool = False) -> None:
         """Compile both graphs, some seconds.
 
         Args:
             bundle: the model; not needed afterwards.
             threads: None: one a core that this process may use.
+            bfloat16: what handles features computes in it, which is faster; all else stays in float32.
         Raises:
-            DeviceError: OpenVINO is not installed.
+            UsageError: bfloat16 is asked of a bundle in another precision.
+            DeviceError: OpenVINO is not installed, or the CPU does not compute in bfloat16.
             BundleError: OpenVINO cannot compile a graph, or its tensors are not those of the manifest.
         """
         openvino = _import_openvino()
         core = openvino.Core()
+        if bfloat16:
+            _check_bfloat16(core, bundle)
         threads = threads or core_limit()
         options = _OPTIONS if threads is None else _OPTIONS | {"INFERENCE_NUM_THREADS": str(threads)}
-        self._requests: dict[str, Any] = {}
+        self._steps: dict[str, list[_Step]] = {}
         for graph in OUTPUTS:
             try:
-                model = core.compile_model(core.read_model(bundle.read(f"{graph}.onnx")), _DEVICE, options)
+                model = core.read_model(bundle.read(f"{graph}.onnx"))
+                inputs, outputs = _signature(model.inputs), _signature(model.outputs)
+                check_signature(bundle, graph, inputs | outputs)
+                whole = Part(model, tuple(inputs), tuple(outputs))
+                parts = cut_for_bfloat16(model) if bfloat16 else [whole]
+                self._steps[graph] = [_compile(core, part, options) for part in parts]
             except RuntimeError as err:
                 raise BundleError(
                     f"OpenVINO {openvino.__version__} cannot compile {graph}.onnx ({first_line(err)})",
                     where=bundle.path,
                     fix="upgrade with `pip install --upgrade openvino`, or pass --backend onnxruntime",
                 ) from err
-            found = {
-                port.get_any_name(): (
-                    str(np.dtype(port.element_type.to_dtype())),
-                    tuple(int(n) for n in port.shape),
-                )
-                for port in (*model.inputs, *model.outputs)
-            }
-            check_signature(bundle, graph, found)
-            self._requests[graph] = model.create_infer_request()
-        self._spec = make_spec(bundle, f"openvino {openvino.__version__.split('-')[0]} {_DEVICE}")
+        name = f"openvino {openvino.__version__.split('-')[0]} {_DEVICE}"
+        self._spec = make_spec(bundle, f"{name} bfloat16" if bfloat16 else name)
 
     @property
     def spec(self) -> EngineSpec:
@@ -105,21 +114,60 @@ class OpenVinoEngine:
 
     def close(self) -> None:
         """Release both graphs; closing twice is allowed."""
-        self._requests = {}
+        self._steps = {}
 
     def _run(self, graph: str, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        if not self._requests:
+        if not self._steps:
             raise ValueError("the engine is closed")
+        values = dict(feeds)
         try:
-            # its inputs are read in place, its outputs copied: they stay when the engine goes on
-            found = self._requests[graph].infer(feeds, share_inputs=True, share_outputs=False)
+            for request, inputs, outputs in self._steps[graph]:
+                # inputs are read in place; what is given away is copied: it stays when the engine goes on
+                is_last = not set(outputs).isdisjoint(OUTPUTS[graph])
+                given = {place: values[name] for place, name in enumerate(inputs)}
+                found = request.infer(given, share_inputs=True, share_outputs=not is_last)
+                values |= {name: found[place] for place, name in enumerate(outputs)}
         except RuntimeError as err:
             raise DeviceError(
                 f"OpenVINO failed on the {graph} graph ({first_line(err)})",
                 where=_DEVICE,
                 fix=advise_memory(self._spec, "free memory, or pass --backend onnxruntime"),
             ) from err
-        return {name: found[name] for name in OUTPUTS[graph]}
+        return {name: values[name] for name in OUTPUTS[graph]}
+
+
+def computes_bfloat16() -> bool:
+    """Tell whether OpenVINO is installed and this CPU computes in bfloat16."""
+    try:
+        return _has_bfloat16(_import_openvino().Core())
+    except DeviceError:
+        return False
+
+
+def _has_bfloat16(core: Any) -> bool:
+    return "BF16" in core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES")
+
+
+def _check_bfloat16(core: Any, bundle: Bundle) -> None:
+    where, fix = "--backend openvino-bf16", "pass --backend openvino"
+    if bundle.precision != "fp32":
+        raise UsageError(f"{bundle.path.name} is in {bundle.precision} already", where=where, fix=fix)
+    if not _has_bfloat16(core):
+        raise DeviceError("this CPU does not compute in bfloat16", where=where, fix=fix)
+
+
+def _compile(core: Any, part: Part, options: dict[str, str]) -> _Step:
+    # float32 where nothing else is asked for: OpenVINO would take bfloat16 unasked where a CPU has it
+    precision = {"INFERENCE_PRECISION_HINT": "bf16" if part.in_bfloat16 else "f32"}
+    compiled = core.compile_model(part.model, _DEVICE, options | precision)
+    return _Step(compiled.create_infer_request(), part.inputs, part.outputs)
+
+
+def _signature(ports: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {
+        port.get_any_name(): (str(np.dtype(port.element_type.to_dtype())), tuple(int(n) for n in port.shape))
+        for port in ports
+    }
 
 
 def _import_openvino() -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 from darcnn.runtime.bundle import open_bundle, write_bundle
 from darcnn.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from darcnn.runtime.engines.openvino import OpenVinoEngine
+from darcnn.runtime.engines.openvino import OpenVinoEngine, computes_bfloat16
 from darcnn.runtime.engines.protocol import Engine
 from darcnn.runtime.errors import BundleError, DeviceError, ShapeError
 
@@ -25,7 +25,13 @@ def make_openvino(bundle):
     return OpenVinoEngine(bundle)
 
 
-@pytest.fixture(params=[make_onnxruntime, make_openvino])
+def make_openvino_in_bfloat16(bundle):
+    if not computes_bfloat16():
+        pytest.skip("OpenVINO is not installed, or this CPU does not compute in bfloat16")
+    return OpenVinoEngine(bundle, bfloat16=True)
+
+
+@pytest.fixture(params=[make_onnxruntime, make_openvino, make_openvino_in_bfloat16])
 def make_engine(request):
     return request.param
 
