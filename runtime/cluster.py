@@ -35,6 +35,7 @@ from darcnn.runtime.cluster_worker import (
     work_on_row,
 )
 from darcnn.runtime.engines.cuda import visible_gpus
+from darcnn.runtime.engines.graphs import first_line
 from darcnn.runtime.errors import BundleError, DarcnnError, DeviceError, InputError, UsageError
 from darcnn.runtime.interrupts import without_interrupts
 from darcnn.runtime.pipeline import RunOptions, RunSummary
@@ -276,6 +277,24 @@ def _load_model(client: Client, model: WorkerModel, name: str) -> None:
         ) from err
 
 
+def _start_workers(n_workers: int | None) -> LocalCluster:
+    try:
+        return LocalCluster(
+            n_workers=n_workers,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address="127.0.0.1:0",  # a free port, seen on this machine only
+            memory_limit=0,  # slides are read in pieces: no worker is stopped for what it holds
+            silence_logs=logging.CRITICAL,
+        )
+    except (OSError, RuntimeError) as err:  # no process may be started, say, or no port opened
+        raise DeviceError(
+            f"processes do not start ({first_line(err)})",
+            where="--workers",
+            fix="ask for fewer, or leave it out",
+        ) from err
+
+
 @contextmanager
 def open_cluster(
     make_segmenter: Callable[[], Segmenter],
@@ -301,16 +320,7 @@ def open_cluster(
     with ExitStack() as stack:
         if scheduler is None:
             with without_interrupts():
-                address: Any = stack.enter_context(
-                    LocalCluster(
-                        n_workers=n_workers,
-                        threads_per_worker=1,
-                        processes=True,
-                        dashboard_address="127.0.0.1:0",  # a free port, seen on this machine only
-                        memory_limit=0,  # slides are read in pieces: no worker is stopped for what it holds
-                        silence_logs=logging.CRITICAL,
-                    )
-                )
+                address: Any = stack.enter_context(_start_workers(n_workers))
         else:
             _check_address(scheduler)
             address = scheduler

@@ -2,10 +2,12 @@
 
 import asyncio
 import errno
+import multiprocessing
 import os
 import signal
 import threading
 from functools import partial
+from multiprocessing.spawn import get_executable
 from pathlib import Path
 
 import numpy as np
@@ -421,3 +423,17 @@ def test_a_scheduler_that_does_not_answer_is_one_line(slide, tmp_path, monkeypat
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_processes_that_do_not_start_are_one_line():
+    spawning = multiprocessing.get_context("spawn")
+    python = get_executable()
+    spawning.set_executable("/bin/false")
+    try:
+        with (
+            pytest.raises(DeviceError, match=r"--workers: processes do not start .*; ask for fewer"),
+            cluster.open_cluster(oracle(), n_workers=1),
+        ):
+            pass
+    finally:
+        spawning.set_executable(python)
