@@ -1,4 +1,4 @@
-"""How many of the machine's cores this process may use."""
+"""How many of the machine's cores this process may use, and what they can do."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import math
 import os
 from pathlib import Path
 
-__all__ = ["core_limit", "usable_cores"]
+__all__ = ["core_limit", "has_amx", "usable_cores"]
 
 _CGROUPS = Path("/sys/fs/cgroup")  # what a container sees as its own
+_CPU_INFO = Path("/proc/cpuinfo")  # of Linux
+
+
+def has_amx() -> bool:
+    """Tell whether this CPU is known to multiply matrices in bfloat16 (AMX: Intel Xeon from 2023 on)."""
+    try:
+        return " amx_bf16" in _CPU_INFO.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
 
 
 def usable_cores() -> int:

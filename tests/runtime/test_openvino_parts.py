@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from darcnn.runtime import cores
 from darcnn.runtime.boxes import pairwise_iou
 from darcnn.runtime.engines import openvino as engine_module
 from darcnn.runtime.engines.choose import open_engine
@@ -125,10 +126,16 @@ def test_the_backend_is_chosen_by_name_and_runs_on_no_gpu(bundle):
     assert told[-1].endswith("CPU bfloat16")
 
 
-def test_whoever_runs_int8_is_told_what_is_faster(bundle):
-    told = []
-    open_engine(find_bundle("particles-cryoet"), device="cpu", tell=told.append).close()
-    assert "OpenVINO is faster in int8: --backend openvino" in told
-    told.clear()
-    open_engine(bundle, device="cpu", tell=told.append).close()
-    assert not any("OpenVINO" in words for words in told)
+def test_whoever_takes_the_default_is_told_what_is_faster(bundle, tmp_path, monkeypatch):
+    def told_of(bundle, flags):
+        (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu avx512f{flags} fsrm\n")
+        monkeypatch.setattr(cores, "_CPU_INFO", tmp_path / "cpuinfo")
+        told = []
+        open_engine(bundle, device="cpu", tell=told.append).close()
+        return " ".join(told)
+
+    assert "--backend openvino-bf16" in told_of(bundle, " amx_bf16")
+    assert "--backend" not in told_of(bundle, "")
+    int8 = find_bundle("particles-cryoet")
+    assert "OpenVINO is faster in int8: --backend openvino" in told_of(int8, "")
+    assert "bf16" not in told_of(int8, " amx_bf16")
