@@ -123,9 +123,9 @@ class OpenVinoEngine:
         try:
             for request, inputs, outputs in self._steps[graph]:
                 # inputs are read in place; what is given away is copied: it stays when the engine goes on
-                is_last = not set(outputs).isdisjoint(OUTPUTS[graph])
+                is_given_away = not set(outputs).isdisjoint(OUTPUTS[graph])
                 given = {place: values[name] for place, name in enumerate(inputs)}
-                found = request.infer(given, share_inputs=True, share_outputs=not is_last)
+                found = request.infer(given, share_inputs=True, share_outputs=not is_given_away)
                 values |= {name: found[place] for place, name in enumerate(outputs)}
         except RuntimeError as err:
             raise DeviceError(
