@@ -39,7 +39,8 @@ from PIL import Image
 import darcnn.runtime
 from darcnn.runtime.bundle import Bundle
 from darcnn.runtime.engines.choose import open_engine
-from darcnn.runtime.engines.protocol import Detections, Engine, EngineSpec
+from darcnn.runtime.engines.graphs import make_spec
+from darcnn.runtime.engines.protocol import Detections, Engine
 from darcnn.runtime.live.stats import TimedEngine
 from darcnn.runtime.load import find_bundle
 from darcnn.runtime.options import BACKENDS
@@ -68,14 +69,17 @@ class CountedEngine(TimedEngine):
 class TorchEngine:
     """The network of a bundle in PyTorch, eagerly; masks are of the tiles that `detect` saw last."""
 
-    def __init__(self, bundle: Bundle, spec: EngineSpec) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         from darcnn.export.graph import freeze_network
+        from darcnn.export.pack import options_of
+        from darcnn.export.parity import with_limits
         from darcnn.training.model.bundle_weights import load_bundle, preset_of
         from darcnn.training.model.network import Darcnn
 
         network = Darcnn.from_name(preset_of(bundle).name)
         load_bundle(network, bundle)
-        self.network, self.spec = freeze_network(network), spec
+        self.network = with_limits(freeze_network(network), options_of(bundle.manifest))
+        self.spec = make_spec(bundle, "PyTorch")
 
     def detect(self, tiles: NDArray[np.uint8]) -> Detections:
         import torch
@@ -172,9 +176,11 @@ def _least(runs: list[dict[str, Any]], key: str) -> float:
 
 def _measure(name: str, slide: Path, model: str, backend: str, pytorch: bool) -> dict[str, Any]:
     bundle = find_bundle(model)
-    opened: Engine = open_engine(bundle, device="cpu" if backend == "auto" else "auto", backend=backend)
+    opened: Engine
     if pytorch and name == "sahi":
-        opened = TorchEngine(bundle, opened.spec)
+        opened = TorchEngine(bundle)
+    else:
+        opened = open_engine(bundle, device="cpu" if backend == "auto" else "auto", backend=backend)
     with contextlib.closing(opened):
         engine = CountedEngine(opened)
         segmenter = Segmenter(engine, bundle.manifest)
@@ -186,7 +192,7 @@ def _measure(name: str, slide: Path, model: str, backend: str, pytorch: bool) ->
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
     duplicates, covered = count_pairs(outlines)
     return {
-        "engine": "PyTorch" if isinstance(opened, TorchEngine) else opened.spec.name,
+        "engine": opened.spec.name,
         "wall_s": round(wall, 1),
         "cpu_s": round(cpu, 1),
         "engine_s": round(sum(engine.seconds.values()), 1),

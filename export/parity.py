@@ -39,6 +39,7 @@ __all__ = [
     "find_with_torch",
     "limits_of",
     "verify_bundle",
+    "with_limits",
 ]
 
 Tiles = Mapping[str, NDArray[np.uint8]]  # name -> (S, S, C)
@@ -164,7 +165,7 @@ def verify_bundle(bundle: Bundle, network: Darcnn, tiles: Tiles, *, backend: str
     from darcnn.export.pack import options_of
 
     limits_of(bundle.precision, str(bundle.path))
-    reference = _with_limits(freeze_network(network), options_of(bundle.manifest))
+    reference = with_limits(freeze_network(network), options_of(bundle.manifest))
     pairs = (
         (name, find_with_torch(reference, tiles[name]), one) for name, one in _find(bundle, tiles, backend)
     )
@@ -338,8 +339,8 @@ def _features_apart(ours: NDArray[np.float32] | None, theirs: NDArray[np.float32
     return float(np.abs(ours - theirs).max()) / (float(np.abs(ours).max()) or 1.0)
 
 
-def _with_limits(network: Darcnn, options: ExportOptions) -> Darcnn:
-    """Give `network`, a copy of our own, the limits of the graphs."""
+def with_limits(network: Darcnn, options: ExportOptions) -> Darcnn:
+    """Give `network`, a copy of the caller's own, the limits of the graphs, and return it."""
     limits = network.proposer._pre_nms_top_n, network.proposer._post_nms_top_n
     for limit, value in zip(limits, (options.proposals_per_level, options.proposals), strict=True):
         limit["testing"] = value
