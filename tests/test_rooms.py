@@ -43,6 +43,7 @@ EXTRAS_OF_RUNTIME: dict[str, set[str]] = {
     "runtime/engines/cuda.py": {"cuda"},
     "runtime/engines/openvino.py": {"openvino"},
     "runtime/engines/openvino_parts.py": {"openvino"},
+    "runtime/engines/openvino_pooling.py": {"openvino"},
     "runtime/live/micromanager.py": {"pymmcore_plus", "useq"},
     "runtime/readers/czi.py": {"pylibCZIrw"},
     "runtime/readers/ims.py": {"h5py", "hdf5plugin"},

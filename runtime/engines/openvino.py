@@ -21,6 +21,7 @@ from darcnn.runtime.engines.graphs import (
     run_masks,
 )
 from darcnn.runtime.engines.openvino_parts import Part, cut_for_bfloat16
+from darcnn.runtime.engines.openvino_pooling import fuse_pooling
 from darcnn.runtime.engines.protocol import Detections, EngineSpec
 from darcnn.runtime.errors import BundleError, DeviceError, UsageError
 
@@ -65,6 +66,7 @@ class OpenVinoEngine:
                 model = core.read_model(bundle.read(f"{graph}.onnx"))
                 inputs, outputs = _signature(model.inputs), _signature(model.outputs)
                 check_signature(bundle, graph, inputs | outputs)
+                fuse_pooling(model)
                 whole = Part(model, tuple(inputs), tuple(outputs))
                 parts = cut_for_bfloat16(model) if bfloat16 else [whole]
                 self._steps[graph] = [_compile(core, part, options) for part in parts]

@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["Part", "cut_for_bfloat16"]
 
 _CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData")
-_PASSED = ("Add", "Concat", "Gather", "MatMul", "Pad", "Relu")  # by features, on their way to a layer
+_PASSED = ("Add", "Concat", "EmbeddingBagPackedSum", "Pad", "Relu")  # by features, on their way to a layer
 _RESHAPED = ("Reshape", "Squeeze", "Transpose", "Unsqueeze")
 
 
@@ -88,8 +88,8 @@ def _handle_features(nodes: Sequence[Any], varying: AbstractSet[str]) -> set[str
     found = layers | (follow & lead)
     for node in reversed(nodes):
         if _name(node) in found:
-            sources = _sources(node)
-            found.update(passing.intersection(sources[:1] if node.get_type_name() == "Gather" else sources))
+            is_pooling = node.get_type_name() == "EmbeddingBagPackedSum"  # of its first input
+            found.update(passing.intersection(_sources(node)[:1] if is_pooling else _sources(node)))
     return found & varying
 
 

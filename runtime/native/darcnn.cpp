@@ -21,9 +21,8 @@ thread_local char last_error[1024] = "";  // plain memory: it needs no destructo
 
 darcnn_status fail(darcnn_status status, const char *message, const char *fix = "") noexcept {
     std::snprintf(last_error, sizeof last_error, "%s%s", message, fix);
-    for (char *c = last_error; *c; ++c) {
+    for (char *c = last_error; *c; ++c)
         if (static_cast<unsigned char>(*c) < ' ') *c = ' ';  // one line
-    }
     return status;
 }
 

@@ -29,9 +29,7 @@ class Parser {
     char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
 
     bool accept(char c) {
-        const bool found = at_ < text_.size() && text_[at_] == c;
-        at_ += found;
-        return found;
+        return at_ < text_.size() && text_[at_] == c && ++at_;
     }
 
     void expect(std::string_view word) {

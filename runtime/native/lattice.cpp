@@ -12,10 +12,9 @@ constexpr double kMinScale = 1 / 64.0, kMaxScale = 16;  // beyond them the size 
 constexpr int kWeightBits = 22;                       // with 8 of a pixel and a sign they fit 32
 
 double choose_scale(const Manifest &manifest, const darcnn_options &options) {
-    for (const double size : {options.diameter_px, options.mpp}) {
+    for (const double size : {options.diameter_px, options.mpp})
         if (!(size >= 0 && std::isfinite(size)))
             throw Error(DARCNN_ERROR_ARGUMENT, "options", "diameter_px or mpp is not a size", "give a number above 0");
-    }
     if (options.diameter_px > 0) return manifest.nominal_diameter_px / options.diameter_px;
     return options.mpp > 0 && manifest.mpp ? options.mpp / *manifest.mpp : 1;
 }
@@ -52,8 +51,7 @@ std::vector<Taps> make_taps(int first, int last, double factor, int extent) {
         for (int i = from; i < to; ++i) heights.push_back(std::max(0.0, 1 - std::abs((i - centre + 0.5) * (1 / reach))));
         const double sum = std::accumulate(heights.begin(), heights.end(), 0.0);
         Taps taps{from + static_cast<int>(origin), {}};
-        for (const double height : heights)
-            taps.weights.push_back(static_cast<std::int32_t>(std::lround(height / sum * (1 << kWeightBits))));
+        for (const double height : heights) taps.weights.push_back(static_cast<std::int32_t>(std::lround(height / sum * (1 << kWeightBits))));
         line.push_back(std::move(taps));
     }
     return line;
@@ -104,12 +102,10 @@ Plan make_plan(const Manifest &manifest, int width, int height, const darcnn_opt
     // a core is its read without the halo; beyond the edges of the frame a halo would show nothing
     const int span = manifest.tile_px, halo = manifest.halo_px, step = span - 2 * halo;
     const auto end = [&](int read, int size) { return read + span < size ? read + step + halo : size; };
-    for (int y = 0, y0 = 0; y0 < plan.height; y0 = end(y, plan.height), y += step) {
-        for (int x = 0, x0 = 0; x0 < plan.width; x0 = end(x, plan.width), x += step) {
-            const int index = static_cast<int>(plan.tiles.size());
-            plan.tiles.push_back({index, x0, y0, end(x, plan.width), end(y, plan.height), x, y});
-        }
-    }
+    int index = 0;
+    for (int y = 0, y0 = 0; y0 < plan.height; y0 = end(y, plan.height), y += step)
+        for (int x = 0, x0 = 0; x0 < plan.width; x0 = end(x, plan.width), x += step)
+            plan.tiles.push_back({index++, x0, y0, end(x, plan.width), end(y, plan.height), x, y});
     return plan;
 }
 
@@ -124,12 +120,9 @@ void read_tile(const Image &image, const Plan &plan, const Tile &tile, int tile_
     // at scale 1 each pixel has the whole weight of its own: nothing changes
     const std::vector<std::uint8_t> scaled = resample(image, plan, *left, *top, *right + 1, *bottom + 1);
     const std::size_t width = *right + 1 - *left;
-    for (const int y : ys) {
-        for (const int x : xs) {
-            const std::uint8_t *pixel = scaled.data() + ((y - *top) * width + (x - *left)) * image.channels;
-            out = std::copy_n(pixel, image.channels, out);
-        }
-    }
+    for (const int y : ys)
+        for (const int x : xs)
+            out = std::copy_n(&scaled[((y - *top) * width + (x - *left)) * image.channels], image.channels, out);
 }
 
 }  // namespace darcnn

@@ -59,8 +59,7 @@ class Fields {
     std::vector<long long> numbers(const std::string &path) {
         std::vector<long long> found;
         const double n = take(path, Kind::array).number;
-        for (int i = 0; i < n; ++i)
-            found.push_back(static_cast<long long>(number(path + "/" + std::to_string(i), 0, 1e9)));
+        for (int i = 0; i < n; ++i) found.push_back(static_cast<long long>(number(path + "/" + std::to_string(i), 0, 1e9)));
         return found;
     }
 

@@ -132,18 +132,17 @@ std::vector<std::uint8_t> draw_ring(const Ring &ring, const Grid &grid) {
             turns[stride * row + clipped_ceil(x, grid.x0, grid.width)] ^= 1;
         }
     }
-    for (int y = 0; y < grid.height; ++y)
-        for (int x = 1; x < grid.width; ++x) turns[stride * y + x] ^= turns[stride * y + x - 1];
+    for (std::size_t i = 1; i < turns.size(); ++i)
+        if (i % stride) turns[i] ^= turns[i - 1];
     return turns;
 }
 
 // How many pixels of `object` any of `others` has too.
 double count_shared(const Object &object, const std::vector<const Object *> &others) {
     std::vector<const Object *> near;
-    for (const Object *other : others) {
+    for (const Object *other : others)
         if (other->mask_x < object.mask_x + object.mask_width && object.mask_x < other->mask_x + other->mask_width &&
             other->mask_y < object.mask_y + object.mask_height && object.mask_y < other->mask_y + other->mask_height) near.push_back(other);
-    }
     int n = 0;
     for (int y = object.mask_y; !near.empty() && y < object.mask_y + object.mask_height; ++y) {
         for (int x = object.mask_x; x < object.mask_x + object.mask_width; ++x) {
@@ -184,10 +183,9 @@ bool draw_object(Object &object, const float *probabilities, int m, const double
     const std::vector<std::uint8_t> drawn = draw_ring(ring, grid);
     int x0 = grid.width, y0 = grid.height, x1 = 0, y1 = 0;
     const auto pixel = [&](int x, int y) { return drawn[static_cast<std::size_t>(grid.width + 1) * y + x]; };
-    for (int y = 0; y < grid.height; ++y) {
+    for (int y = 0; y < grid.height; ++y)
         for (int x = 0; x < grid.width; ++x)
             if (pixel(x, y)) x0 = std::min(x0, x), y0 = std::min(y0, y), x1 = std::max(x1, x + 1), y1 = y + 1;
-    }
     if (x1 == 0) return false;
     object.mask_x = grid.x0 + x0, object.mask_y = grid.y0 + y0;
     object.mask_width = x1 - x0, object.mask_height = y1 - y0;

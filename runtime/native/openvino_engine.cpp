@@ -1,11 +1,14 @@
 // Runs the two graphs with OpenVINO, on a CPU.
 #include <cstring>
 #include <openvino/openvino.hpp>
+#include <openvino/opsets/opset8.hpp>
 
 #include "engine.hpp"
 
 namespace darcnn {
 namespace {
+
+namespace ops = ov::opset8;
 
 constexpr const char *kDevice = "CPU";
 
@@ -29,10 +32,9 @@ std::string type_name(const ov::element::Type &type) {
 
 Signature signature_of(const ov::CompiledModel &model) {
     Signature found;
-    for (const auto &ports : {model.inputs(), model.outputs()}) {
+    for (const auto &ports : {model.inputs(), model.outputs()})
         for (const auto &port : ports)
             found[port.get_any_name()] = describe_tensor(type_name(port.get_element_type()), port.get_shape());
-    }
     return found;
 }
 
@@ -47,6 +49,25 @@ template <typename T>
 void copy_in(ov::InferRequest &request, const char *name, const std::vector<T> &values) {
     ov::Tensor tensor = request.get_tensor(name);  // of the size that check_signature asked for
     std::memcpy(tensor.data(), values.data(), tensor.get_byte_size());
+}
+
+// Pooling, a weighted sum of rows of the atlas for each cell, as one operation; openvino_pooling.py does the same.
+void fuse_pooling(const ov::Model &model) {
+    const auto reshape = [](const auto &given, const ov::Shape &shape) {
+        return std::make_shared<ops::Reshape>(given, ops::Constant::create(ov::element::i64, {shape.size()}, shape), false);
+    };
+    for (const auto &node : model.get_ordered_ops()) {
+        const auto product = ov::as_type_ptr<ops::MatMul>(node);
+        const auto rows = product ? ov::as_type_ptr<ops::Reshape>(product->get_input_node_shared_ptr(1)) : nullptr;
+        const auto gather = rows ? ov::as_type_ptr<ops::Gather>(rows->get_input_node_shared_ptr(0)) : nullptr;
+        if (!gather || gather->get_axis() != 0 || product->get_transpose_a() || product->get_transpose_b()) continue;
+        const ov::Shape sizes = rows->get_shape(), table = gather->get_input_shape(0), weights = product->get_input_shape(0);
+        if (sizes.size() != 3 || table.size() != 2 || weights != ov::Shape{sizes[0], 1, sizes[1]}) continue;
+        const ov::Shape bags = {sizes[0], sizes[1]};
+        const auto indices = reshape(gather->input_value(1), bags), factors = reshape(product->input_value(0), bags);
+        const auto pooled = std::make_shared<ops::EmbeddingBagPackedSum>(gather->input_value(0), indices, factors);
+        product->output(0).replace(reshape(pooled, product->get_shape())->output(0));
+    }
 }
 
 class OpenVinoEngine final : public Engine {
@@ -86,6 +107,7 @@ class OpenVinoEngine final : public Engine {
             throw Error(DARCNN_ERROR_BUNDLE, bundle.path, "OpenVINO cannot read " + file + " (" + shorten(err) + ")",
                         "build libdarcnn with a newer openvino");
         }
+        fuse_pooling(*read);
         ov::CompiledModel model = core_.compile_model(read, kDevice, options);
         try {
             check_signature(bundle.manifest, graph, file, signature_of(model));

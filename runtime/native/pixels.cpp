@@ -54,8 +54,7 @@ class Channels {
         if (channel >= available) refuse("has no channel " + std::to_string(channel), "choose one that it has");
         is_separate = !frame.is_rgb && channel < 0 && n > 1 && (n == 3 ? available == 3 : available >= n);
         if (is_separate) return;
-        if (n != 1 && n != 3)
-            refuse("the model sees " + std::to_string(n) + " separate channels", "give a frame that has them");
+        if (n != 1 && n != 3) refuse("the model sees " + std::to_string(n) + " separate channels", "give a frame that has them");
         if (channel < 0 && available > 1 && !frame.is_rgb) refuse("has several channels", "choose one with options.channel");
         is_mean_ = channel < 0 && frame.is_rgb && n == 1;
         first_ = std::max(channel, 0);
@@ -156,8 +155,7 @@ std::vector<Window> choose_windows(const darcnn_frame &frame, const darcnn_optio
                                    const Manifest &manifest) {
     if (options.window_low != 0 || options.window_high != 0) return {{options.window_low, options.window_high}};
     if (manifest.intensity == "range") return {{manifest.intensity_low, manifest.intensity_high}};
-    if (manifest.intensity == "percentile")
-        return measure_percentiles(sample_values(frame, channels, channels.is_separate), manifest);
+    if (manifest.intensity == "percentile") return measure_percentiles(sample_values(frame, channels, channels.is_separate), manifest);
     if (frame.type == DARCNN_FLOAT32) check_white(sample_values(frame, channels, false).front());
     return {{0, frame.type == DARCNN_UINT8 ? 255.0 : frame.type == DARCNN_UINT16 ? 65535.0 : 1.0}};
 }
@@ -184,8 +182,7 @@ Image to_bytes(const darcnn_frame &frame, const darcnn_options &options, const M
             const std::size_t window = i % windows.size();
             const float scaled = (row[i] - low[window]) * factor[window];
             // what is not finite marks where nothing was measured
-            const bool is_measured = std::isfinite(row[i]);
-            *out++ = is_measured ? static_cast<std::uint8_t>(std::nearbyint(std::clamp(scaled, 0.0F, 255.0F))) : 0;
+            *out++ = std::isfinite(row[i]) ? static_cast<std::uint8_t>(std::nearbyint(std::clamp(scaled, 0.0F, 255.0F))) : 0;
         }
     }
     return image;

@@ -153,14 +153,12 @@ std::vector<Object> segment(Model &model, const darcnn_frame &frame, const darcn
     for (std::size_t first = 0; first < plan.tiles.size(); first += batch) {
         const std::size_t last = std::min(first + batch, plan.tiles.size());
         std::vector<std::uint8_t> tiles(batch * tile_size);
-        for (std::size_t i = first; i < last; ++i)
-            read_tile(image, plan, plan.tiles[i], m.tile_px, tiles.data() + (i - first) * tile_size);
+        for (std::size_t i = first; i < last; ++i) read_tile(image, plan, plan.tiles[i], m.tile_px, tiles.data() + (i - first) * tile_size);
         std::unique_lock<std::mutex> lock(model.mutex);
         const std::vector<Found> found = run(*model.engine, m, plan, first, tiles, static_cast<float>(min_score));
         lock.unlock();
         for (std::size_t i = first; i < last; ++i)
-            for (Object &object : place(m, plan, plan.tiles[i], found, image.width, image.height))
-                objects.push_back(std::move(object));
+            for (Object &object : place(m, plan, plan.tiles[i], found, image.width, image.height)) objects.push_back(std::move(object));
     }
     drop_twins(objects);
     return objects;

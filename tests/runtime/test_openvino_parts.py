@@ -12,6 +12,7 @@ from darcnn.runtime.engines import openvino as engine_module
 from darcnn.runtime.engines.choose import open_engine
 from darcnn.runtime.engines.openvino import OpenVinoEngine, computes_bfloat16
 from darcnn.runtime.engines.openvino_parts import cut_for_bfloat16
+from darcnn.runtime.engines.openvino_pooling import fuse_pooling
 from darcnn.runtime.errors import DeviceError, UsageError
 from darcnn.runtime.load import find_bundle
 
@@ -36,7 +37,10 @@ def tile(bundle):
 @pytest.fixture(scope="module")
 def pieces(bundle):
     core = openvino.Core()
-    return {graph: cut_for_bfloat16(core.read_model(bundle.read(f"{graph}.onnx"))) for graph in GRAPHS}
+    models = {graph: core.read_model(bundle.read(f"{graph}.onnx")) for graph in GRAPHS}
+    for model in models.values():
+        fuse_pooling(model)
+    return {graph: cut_for_bfloat16(model) for graph, model in models.items()}
 
 
 def types(part):
@@ -62,8 +66,8 @@ def test_convolutions_are_in_bfloat16_and_what_decides_on_boxes_is_not(pieces):
     assert [part.in_bfloat16 for part in pieces["detect"]] == [False, True, False, True, False]
     assert [part.in_bfloat16 for part in pieces["mask"]] == [False, True, False]
     assert "GroupConvolution" in types(pieces["detect"][1])
-    assert {"MatMul", "Gather"} <= types(pieces["detect"][3])  # pooling, and the box head
-    assert {"MatMul", "Gather", "Convolution"} <= types(pieces["mask"][1])
+    assert {"EmbeddingBagPackedSum", "MatMul"} <= types(pieces["detect"][3])  # pooling, and the box head
+    assert {"EmbeddingBagPackedSum", "Convolution"} <= types(pieces["mask"][1])
 
 
 def test_pieces_in_float32_compute_what_the_whole_computes(bundle, pieces, tile):
