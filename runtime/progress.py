@@ -89,7 +89,7 @@ class Terminal:
             self._draw("writing")
         else:
             tiles, pixels = self._pace.per_second()
-            words = [f"{100 * done // total:3d} %", f"{tiles:.1f} tiles/s", f"{pixels:.1f} Mpx/s"]
+            words = [f"{100 * done // total:3d} %", f"{tiles:.1f} tiles/s", _speed(pixels)]
             words.append(f"{n_objects:,} objects")
             if tiles:
                 words.append(f"{(total - done) / tiles:.0f} s left")
@@ -105,7 +105,7 @@ class Terminal:
         else:
             pace = f"{summary.seconds:.1f} s"
             if summary.megapixels >= _MIN_MEGAPIXELS:
-                pace += f", {summary.megapixels / max(summary.seconds, 1e-9):.1f} Mpx/s"
+                pace += f", {_speed(summary.megapixels / max(summary.seconds, 1e-9))}"
         if summary.measured_px is not None and summary.n_objects:  # else it was not measured but assumed
             objects += f" (taken to be {summary.measured_px:.0f} px across)"
         click.echo(f"{summary.name}: {objects}, {pace}, {summary.overview}")
@@ -212,6 +212,11 @@ class _Pace:
         if seconds <= 0:
             return 0.0, 0.0
         return (self._last[1] - first[1]) / seconds, (self._last[2] - first[2]) / seconds
+
+
+def _speed(megapixels: float) -> str:
+    """Return how much is done a second; of volumes, whose voxels are looked at many times, that is little."""
+    return f"{megapixels:.{1 if megapixels >= 0.1 else 3}f} Mpx/s"
 
 
 def _print(event: dict[str, Any]) -> None:

@@ -38,8 +38,8 @@ def open_engine(
     """Return the engine that is to run `bundle`.
 
     "auto" takes a compiled TensorRT engine where one fits the GPU, else ONNX Runtime: on a GPU where it
-    finds one, else on the CPU. OpenVINO, which in float32 is not faster on the CPUs measured, is taken when
-    asked for.
+    finds one, else on the CPU. OpenVINO, an extra that takes a second longer to load, is taken when asked
+    for.
 
     Args:
         bundle: the model.

@@ -162,12 +162,13 @@ def test_the_progress_line_tells_pace_objects_and_time_left(tmp_path, capsys, mo
 
 
 def test_the_speed_of_a_small_picture_says_nothing_and_is_left_out(tmp_path, capsys):
-    for megapixels in (0.3, 30.0):
-        Terminal(shows_progress=False).finish(summary(tmp_path, megapixels=megapixels, seconds=20.0))
-    small, large = capsys.readouterr().out.splitlines()
+    for megapixels, seconds in ((0.3, 20.0), (30.0, 20.0), (5.3, 111.0)):
+        Terminal(shows_progress=False).finish(summary(tmp_path, megapixels=megapixels, seconds=seconds))
+    small, large, slow = capsys.readouterr().out.splitlines()
     assert "20.0 s, " in small
     assert "Mpx/s" not in small
     assert "20.0 s, 1.5 Mpx/s, " in large
+    assert "111.0 s, 0.048 Mpx/s, " in slow
 
 
 def test_a_measured_size_is_told_so_that_a_wrong_one_is_noticed(tmp_path, capsys):
