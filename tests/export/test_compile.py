@@ -53,8 +53,15 @@ def build_and_tell(bundle, targets, folder, tell):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("preset", ["lite", "resnet50"])
+@pytest.mark.parametrize(
+    ("preset", "precision"),
+    [
+        ("lite", "fp32"),
+        ("lite", "fp16"),
+        ("resnet50", "fp16"),
+        pytest.param("resnet50", "fp32", marks=pytest.mark.proof),
+    ],
+)
 def test_both_presets_compile_in_both_precisions(make_bundle, preset, precision, tmp_path, record_property):
     bundle = make_bundle(preset, 128)
     bundle = derive_half(bundle) if precision == "fp16" else bundle

@@ -62,7 +62,7 @@ def test_the_bundle_of_another_network_disagrees(bundle, make_network, real_tile
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("channels", [2, 4])
+@pytest.mark.parametrize("channels", [2, pytest.param(4, marks=pytest.mark.proof)])
 def test_the_bundle_of_separate_channels_agrees_on_the_middle_of_a_stack(
     network, make_picture, tmp_path, channels
 ):

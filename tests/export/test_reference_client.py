@@ -96,18 +96,19 @@ class FewSlots(OnnxRuntimeEngine):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "slots"), [("nuclei-he", 256), ("nuclei-he", 32), ("nuclei-fluorescence", 256)]
+    ("model", "slots", "side"),
+    [("nuclei-he", 256, 700), ("nuclei-he", 32, 450), ("nuclei-fluorescence", 256, 500)],
 )
-def test_a_client_finds_what_darcnn_finds_on_real_images(model, slots, example_slide, root, tmp_path):
+def test_a_client_finds_what_darcnn_finds_on_real_images(model, slots, side, example_slide, root, tmp_path):
     if model not in shipped_models():
         pytest.skip(f"the model {model} is not in this checkout")
     if model == "nuclei-he":
         with darcnn.runtime.open_source(example_slide) as slide:
-            image = slide.read(Region(600, 900, 1300, 1600), level=0)
+            image = slide.read(Region(600, 900, 600 + side, 900 + side), level=0)
         size, scale = {"mpp": 0.499}, 0.499 / 0.25
     else:
         field = np.asarray(Image.open(root / "tests/data/target/u2os_2abc40c118.png"))
-        image = np.pad(field, (0, 372), "symmetric")[..., None]  # 500 px: 4 tiles
+        image = np.pad(field, (0, side - len(field)), "symmetric")[..., None]  # 4 tiles
         size, scale = {"diameter_px": 27.0}, 42 / 27
     client = make_client(model, tmp_path / "repository", slots)
     found = client(image, scale)

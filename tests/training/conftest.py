@@ -193,3 +193,9 @@ def disc() -> Callable[..., np.ndarray]:
 def with_target(recipe: Recipe) -> Callable[..., Recipe]:
     """A function that returns the tiny recipe with a changed target."""
     return lambda **changes: replace(recipe, target=replace(recipe.target, **changes))
+
+
+@pytest.fixture
+def untrusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No stage is judged: what a network without training finds takes long to look at."""
+    monkeypatch.setattr("darcnn.training.stages.note_trust", lambda *judged: None)

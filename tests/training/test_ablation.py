@@ -79,6 +79,7 @@ def forbid(*arguments: object) -> None:
     raise AssertionError("trained")
 
 
+@pytest.mark.usefixtures("untrusted")
 @pytest.mark.slow
 def test_an_ablation_that_was_stopped_goes_on_and_leaves_a_row_for_every_arm(
     tiny: Recipe, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

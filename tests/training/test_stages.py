@@ -48,12 +48,6 @@ def tiny(recipe: Recipe) -> Recipe:
     )
 
 
-@pytest.fixture
-def untrusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No stage is judged: what a network without training finds takes long to look at."""
-    monkeypatch.setattr("darcnn.training.stages.note_trust", lambda *judged: None)
-
-
 @pytest.mark.slow
 def test_all_stages_leave_checkpoints_and_labels(tiny: Recipe, data: Path, tmp_path: Path) -> None:
     trained = run_all(Run(tiny, data, tmp_path / "run"))
@@ -400,6 +394,7 @@ begin(run, Path(start))
 """
 
 
+@pytest.mark.usefixtures("untrusted")
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["source", "adapt", "refine"])
 def test_a_stage_that_was_killed_ends_with_the_same_bits_as_one_that_never_stopped(
