@@ -87,6 +87,8 @@ class TileSampler:
         """
         x, y, needed = self._needed(tile)
         pixels = self._sample(needed)
+        if x[-1] - x[0] == len(x) - 1 and y[-1] - y[0] == len(y) - 1:  # nothing is reflected
+            return pixels
         return pixels[np.ix_(y - needed.y0, x - needed.x0)]
 
     def source(self, tile: Tile) -> Region:
@@ -141,15 +143,19 @@ class TileSampler:
             min(bottom - source.y0, source.height),
         )
         size = (block.width, block.height)
-        bands = [
-            np.asarray(
-                Image.fromarray(np.ascontiguousarray(pixels[:, :, band])).resize(
-                    size, Image.Resampling.BILINEAR, box=box
+        n_channels = pixels.shape[2]
+        # three are one picture, in less time than its bands; of four Pillow would weigh three by the fourth
+        pictures = [pixels] if n_channels == 3 else [pixels[:, :, band] for band in range(n_channels)]
+        return np.dstack(  # (h, w, C)
+            [
+                np.asarray(
+                    Image.fromarray(np.ascontiguousarray(picture)).resize(
+                        size, Image.Resampling.BILINEAR, box=box
+                    )
                 )
-            )
-            for band in range(pixels.shape[2])
-        ]
-        return np.stack(bands, axis=2)  # (h, w, C)
+                for picture in pictures
+            ]
+        )
 
     def _read_level(self, region: Region) -> NDArray[np.uint8]:
         pixels = self._reader.read(region, level=self._plan.level.index)
