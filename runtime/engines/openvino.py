@@ -51,7 +51,7 @@ class OpenVinoEngine:
             bfloat16: what handles features computes in it, which is faster; all else stays in float32.
         Raises:
             UsageError: bfloat16 is asked of a bundle in another precision.
-            DeviceError: OpenVINO is not installed, or the CPU does not compute in bfloat16.
+            DeviceError: OpenVINO is not installed, is too old, or the CPU does not compute in bfloat16.
             BundleError: OpenVINO cannot compile a graph, or its tensors are not those of the manifest.
         """
         openvino = _import_openvino()
@@ -182,9 +182,10 @@ def _import_openvino() -> Any:
     is_hidden = modules.setdefault(name, None) is None  # importing it raises ImportError
     try:
         import openvino
+        import openvino.opset8  # which older ones have elsewhere
     except ImportError as err:
         raise DeviceError(
-            "OpenVINO is not installed",
+            "OpenVINO 2025.0 or later is not installed",
             where="--backend openvino",
             fix="run `pip install 'darcnn[openvino]'`",
         ) from err

@@ -25,7 +25,7 @@ def fuse_pooling(model: Any) -> int:
 
 def _fuse(product: Any) -> bool:
     """Replace `product`, (N, 1, K) by (N, K, C), if the latter is N * K rows of a table (P, C)."""
-    from openvino import op, opset8
+    from openvino import opset8
 
     weights, rows = product.input_value(0), product.input_value(1)
     if rows.get_node().get_type_name() != "Reshape":
@@ -41,7 +41,7 @@ def _fuse(product: Any) -> bool:
         and not any(product.get_attributes().values())  # nothing is transposed
         and list(indices.get_shape()) == [cells * sizes[0]]
         and len(table.get_shape()) == 2
-        and isinstance(axis.get_node(), op.Constant)
+        and axis.get_node().get_type_name() == "Constant"
         and not np.any(axis.get_node().get_data())
     )
     if is_sum_of_rows:

@@ -135,8 +135,9 @@ def test_manifest_that_contradicts_itself_is_refused(tmp_path, manifest, members
         make_engine(bundle)
 
 
-def test_openvino_that_is_missing_is_said_with_what_to_install(tiny_bundle, monkeypatch):
-    monkeypatch.setitem(sys.modules, "openvino", None)
+@pytest.mark.parametrize("lacking", ["openvino", "openvino.opset8"])
+def test_openvino_that_is_missing_or_old_is_said_with_what_to_install(tiny_bundle, monkeypatch, lacking):
+    monkeypatch.setitem(sys.modules, lacking, None)
     with pytest.raises(DeviceError, match=r"pip install 'darcnn\[openvino\]'"):
         OpenVinoEngine(open_bundle(tiny_bundle))
 
