@@ -36,6 +36,7 @@ __all__ = [
     "measure_slide",
     "needs_sample",
     "read_ahead",
+    "resize_box",
     "sample_slide",
     "spread_evenly",
 ]
@@ -142,26 +143,25 @@ class TileSampler:
             min(right - source.x0, source.width),
             min(bottom - source.y0, source.height),
         )
-        size = (block.width, block.height)
-        n_channels = pixels.shape[2]
-        # three are one picture, in less time than its bands; of four Pillow would weigh three by the fourth
-        pictures = [pixels] if n_channels == 3 else [pixels[:, :, band] for band in range(n_channels)]
-        return np.dstack(  # (h, w, C)
-            [
-                np.asarray(
-                    Image.fromarray(np.ascontiguousarray(picture)).resize(
-                        size, Image.Resampling.BILINEAR, box=box
-                    )
-                )
-                for picture in pictures
-            ]
-        )
+        return resize_box(pixels, box, (block.width, block.height))
 
     def _read_level(self, region: Region) -> NDArray[np.uint8]:
         pixels = self._reader.read(region, level=self._plan.level.index)
         is_rgb = self._reader.info.is_rgb
         chosen = select_channels(pixels, is_rgb=is_rgb, channels=self._channels, channel=self._plan.channel)
         return apply_window(chosen, self._window)
+
+
+def resize_box(
+    pixels: NDArray[np.uint8], box: tuple[float, float, float, float], size: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """Return `box`, x0 y0 x1 y1, of (H, W, C) at `size`, (width, height), bilinear: (height, width, C)."""
+    n_channels = pixels.shape[2]
+    # three are one picture, in less time than its bands; of four Pillow would weigh three by the fourth
+    parts = [pixels] if n_channels == 3 else [pixels[:, :, band] for band in range(n_channels)]
+    return np.dstack(
+        [np.asarray(Image.fromarray(part).resize(size, Image.Resampling.BILINEAR, box=box)) for part in parts]
+    )
 
 
 def read_ahead(

@@ -35,7 +35,8 @@ def cut_for_bfloat16(model: Any) -> list[Part]:
     convolutions, and the way of features to a layer: pooling, not where it pools.
 
     Args:
-        model: an `openvino.Model` of fixed sizes; its constants are folded.
+        model: an `openvino.Model` of fixed sizes, whose pooling is one operation (`fuse_pooling`);
+            its constants are folded.
     """
     from openvino import passes
 

@@ -62,7 +62,7 @@ void fuse_pooling(const ov::Model &model) {
         const auto gather = rows ? ov::as_type_ptr<ops::Gather>(rows->get_input_node_shared_ptr(0)) : nullptr;
         if (!gather || gather->get_axis() != 0 || product->get_transpose_a() || product->get_transpose_b()) continue;
         const ov::Shape sizes = rows->get_shape(), table = gather->get_input_shape(0), weights = product->get_input_shape(0);
-        if (sizes.size() != 3 || table.size() != 2 || weights != ov::Shape{sizes[0], 1, sizes[1]}) continue;
+        if (sizes.size() != 3 || table.size() != 2 || table[1] != sizes[2] || weights != ov::Shape{sizes[0], 1, sizes[1]}) continue;
         const ov::Shape bags = {sizes[0], sizes[1]};
         const auto indices = reshape(gather->input_value(1), bags), factors = reshape(product->input_value(0), bags);
         const auto pooled = std::make_shared<ops::EmbeddingBagPackedSum>(gather->input_value(0), indices, factors);

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.measure import label as number_regions
 
+from darcnn.runtime.sampling import resize_box
 from darcnn.training.data.source import LabelledTile
 from darcnn.training.model.backbone import to_three_channels
 
@@ -57,7 +58,7 @@ def cut_tile(
         x, y = _towards_object(labels, extent, x, y, rng)
     box = (x, y, x + extent, y + extent)
     size = (tile_px, tile_px)
-    crop = _as_inputs(_resize(pixels, box, tile_px))
+    crop = _as_inputs(resize_box(pixels, box, size))
     if labels is None:
         return LabelledTile(crop, np.zeros((0, *size), bool))
     numbers = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST, box=box))
@@ -78,20 +79,6 @@ def _separate(labels: NDArray[np.int32]) -> NDArray[np.int32]:
     """Return mirrored `labels` with a number for each mirror image that lies apart from its object."""
     regions: NDArray[np.int32] = number_regions(labels, connectivity=2).astype(np.int32)  # type: ignore[no-untyped-call]
     return regions * np.sign(labels)
-
-
-def _resize(
-    pixels: NDArray[np.uint8], box: tuple[float, float, float, float], side: int
-) -> NDArray[np.uint8]:
-    """Return `box` of (H, W, C) at (side, side, C); Pillow knows pictures of one and of three channels."""
-    n_channels = pixels.shape[2]
-    parts = [pixels] if n_channels == 3 else [pixels[:, :, band] for band in range(n_channels)]
-    return np.dstack(
-        [
-            np.asarray(Image.fromarray(part).resize((side, side), Image.Resampling.BILINEAR, box=box))
-            for part in parts
-        ]
-    )
 
 
 def _as_inputs(crop: NDArray[np.uint8]) -> NDArray[np.uint8]:
