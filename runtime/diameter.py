@@ -109,7 +109,7 @@ def settle_diameter(model: ModelInput, look: Look) -> float | None:
     if diameter is None:
         return None
     closer = _typical([look(_found(model) / diameter)], by_size=is_outvoted)
-    return (diameter if closer is None else closer) * model.nominal_diameter_px / _found(model)
+    return (diameter if closer is None else closer) * (model.nominal_diameter_px / _found(model))
 
 
 def choose_diameter(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -81,6 +81,7 @@ def test_a_few_large_nuclei_are_not_outvoted_by_specks(segmenter, root: Path) ->
     st.floats(10, 300),
     st.integers(0, 400),
 )
+@example([10.0, 10.0, 10.0, 30.087170610521596], 10.0, 0)  # times the model's size, by it, is more
 def test_the_typical_size_is_of_what_covers_the_image(
     sizes: list[float], factor: float, n_specks: int
 ) -> None:
